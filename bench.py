@@ -1,0 +1,636 @@
+"""Speed of depthwise_inline beside PyTorch, on the GPU of this machine.
+
+    python bench.py                     headline problem, then the quick cases
+    python bench.py --all --record      every case; writes results/bench_<gpu>.json
+    python bench.py --case kb82 --dtype float16 --layout nhwc --direction forward
+    python bench.py --model all         training steps of whole networks
+    python bench.py --readme            README tables from results/*.json
+
+How a number comes about. Times are medians of CUDA event pairs around single calls. Before each call a buffer larger
+than the L2 cache is written, so every call reads its tensors from memory; the queue of calls is filled ahead of the
+GPU, so host time does not enter. Ours and PyTorch take turns in the same process. PyTorch runs with its defaults,
+cudnn.benchmark off and on; its better mode counts. GB/s counts input and output once, plus the weights, whatever a
+kernel really moves. The copy bandwidth they are compared with is that of a 1 GiB copy, timed in the same way.
+Every result is compared with float64 before it is timed: its largest error may be twice PyTorch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bench_report as report
+import depthwise_inline
+from bench_report import DIRECTIONS, LOSS, Case
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+MODELS = {"mobilenet_v2": "MobileNetV2", "efficientnet_b0": "EfficientNet-B0", "convnext_tiny": "ConvNeXt-T"}
+MODEL_BATCH = 128
+
+FLUSH_BYTES = 256 << 20  # at least twice the L2 cache of every GPU so far (H100: 50 MB)
+COPY_BYTES = 1 << 30
+MEASURED_MS = 60.0  # aimed at for each call of a row
+MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
+SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
+LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
+CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
+
+
+class Model(nn.Module):
+    """The reference: KernelBench level 1, problem 82."""
+
+    def __init__(self, in_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, bias: bool = False):
+        super().__init__()
+        self.conv2d = nn.Conv2d(in_channels, in_channels, kernel_size, stride, padding, groups=in_channels, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2d(x)
+
+
+# ----------------------------------------------------------------------------------------------------------- operations
+class Problem:
+    """The operands of one case, dtype and direction in both layouts, and the functions to compare on them."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, direction: str, device: torch.device | str = "cuda"):
+        self.case, self.dtype, self.direction = case, dtype, direction
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(shape: Sequence[int]) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        weight = random(case.weight_shape) / math.sqrt(case.kernel_h * case.kernel_w)
+        x = random(case.x_shape)
+        grad = random(case.out_shape) if direction != "forward" else None
+        self.x, self.weight, self.grad = (
+            {name: None if t is None else t.contiguous(memory_format=layout) for name, layout in LAYOUTS.items()}
+            for t in (x, weight, grad)
+        )
+
+    def pytorch(self, layout: str) -> Tensor:
+        """PyTorch's own operator, in the modes its backend flags select."""
+        return _convolution(self.case, self.direction, self.x[layout], self.weight[layout], self.grad[layout])
+
+    def ours(self, layout: str) -> Tensor:
+        """The same result from this project's operators."""
+        case, x, weight, grad = self.case, self.x[layout], self.weight[layout], self.grad[layout]
+        s, p, d = case.stride, case.padding, case.dilation
+        if self.direction == "forward":
+            return depthwise_inline.depthwise_conv2d(x, weight, None, (s, s), (p, p), (d, d))
+        last = layout == "nhwc"
+        ops = torch.ops.depthwise_inline
+        if self.direction == "grad_input":
+            return ops.grad_input.default(grad, weight, case.h, case.w, s, s, p, p, d, d, last)
+        return ops.grad_weight.default(grad, x, case.kernel_h, case.kernel_w, s, s, p, p, d, d, last, False)[0]
+
+    def errors(self, results: Sequence[Tensor]) -> list[float]:
+        """Largest error of each result against float64, relative to the largest reference value.
+
+        NaN where a result holds NaN or has the wrong shape. In pieces of the batch, to bound the memory.
+        """
+        case = self.case
+        x, weight, grad = self.x["nchw"], self.weight["nchw"].double(), self.grad["nchw"]
+        largest = torch.zeros((), dtype=torch.float64, device=weight.device)
+        worst = torch.zeros(len(results), dtype=torch.float64, device=weight.device)
+        total = torch.zeros_like(weight)
+        shapes = {"forward": case.out_shape, "grad_input": case.x_shape, "grad_weight": case.weight_shape}
+        shape = shapes[self.direction]
+        wrong = [i for i, result in enumerate(results) if tuple(result.shape) != shape]
+
+        def compare(reference: Tensor, pieces: Iterable[Tensor]) -> None:
+            nonlocal largest
+            largest = torch.maximum(largest, reference.abs().amax())
+            for i, piece in enumerate(pieces):
+                if i not in wrong:
+                    worst[i] = torch.maximum(worst[i], (piece.double() - reference).abs().amax())
+
+        step = max(1, CHUNK_ELEMENTS // (math.prod(case.x_shape[1:]) + math.prod(case.out_shape[1:])))
+        for begin in range(0, case.n, step):
+            part = slice(begin, begin + step)
+            part_grad = None if grad is None else grad[part].double()
+            reference = _convolution(case, self.direction, x[part].double(), weight, part_grad)
+            if self.direction == "grad_weight":
+                total += reference
+            else:
+                compare(reference, (result[part] for result in results))
+        if self.direction == "grad_weight":
+            compare(total, results)
+        worst[wrong] = math.nan
+        return (worst / largest).tolist()
+
+
+def _convolution(case: Case, direction: str, x: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor:
+    if direction == "forward":
+        return torch.ops.aten.convolution.default(x, weight, None, *case.convolution_arguments())
+    mask = [direction == "grad_input", direction == "grad_weight", False]
+    backward = torch.ops.aten.convolution_backward.default
+    return backward(grad, x, weight, None, *case.convolution_arguments(), mask)[mask.index(True)]
+
+
+# --------------------------------------------------------------------------------------------------------------- timing
+@dataclass
+class Call:
+    """A function to time, the state of torch.backends.cudnn.benchmark it runs in, and its times in milliseconds."""
+
+    run: Callable[[], Any]
+    benchmark: bool = False
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance from the 10th to the 90th percentile, as a share of the median."""
+        times = sorted(self.times)
+        last = len(times) - 1
+        return (times[round(0.9 * last)] - times[round(0.1 * last)]) / 2 / self.median
+
+
+def repetitions(milliseconds: float) -> int:
+    """How often to time a call of this length."""
+    if milliseconds > SLOW_MS:
+        return SLOW_REPS
+    return max(MIN_REPS, min(MAX_REPS, math.ceil(MEASURED_MS / max(milliseconds, 1e-6))))
+
+
+class Stopwatch:
+    """Times calls on the GPU, the L2 cache flushed before each.
+
+    cuDNN's choice of algorithm is cached for each thread, under a key without cudnn.benchmark: the mode that runs
+    first would decide for both. So calls with the flag on run in a thread of their own.
+    """
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self.worker = ThreadPoolExecutor(max_workers=1)
+
+    def once(self, call: Call) -> Any:
+        """Runs the call once, untimed, and returns its result; errors of the GPU are raised here."""
+        return self._in_mode(call, lambda: (call.run(), torch.cuda.synchronize())[0])
+
+    def time(self, calls: Sequence[Call]) -> None:
+        """Fills the calls' times, in rounds in which they take turns. Each call has run once before."""
+        reps = [repetitions(min(self._in_mode(call, lambda call=call: self._sample(call, 2)))) for call in calls]
+        for round_idx in range(ROUNDS):
+            for call, count in zip(calls, reps, strict=True):
+                share = count * (round_idx + 1) // ROUNDS - count * round_idx // ROUNDS
+                call.times += self._in_mode(call, lambda call=call, share=share: self._sample(call, share))
+
+    def _in_mode(self, call: Call, function: Callable[[], Any]) -> Any:
+        torch.backends.cudnn.benchmark = call.benchmark
+        try:
+            return self.worker.submit(function).result() if call.benchmark else function()
+        finally:
+            torch.backends.cudnn.benchmark = False
+
+    def _sample(self, call: Call, count: int) -> list[float]:
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        torch.cuda._sleep(LEAD_CYCLES)
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            call.run()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+
+def copy_bandwidth(watch: Stopwatch) -> float:
+    """Bytes read and written a second by copying COPY_BYTES, in TB/s."""
+    source = torch.ones(COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    call = Call(lambda: target.copy_(source))
+    watch.once(call)
+    watch.time([call])
+    return 2 * COPY_BYTES / call.median / 1e9
+
+
+def host_times(calls: int = 200, loops: int = 15) -> dict[str, float]:
+    """Host microseconds a call on a problem too small to keep the GPU busy; _train is forward and backward."""
+    x, weight = torch.randn(1, 8, 8, 8, device="cuda"), torch.randn(8, 1, 3, 3, device="cuda")
+    x_grad, weight_grad = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    grad = torch.randn_like(x)
+    one = (1, 1)
+
+    def conv2d(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, one, one, one, 8)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return depthwise_inline.depthwise_conv2d(x, weight, None, one, one, one)
+
+    def forward(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                function(x, weight)
+
+    def train(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        with torch.enable_grad():
+            for _ in range(calls):
+                torch.autograd.grad(function(x_grad, weight_grad), (x_grad, weight_grad), grad)
+
+    samples: dict[str, list[float]] = {}
+    for loop_idx in range(loops + 1):
+        for suffix, run in (("forward", forward), ("train", train)):
+            for name, function in (("conv2d", conv2d), ("ours", ours)):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                run(function)
+                elapsed = time.perf_counter() - begin
+                if loop_idx:  # the first loop warms up
+                    samples.setdefault(f"{name}_{suffix}", []).append(elapsed / calls * 1e6)
+    torch.cuda.synchronize()
+    return {name: round(statistics.median(values), 2) for name, values in samples.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------- table
+def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[dict[str, Any]]:
+    """The rows of one problem, one for each layout asked for; a row that failed holds 'failed' instead of times."""
+    case, dtype = problem.case, problem.dtype
+    rows = [
+        {
+            "case": case.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "layout": layout,
+            "direction": problem.direction,
+            "bytes": case.bytes(dtype.itemsize),
+            "flops": case.flops(),
+        }
+        for layout in layouts
+    ]
+    pytorch = {
+        (layout, benchmark): Call(lambda layout=layout: problem.pytorch(layout), benchmark)
+        for layout in LAYOUTS
+        for benchmark in (False, True)
+    }
+    ours = {layout: Call(lambda layout=layout: problem.ours(layout)) for layout in layouts}
+
+    for key, call in list(pytorch.items()):
+        try:
+            watch.once(call)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            print(f"  PyTorch, {key[0]}, cudnn.benchmark={key[1]}: {first_line(error)}", flush=True)
+            del pytorch[key]
+    for row in rows:
+        layout = row["layout"]
+        try:
+            row["variant"] = variant_name(case, dtype, layout, problem.direction)
+            check(problem, layout, watch, row)
+            if not any(key[0] == layout for key in pytorch):
+                raise RuntimeError("PyTorch itself fails in this layout")
+        except Exception as error:  # whatever it is, the other rows are still measured
+            row["failed"] = first_line(error)
+            del ours[layout]
+
+    torch.cuda.empty_cache()
+    watch.time([*ours.values(), *pytorch.values()])
+    for row in rows:
+        if "failed" not in row:
+            call = ours[row["layout"]]
+            row["ours_ms"], row["ours_spread"] = call.median, call.spread
+            row["pytorch_ms"] = min(other.median for key, other in pytorch.items() if key[0] == row["layout"])
+            row["pytorch_any_layout_ms"] = min(other.median for other in pytorch.values())
+    return rows
+
+
+def check(problem: Problem, layout: str, watch: Stopwatch, row: dict[str, Any]) -> None:
+    """Raises unless our result is as close to float64 as PyTorch's own in the same dtype, times two.
+
+    PyTorch's comes without TF32, which its convolutions may use by default. One rounding of the largest value is
+    always allowed.
+    """
+    ours = watch.once(Call(lambda: problem.ours(layout)))
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        theirs = watch.once(Call(lambda: problem.pytorch(layout)))
+    finally:
+        torch.backends.cudnn.allow_tf32 = allow_tf32
+    if problem.direction != "grad_weight" and not ours.is_contiguous(memory_format=LAYOUTS[layout]):
+        raise RuntimeError(f"wrong layout: the result's strides are {ours.stride()}")
+    error, error_pytorch = problem.errors([ours, theirs])
+    allowed = max(2 * error_pytorch, torch.finfo(problem.dtype).eps)
+    row["error"], row["pytorch_error"] = error, error_pytorch
+    if not error <= allowed:
+        raise RuntimeError(f"wrong result: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}")
+
+
+def memory_needed(case: Case, dtype: torch.dtype) -> int:
+    """A generous guess at the bytes of GPU memory that a row takes: operands and results in both layouts."""
+    return 5 * case.bytes(dtype.itemsize) + 10 * 8 * CHUNK_ELEMENTS + FLUSH_BYTES
+
+
+HEADER = (
+    f"{'case':<13} {'dtype':<8} {'layout':<6} {'direction':<11} {'variant':<30} {'ours ms':>9} {'spread':>7} "
+    f"{'PyTorch':>9} {'any lay.':>9} {'speedup':>8} {'GB/s':>6} {'TFLOP/s':>8} {'of copy':>8}"
+)
+
+
+def slower(speedup: float) -> str:
+    """Marks a loss in a table."""
+    return "  slower" if speedup < LOSS else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The error's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
+def format_row(row: dict[str, Any], copy_tbps: float) -> str:
+    head = f"{row['case']:<13} {row['dtype']:<8} {row['layout']:<6} {row['direction']:<11} "
+    if "failed" in row:
+        return head + f"FAILED: {row['failed']}"
+    ms = row["ours_ms"]
+    rate, speedup = row["bytes"] / ms / 1e6, row["pytorch_ms"] / ms
+    return (
+        head + f"{row['variant']:<30} {ms:9.4f} {row['ours_spread']:7.1%} {row['pytorch_ms']:9.4f} "
+        f"{row['pytorch_any_layout_ms']:9.4f} {speedup:7.2f}x {rate:6.0f} {row['flops'] / ms / 1e9:8.2f} "
+        f"{rate / copy_tbps / 1000:8.1%}{slower(speedup)}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+def measure_models(names: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """Training steps of torchvision's networks, random weights and images, before and after replace_depthwise.
+
+    Returns the rows and the number of those that failed.
+    """
+    try:
+        import torchvision
+    except ImportError as error:
+        raise RuntimeError(
+            f"--model needs torchvision, which cannot be imported ({error}): pip install torchvision"
+        ) from error
+    print(
+        f"\ntorchvision {torchvision.__version__}; forward and backward, batch {MODEL_BATCH} at 224x224, "
+        "bfloat16 under autocast, cudnn.benchmark on, milliseconds of wall time a step"
+    )
+    print(f"{'model':<16} {'precision':<10} {'layout':<6} {'PyTorch':>9} {'ours':>9} {'speedup':>8}")
+    models, failed = [], 0
+    for name, precision, layout in itertools.product(names, ("float32", "bfloat16"), LAYOUTS):
+        print(f"{MODELS[name]:<16} {precision:<10} {layout:<6} ", end="", flush=True)
+        try:
+            model = measure_model(getattr(torchvision.models, name), MODELS[name], precision, layout)
+        except Exception as error:
+            print(f"FAILED: {first_line(error)}", flush=True)
+            failed += 1
+        else:
+            models.append(model)
+            before, after = model["pytorch_step_ms"], model["ours_step_ms"]
+            print(f"{before:9.2f} {after:9.2f} {before / after:7.2f}x{slower(before / after)}", flush=True)
+        torch.cuda.empty_cache()
+    return models, failed
+
+
+def measure_model(
+    build: Callable[..., nn.Module], title: str, precision: str, layout: str, rounds: int = 7, steps: int = 4
+) -> dict[str, Any]:
+    """One row of the network table; raises when the replaced network computes something else."""
+    torch.manual_seed(0)
+    before = build(weights=None).to(device="cuda", memory_format=LAYOUTS[layout])
+    after = depthwise_inline.replace_depthwise(copy.deepcopy(before))
+    images = torch.randn(MODEL_BATCH, 3, 224, 224, device="cuda").contiguous(memory_format=LAYOUTS[layout])
+    labels = torch.randint(1000, (MODEL_BATCH,), device="cuda")
+    autocast = torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision != "float32")
+    torch.backends.cudnn.benchmark = True
+
+    def step(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast:
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+
+    try:
+        with torch.no_grad(), autocast:
+            expected, actual = before.eval()(images).double(), after.eval()(images).double()
+        error = ((expected - actual).abs().amax() / expected.abs().amax()).item()
+        if not error <= (1e-3 if precision == "float32" else 5e-2):
+            raise RuntimeError(f"the outputs differ by {error:.1e} after replace_depthwise")
+        samples: dict[str, list[float]] = {"before": [], "after": []}
+        networks = {"before": before.train(), "after": after.train()}
+        for round_idx in range(rounds + 1):
+            for key, model in networks.items():
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for _ in range(steps):
+                    step(model)
+                torch.cuda.synchronize()
+                if round_idx:  # the first round warms up
+                    samples[key].append((time.perf_counter() - begin) / steps * 1e3)
+                model.zero_grad(set_to_none=True)
+    finally:
+        torch.backends.cudnn.benchmark = False
+    step_ms = {key: round(statistics.median(values), 3) for key, values in samples.items()}
+    return {
+        "model": title,
+        "batch": MODEL_BATCH,
+        "layout": layout,
+        "precision": precision,
+        "pytorch_step_ms": step_ms["before"],
+        "ours_step_ms": step_ms["after"],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+def print_machine() -> None:
+    """What the numbers below are valid for."""
+    print(
+        f"depthwise_inline {depthwise_inline.__version__}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"cuDNN {torch.backends.cudnn.version()}, Python {platform.python_version()}, {platform.system()}"
+    )
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        print(
+            f"{gpu.name}: compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
+            f"{gpu.total_memory / 2**30:.0f} GiB, driver {driver_version()}"
+        )
+    print(f"status: {depthwise_inline.status()}", flush=True)
+
+
+def driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"
+
+
+def machine() -> dict[str, str]:
+    """The GPU, the versions and the sources that a record is valid for."""
+    return {
+        "sources_sha256": report.sources_sha256(),
+        "gpu": torch.cuda.get_device_name(0),
+        "driver": driver_version(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def check_model_new(case: Case, device: str, batch: int) -> None:
+    """Compares ModelNew with the reference on the headline problem; raises when they differ."""
+    arguments = case.c, case.kernel_h, case.stride, case.padding
+    torch.manual_seed(0)
+    reference = Model(*arguments)
+    torch.manual_seed(0)
+    ours = depthwise_inline.ModelNew(*arguments)
+    theirs_state, ours_state = reference.state_dict(), ours.state_dict()
+    if list(theirs_state) != list(ours_state) or not all(
+        torch.equal(theirs_state[k], ours_state[k]) for k in ours_state
+    ):
+        raise RuntimeError("ModelNew and the reference differ in their weights under one seed")
+    reference, ours = reference.to(device), ours.to(device)
+    x = torch.rand(batch, *case.x_shape[1:], device=device)
+    with torch.no_grad():
+        expected, actual = reference(x), ours(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    print(
+        f"ModelNew gives the reference's result on {device}: x = rand{tuple(x.shape)}, kernel {case.kernel_h}, "
+        f"largest difference {(actual - expected).abs().max().item():.1e}",
+        flush=True,
+    )
+
+
+def without_gpu(case: Case, compile_kernels: bool) -> int:
+    """What can be shown without a GPU: the result on the CPU, and what the compiler makes of the kernels."""
+    check_model_new(case, "cpu", batch=1)
+    print(f"(batch 1 instead of {case.n}: on the CPU, ModelNew is F.conv2d)")
+    if compile_kernels:
+        print_compiler_report()
+    else:
+        print("The kernels were not compiled: --no-compile was given.")
+    if torch.version.cuda is None:
+        reason = f"this PyTorch ({torch.__version__}) is built without CUDA"
+    else:
+        reason = "PyTorch finds no NVIDIA GPU (torch.cuda.is_available() is False)"
+        if "CUDA_VISIBLE_DEVICES" in os.environ:
+            reason += f"; CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
+    print(f"Speed was not measured: {reason}.")
+    return 0
+
+
+def run_table(
+    cases: Sequence[Case],
+    args: argparse.Namespace,
+    watch: Stopwatch,
+    copy_tbps: float,
+    save: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Measures and prints the rows, one as soon as it is known; saves after each case."""
+    rows: list[dict[str, Any]] = []
+    total = len(cases) * len(args.dtype) * len(args.layout) * len(args.direction)
+    memory = torch.cuda.get_device_properties(0).total_memory
+    print(f"\n{'':>9}{HEADER}")
+    for case in cases:
+        for dtype, direction in itertools.product(args.dtype, args.direction):
+            identity = {"case": case.name, "dtype": dtype, "direction": direction}
+            needed = memory_needed(case, DTYPES[dtype])
+            try:
+                if needed > 0.9 * memory:
+                    raise MemoryError(f"needs about {needed / 2**30:.0f} GiB of GPU memory")
+                with torch.no_grad():
+                    new = measure(Problem(case, DTYPES[dtype], direction), args.layout, watch)
+            except Exception as error:  # whatever it is, the other rows are still measured
+                new = [{**identity, "layout": layout, "failed": first_line(error)} for layout in args.layout]
+            for row in new:
+                rows.append(row)
+                print(f"{len(rows):>4}/{total:<4}{format_row(row, copy_tbps)}", flush=True)
+            torch.cuda.empty_cache()
+        save(rows)
+    return rows
+
+
+def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Namespace) -> int:
+    """The main job: the check of ModelNew, then the table or the networks. Returns the number of failures."""
+    begin = time.perf_counter()
+    info = machine()
+    headline = cases[report.HEADLINE]
+    check_model_new(headline, "cuda", headline.n)
+    watch = Stopwatch()
+    copy_tbps, host_us = copy_bandwidth(watch), host_times()
+    print(f"copy bandwidth {copy_tbps:.2f} TB/s, read and written")
+    print("host microseconds a call: " + ", ".join(f"{name} {value:.1f}" for name, value in host_us.items()))
+
+    def save(rows: list[dict[str, Any]], models: Sequence[dict[str, Any]] = ()) -> None:
+        if args.json:
+            report.write_json(args.json, report.make_record(info, copy_tbps, host_us, rows, models))
+
+    rows: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
+    if args.model:
+        models, failures = measure_models(args.model)
+    else:
+        rows = run_table(chosen, args, watch, copy_tbps, save)
+        failures = sum("failed" in row for row in rows)
+        print(f"\n{report.format_means(rows, cases)}")
+    save(rows, models)
+    if args.record:
+        path = report.record_path(info["gpu"])
+        old = json.loads(path.read_text()) if path.exists() else None
+        report.write_json(path, report.make_record(info, copy_tbps, host_us, rows, models, old))
+        print(f"recorded in {path.relative_to(report.ROOT)}; python bench.py --readme brings it into the README")
+    print(f"{failures} failures, {time.perf_counter() - begin:.0f} s")
+    return failures
+
+
+def parse(argv: Sequence[str] | None, cases: dict[str, Case]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Speed of depthwise_inline beside PyTorch.")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="the headline problem and a case a family (the default)")
+    add("--all", action="store_true", help="every case")
+    add("--case", nargs="+", choices=cases, metavar="NAME", help=f"these cases: {', '.join(cases)}")
+    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
+    add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="default: all")
+    add("--model", nargs="+", choices=[*MODELS, "all"], help="training steps of these networks instead of the table")
+    add("--json", type=Path, metavar="FILE", help="also write what was measured to FILE")
+    add("--record", action="store_true", help="write results/bench_<gpu>.json; what it holds of the same sources stays")
+    add("--readme", action="store_true", help="write the README's tables from results/*.json and stop")
+    add("--no-compile", action="store_true", help="without a GPU: do not compile the kernels")
+    args = parser.parse_args(argv)
+    if args.model and "all" in args.model:
+        args.model = list(MODELS)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    cases = report.load_cases()
+    args = parse(argv, cases)
+    if args.readme:
+        report.README.write_text(report.update_readme(report.README.read_text(), report.load_records(), cases))
+        return 0
+    if args.case:
+        chosen = [cases[name] for name in args.case]
+    else:
+        chosen = [case for case in cases.values() if args.all or case.quick]
+    print_machine()
+    try:
+        if not torch.cuda.is_available():
+            return without_gpu(cases[report.HEADLINE], not args.no_compile)
+        return 1 if with_gpu(cases, chosen, args) else 0
+    except (RuntimeError, AssertionError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""What bench.py measures and what becomes of it: the cases, means, records in results/ and the README's tables."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+README = ROOT / "README.md"
+HEADLINE = "kb82"
+DIRECTIONS = ("forward", "grad_input", "grad_weight")
+LOSS = 1.0  # a speedup below this is a loss
+
+ROW_IDENTITY = ("case", "dtype", "layout", "direction")
+ROW_KEYS = (*ROW_IDENTITY, "variant", "ours_ms", "pytorch_ms", "pytorch_any_layout_ms", "bytes", "flops")
+MODEL_IDENTITY = ("model", "batch", "layout", "precision")
+MACHINE_KEYS = ("sources_sha256", "gpu", "driver", "torch", "cuda", "cudnn")
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+@dataclass(frozen=True)
+class Case:
+    """One depthwise problem: x (n, c, h, w), weight (c, 1, kernel_h, kernel_w), the same number for both axes."""
+
+    name: str
+    origin: str
+    family: str
+    quick: bool
+    n: int
+    c: int
+    h: int
+    w: int
+    kernel_h: int
+    kernel_w: int
+    stride: int
+    padding: int
+    dilation: int
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.c, 1, self.kernel_h, self.kernel_w
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        def size(image: int, kernel: int) -> int:
+            return (image + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+
+        return self.n, self.c, size(self.h, self.kernel_h), size(self.w, self.kernel_w)
+
+    def bytes(self, itemsize: int) -> int:
+        """Least traffic: the input-sized tensor, the output-sized tensor and the weights, once each.
+
+        The same in every direction, since a gradient has the shape of what it belongs to.
+        """
+        return sum(math.prod(shape) for shape in (self.x_shape, self.out_shape, self.weight_shape)) * itemsize
+
+    def flops(self) -> int:
+        """Multiplies and adds of every tap of every output, padding included; the same in every direction."""
+        return 2 * math.prod(self.out_shape) * self.kernel_h * self.kernel_w
+
+    def convolution_arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
+        """What aten.convolution takes after input, weight and bias."""
+        pair = [[value, value] for value in (self.stride, self.padding, self.dilation)]
+        return pair[0], pair[1], pair[2], False, [0, 0], self.c
+
+
+def load_cases() -> dict[str, Case]:
+    """The cases of bench_cases.json by name, in the order of the file."""
+    content = json.loads((ROOT / "bench_cases.json").read_text())
+    return {name: Case(name=name, **values) for name, values in content["cases"].items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- means
+def geometric_mean(values: Iterable[float]) -> float:
+    """The geometric mean; NaN of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def speedups(rows: Iterable[dict[str, Any]], direction: str | None = None, against: str = "pytorch_ms") -> list[float]:
+    return [row[against] / row["ours_ms"] for row in rows if direction in (None, row["direction"])]
+
+
+def format_means(rows: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
+    """Geometric means of the speedup, by family of cases and direction; the losses by name; over all."""
+    rows = [row for row in rows if "failed" not in row]
+    if not rows:
+        return "No row was measured."
+    directions = [name for name in DIRECTIONS if any(row["direction"] == name for row in rows)]
+    lines = [f"{'geometric mean of the speedup':<42}" + "".join(f"{name:>13}" for name in [*directions, "all"])]
+
+    def add(title: str, chosen: Sequence[dict[str, Any]], against: str = "pytorch_ms") -> None:
+        means = [geometric_mean(speedups(chosen, direction, against)) for direction in [*directions, None]]
+        lines.append(f"{title:<42}" + "".join(f"{'-':>13}" if math.isnan(m) else f"{m:12.2f}x" for m in means))
+
+    for family in dict.fromkeys(cases[row["case"]].family for row in rows):
+        add(f"  {family}", [row for row in rows if cases[row["case"]].family == family])
+    add("PyTorch's best in any layout", rows, "pytorch_any_layout_ms")
+    add("PyTorch's best in the same layout", rows)
+    slower = [row for row in rows if row["pytorch_ms"] < LOSS * row["ours_ms"]]
+    lines.insert(
+        0,
+        f"Slower than PyTorch in the same layout: {len(slower)} of {len(rows)} rows"
+        + "".join(
+            f"\n  {' '.join(row[key] for key in ROW_IDENTITY)}: {row['pytorch_ms'] / row['ours_ms']:.2f}x"
+            for row in slower
+        ),
+    )
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+def sources_sha256(root: Path = ROOT) -> str:
+    """Names the sources that a record belongs to: depthwise_inline.py and every file under kernels/."""
+    paths = [root / "depthwise_inline.py", *(path for path in (root / "kernels").rglob("*") if path.is_file())]
+    digest = hashlib.sha256()
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def make_record(
+    info: dict[str, str],
+    copy_tbps: float,
+    host_us: dict[str, float],
+    rows: Iterable[dict[str, Any]],
+    models: Iterable[dict[str, Any]],
+    old: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of results/bench_<gpu>.json.
+
+    What `old` holds stays, unless it was measured again, when it comes from the same sources, GPU and versions.
+    """
+    rows = list(rows)
+    failed = [{key: row[key] for key in (*ROW_IDENTITY, "failed")} for row in rows if "failed" in row]
+    rows = [{key: row[key] for key in ROW_KEYS} for row in rows if "failed" not in row]
+    models = list(models)
+    if old is not None and all(old.get(key) == info[key] for key in MACHINE_KEYS):
+        rows = _merge(old["rows"], rows, ROW_IDENTITY)
+        models = _merge(old["models"], models, MODEL_IDENTITY)
+    record = {
+        **info,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "copy_tbps": round(copy_tbps, 4),
+        "host_us": host_us,
+        "rows": rows,
+        "models": models,
+    }
+    return record | ({"failed": failed} if failed else {})
+
+
+def _merge(old: Iterable[dict], new: Iterable[dict], identity: Sequence[str]) -> list[dict]:
+    return list({tuple(entry[key] for key in identity): entry for entry in (*old, *new)}.values())
+
+
+def record_path(gpu: str) -> Path:
+    return RESULTS / f"bench_{re.sub('[^a-z0-9]+', '_', gpu.lower().removeprefix('nvidia ')).strip('_')}.json"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """One line a row, so that two records can be compared."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for key, value in content.items():
+        if isinstance(value, list) and value:
+            inner = ",\n".join("  " + json.dumps(entry) for entry in value)
+            parts.append(f" {json.dumps(key)}: [\n{inner}\n ]")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+# --------------------------------------------------------------------------------------------------------------- README
+def load_records() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("bench_*.json"))]
+
+
+def readme_headline(records: Sequence[dict[str, Any]]) -> str:
+    """The measured benefit in one or two sentences for each recorded GPU."""
+    paragraphs = []
+    for record in records:
+        rows = record["rows"]
+        means = [
+            f"{direction} {geometric_mean(values):.1f}x"
+            for direction in DIRECTIONS
+            if (values := speedups(rows, direction))
+        ]
+        text = f"Measured on one {record['gpu']}: "
+        wanted = (HEADLINE, "float32", "nchw", "forward")
+        for row in (row for row in rows if tuple(row[key] for key in ROW_IDENTITY) == wanted):
+            share = row["bytes"] / row["ours_ms"] / 1e9 / record["copy_tbps"]
+            text += (
+                f"3x3 over 16x64x512x512 in fp32 takes {row['ours_ms']:.3f} ms, PyTorch "
+                f"{row['pytorch_ms']:.3f} ms ({row['pytorch_ms'] / row['ours_ms']:.2f}x; {share:.0%} of the copy "
+                "bandwidth). "
+            )
+        slower = sum(speed < LOSS for speed in speedups(rows))
+        paragraphs.append(
+            text + f"Geometric mean over {len(rows)} measured rows against PyTorch's best mode in the "
+            f"same layout: {', '.join(means)}; {slower} rows are slower."
+        )
+    return "\n\n".join(paragraphs) or "No GPU run is recorded in `results/` yet, so no speed is claimed here."
+
+
+def readme_speed(records: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
+    """The README's tables: speedups by case, losses, host time, networks, and every row folded away."""
+    return "\n\n".join(_readme_record(record, cases) for record in records) or (
+        "No GPU run is recorded in `results/` yet. `python bench.py --all --record` on a GPU writes one."
+    )
+
+
+def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
+    rows, models, host = record["rows"], record["models"], record["host_us"]
+    lines = [
+        f"### {record['gpu']}",
+        "",
+        f"torch {record['torch']}, CUDA {record['cuda']}, cuDNN {record['cudnn']}, driver {record['driver']}, "
+        f"{record['date'][:10]}. Copy bandwidth {record['copy_tbps']:.2f} TB/s, read and written.",
+        "",
+        "Speedup over PyTorch's best mode in the same layout: geometric mean over dtypes and layouts, "
+        "lowest and highest in brackets.",
+        "",
+    ]
+
+    def cell(chosen: Sequence[dict[str, Any]], direction: str | None, against: str = "pytorch_ms") -> str:
+        values = speedups(chosen, direction, against)
+        return f"{geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "not measured"
+
+    lines += _table_head("case", "from", "problem", *DIRECTIONS)
+    for name in dict.fromkeys(row["case"] for row in rows):
+        case, chosen = cases[name], [row for row in rows if row["case"] == name]
+        problem = (
+            f"{'x'.join(map(str, case.x_shape))}, kernel {case.kernel_h}x{case.kernel_w}"
+            + (f", stride {case.stride}" if case.stride > 1 else "")
+            + (f", dilation {case.dilation}" if case.dilation > 1 else "")
+        )
+        lines.append(_table_row(name, case.origin, problem, *(cell(chosen, direction) for direction in DIRECTIONS)))
+    lines.append(_table_row("all", "", "", *(cell(rows, direction) for direction in DIRECTIONS)))
+    lines.append(
+        _table_row(
+            "all",
+            "",
+            "against PyTorch's best in any layout",
+            *(cell(rows, direction, "pytorch_any_layout_ms") for direction in DIRECTIONS),
+        )
+    )
+
+    slower = [row for row in rows if row["pytorch_ms"] < LOSS * row["ours_ms"]]
+    lines += ["", f"Slower than PyTorch in the same layout: {len(slower)} of {len(rows)} rows."]
+    lines += [
+        f"- {' '.join(row[key] for key in ROW_IDENTITY)}: {row['pytorch_ms'] / row['ours_ms']:.2f}x" for row in slower
+    ]
+    for row in record.get("failed", ()):
+        lines.append(f"- {' '.join(row[key] for key in ROW_IDENTITY)}: failed, {row['failed']}")
+    lines += [
+        "",
+        f"Host time of a call: forward {host['ours_forward']:.1f} us (F.conv2d {host['conv2d_forward']:.1f})"
+        f", forward and backward {host['ours_train']:.1f} us (F.conv2d {host['conv2d_train']:.1f}).",
+    ]
+    if models:
+        lines += ["", "Training step (forward and backward) at 224x224 before and after `replace_depthwise`:", ""]
+        lines += _table_head("network", "batch", "precision", "layout", "PyTorch ms", "ours ms", "speedup")
+        lines += [
+            _table_row(
+                m["model"],
+                m["batch"],
+                m["precision"],
+                m["layout"],
+                f"{m['pytorch_step_ms']:.1f}",
+                f"{m['ours_step_ms']:.1f}",
+                f"{m['pytorch_step_ms'] / m['ours_step_ms']:.2f}",
+            )
+            for m in models
+        ]
+    lines += ["", f"<details><summary>All {len(rows)} rows</summary>", ""]
+    lines += _table_head(*ROW_IDENTITY, "variant", "ours ms", "PyTorch ms", "any layout ms", "speedup", "of copy")
+    for row in rows:
+        share = row["bytes"] / row["ours_ms"] / 1e9 / record["copy_tbps"]
+        lines.append(
+            _table_row(
+                *(row[key] for key in ROW_IDENTITY),
+                row["variant"],
+                f"{row['ours_ms']:.4f}",
+                f"{row['pytorch_ms']:.4f}",
+                f"{row['pytorch_any_layout_ms']:.4f}",
+                f"{row['pytorch_ms'] / row['ours_ms']:.2f}",
+                f"{share:.0%}",
+            )
+        )
+    return "\n".join([*lines, "", "</details>"])
+
+
+def _table_row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _table_head(*titles: str) -> list[str]:
+    return [_table_row(*titles), "|---" * len(titles) + "|"]
+
+
+def update_readme(text: str, records: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
+    """The README's text with everything between its markers generated anew."""
+    for name, block in (("headline", readme_headline(records)), ("speed", readme_speed(records, cases))):
+        begin, end = f"<!-- {name}: written by bench.py --readme -->", f"<!-- end of {name} -->"
+        head, _, rest = text.partition(begin)
+        _, found, tail = rest.partition(end)
+        if not found:
+            raise ValueError(f"README.md lacks the markers '{begin}' and '{end}'")
+        text = f"{head}{begin}\n{block}\n{end}{tail}"
+    return text
