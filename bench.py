@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -66,7 +67,7 @@ class Model(nn.Module):
         return self.conv2d(x)
 
 
-# ----------------------------------------------------------------------------------------------------------- operations
+# ---- operations
 class Problem:
     """The operands of one case, dtype and direction in both layouts, and the functions to compare on them."""
 
@@ -145,7 +146,7 @@ def _convolution(case: Case, direction: str, x: Tensor, weight: Tensor, grad: Te
     return backward(grad, x, weight, None, *case.convolution_arguments(), mask)[mask.index(True)]
 
 
-# --------------------------------------------------------------------------------------------------------------- timing
+# ---- timing
 @dataclass
 class Call:
     """A function to time, the state of torch.backends.cudnn.benchmark it runs in, and its times in milliseconds."""
@@ -262,7 +263,7 @@ def host_times(calls: int = 200, loops: int = 15) -> dict[str, float]:
     return {name: round(statistics.median(values), 2) for name, values in samples.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------- table
+# ---- table
 def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[dict[str, Any]]:
     """The rows of one problem, one for each layout asked for; a row that failed holds 'failed' instead of times."""
     case, dtype = problem.case, problem.dtype
@@ -287,13 +288,13 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
     for key, call in list(pytorch.items()):
         try:
             watch.once(call)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except RuntimeError as error:
             print(f"  PyTorch, {key[0]}, cudnn.benchmark={key[1]}: {first_line(error)}", flush=True)
             del pytorch[key]
     for row in rows:
         layout = row["layout"]
         try:
-            row["variant"] = variant_name(case, dtype, layout, problem.direction)
+            row["variant"] = depthwise_inline._select(problem.direction, dtype, layout == "nhwc", case.sizes())[0]
             check(problem, layout, watch, row)
             if not any(key[0] == layout for key in pytorch):
                 raise RuntimeError("PyTorch itself fails in this layout")
@@ -301,8 +302,9 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
             row["failed"] = first_line(error)
             del ours[layout]
 
-    torch.cuda.empty_cache()
-    watch.time([*ours.values(), *pytorch.values()])
+    if ours:
+        torch.cuda.empty_cache()
+        watch.time([*ours.values(), *pytorch.values()])
     for row in rows:
         if "failed" not in row:
             call = ours[row["layout"]]
@@ -368,7 +370,7 @@ def format_row(row: dict[str, Any], copy_tbps: float) -> str:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# ---- models
 def measure_models(names: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
     """Training steps of torchvision's networks, random weights and images, before and after replace_depthwise.
 
@@ -450,7 +452,7 @@ def measure_model(
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ---- main
 def print_machine() -> None:
     """What the numbers below are valid for."""
     print(
@@ -463,7 +465,7 @@ def print_machine() -> None:
             f"{gpu.name}: compute capability {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} multiprocessors, "
             f"{gpu.total_memory / 2**30:.0f} GiB, driver {driver_version()}"
         )
-    print(f"status: {depthwise_inline.status()}", flush=True)
+    print(depthwise_inline.status(), flush=True)
 
 
 def driver_version() -> str:
@@ -510,15 +512,45 @@ def check_model_new(case: Case, device: str, batch: int) -> None:
     )
 
 
-def without_gpu(case: Case, compile_kernels: bool) -> int:
+def print_compiler_report(cases: Sequence[Case], args: argparse.Namespace) -> None:
+    """Builds the operator library, then compiles it and the specialisations of the cases once more for their report."""
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    try:
+        architecture = "sm_" + re.sub(r"\D", "", re.split("[ ,;]", os.environ["TORCH_CUDA_ARCH_LIST"])[0])
+        begin = time.perf_counter()
+        depthwise_inline.precompile()
+        print(
+            f"\noperator library ready for {os.environ['TORCH_CUDA_ARCH_LIST']} in {time.perf_counter() - begin:.1f} s"
+        )
+        sources: dict[str, str | None] = {"operators": None}
+        for case, direction in itertools.product(cases, args.direction):
+            for dtype, layout in itertools.product(args.dtype, args.layout):
+                name, source = depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
+                if source:
+                    sources.setdefault(name.rpartition("/")[0], source)
+        print(f"compiling for {architecture}; registers and bytes of each kernel:")
+        for name, source in sources.items():
+            result = depthwise_inline._compiler_report(source, architecture)
+            print(f"{name}: {len(result.kernels)} kernels in {result.seconds:.1f} s")
+            for kernel in result.kernels:
+                print(
+                    f"  {kernel.registers:>4} registers {kernel.spill_stores + kernel.spill_loads:>5} spilled "
+                    f"{kernel.shared_bytes:>6} shared  {kernel.name}",
+                    flush=True,
+                )
+    except depthwise_inline.BuildError as error:
+        print(f"The kernels were not compiled: {error}")
+
+
+def without_gpu(headline: Case, chosen: Sequence[Case], args: argparse.Namespace) -> int:
     """What can be shown without a GPU: the result on the CPU, and what the compiler makes of the kernels."""
-    check_model_new(case, "cpu", batch=1)
-    print(f"(batch 1 instead of {case.n}: on the CPU, ModelNew is F.conv2d)")
-    if compile_kernels:
-        print_compiler_report()
-    else:
+    check_model_new(headline, "cpu", batch=1)
+    print(f"(batch 1 instead of {headline.n}: on the CPU, ModelNew is F.conv2d)")
+    if args.no_compile:
         print("The kernels were not compiled: --no-compile was given.")
-    if torch.version.cuda is None:
+    else:
+        print_compiler_report(chosen, args)
+    if torch.version.cuda is None:  # for the CPU alone, or for ROCm
         reason = f"this PyTorch ({torch.__version__}) is built without CUDA"
     else:
         reason = "PyTorch finds no NVIDIA GPU (torch.cuda.is_available() is False)"
@@ -533,28 +565,30 @@ def run_table(
     args: argparse.Namespace,
     watch: Stopwatch,
     copy_tbps: float,
-    save: Callable[[list[dict[str, Any]]], None],
+    save: Callable[[Sequence[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """Measures and prints the rows, one as soon as it is known; saves after each case."""
-    rows: list[dict[str, Any]] = []
-    total = len(cases) * len(args.dtype) * len(args.layout) * len(args.direction)
     memory = torch.cuda.get_device_properties(0).total_memory
+    groups = []
+    for case, dtype in itertools.product(cases, args.dtype):
+        needed = memory_needed(case, DTYPES[dtype])
+        if needed < 0.9 * memory:
+            groups += [(case, dtype, direction) for direction in args.direction]
+        else:
+            print(f"{case.name} {dtype} is left out: it needs about {needed / 2**30:.0f} GiB of GPU memory")
     print(f"\n{'':>9}{HEADER}")
-    for case in cases:
-        for dtype, direction in itertools.product(args.dtype, args.direction):
-            identity = {"case": case.name, "dtype": dtype, "direction": direction}
-            needed = memory_needed(case, DTYPES[dtype])
-            try:
-                if needed > 0.9 * memory:
-                    raise MemoryError(f"needs about {needed / 2**30:.0f} GiB of GPU memory")
-                with torch.no_grad():
-                    new = measure(Problem(case, DTYPES[dtype], direction), args.layout, watch)
-            except Exception as error:  # whatever it is, the other rows are still measured
-                new = [{**identity, "layout": layout, "failed": first_line(error)} for layout in args.layout]
-            for row in new:
-                rows.append(row)
-                print(f"{len(rows):>4}/{total:<4}{format_row(row, copy_tbps)}", flush=True)
+    rows: list[dict[str, Any]] = []
+    for case, dtype, direction in groups:
+        try:
             torch.cuda.empty_cache()
+            with torch.no_grad():
+                new = measure(Problem(case, DTYPES[dtype], direction), args.layout, watch)
+        except Exception as error:  # whatever it is, the other rows are still measured
+            identity = {"case": case.name, "dtype": dtype, "direction": direction}
+            new = [{**identity, "layout": layout, "failed": first_line(error)} for layout in args.layout]
+        for row in new:
+            rows.append(row)
+            print(f"{len(rows):>4}/{len(groups) * len(args.layout):<4}{format_row(row, copy_tbps)}", flush=True)
         save(rows)
     return rows
 
@@ -569,35 +603,36 @@ def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Name
     copy_tbps, host_us = copy_bandwidth(watch), host_times()
     print(f"copy bandwidth {copy_tbps:.2f} TB/s, read and written")
     print("host microseconds a call: " + ", ".join(f"{name} {value:.1f}" for name, value in host_us.items()))
+    path = report.record_path(info["gpu"])
+    old = json.loads(path.read_text()) if args.record and path.exists() else None
 
-    def save(rows: list[dict[str, Any]], models: Sequence[dict[str, Any]] = ()) -> None:
+    def save(rows: Sequence[dict[str, Any]] = (), models: Sequence[dict[str, Any]] = ()) -> None:
         if args.json:
             report.write_json(args.json, report.make_record(info, copy_tbps, host_us, rows, models))
+        if args.record:
+            report.write_json(path, report.make_record(info, copy_tbps, host_us, rows, models, old))
 
-    rows: list[dict[str, Any]] = []
-    models: list[dict[str, Any]] = []
     if args.model:
         models, failures = measure_models(args.model)
+        save(models=models)
     else:
         rows = run_table(chosen, args, watch, copy_tbps, save)
         failures = sum("failed" in row for row in rows)
         print(f"\n{report.format_means(rows, cases)}")
-    save(rows, models)
     if args.record:
-        path = report.record_path(info["gpu"])
-        old = json.loads(path.read_text()) if path.exists() else None
-        report.write_json(path, report.make_record(info, copy_tbps, host_us, rows, models, old))
         print(f"recorded in {path.relative_to(report.ROOT)}; python bench.py --readme brings it into the README")
     print(f"{failures} failures, {time.perf_counter() - begin:.0f} s")
     return failures
 
 
-def parse(argv: Sequence[str] | None, cases: dict[str, Case]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed of depthwise_inline beside PyTorch.")
-    add = parser.add_argument
-    add("--quick", action="store_true", help="the headline problem and a case a family (the default)")
-    add("--all", action="store_true", help="every case")
-    add("--case", nargs="+", choices=cases, metavar="NAME", help=f"these cases: {', '.join(cases)}")
+def parser(cases: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line; `cases` are the names that --case takes."""
+    result = argparse.ArgumentParser(description="Speed of depthwise_inline beside PyTorch.")
+    add = result.add_argument
+    which = result.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="the headline problem and a case a family (the default)")
+    which.add_argument("--all", action="store_true", help="every case")
+    which.add_argument("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}")
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="default: all")
@@ -606,15 +641,14 @@ def parse(argv: Sequence[str] | None, cases: dict[str, Case]) -> argparse.Namesp
     add("--record", action="store_true", help="write results/bench_<gpu>.json; what it holds of the same sources stays")
     add("--readme", action="store_true", help="write the README's tables from results/*.json and stop")
     add("--no-compile", action="store_true", help="without a GPU: do not compile the kernels")
-    args = parser.parse_args(argv)
-    if args.model and "all" in args.model:
-        args.model = list(MODELS)
-    return args
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     cases = report.load_cases()
-    args = parse(argv, cases)
+    args = parser(cases).parse_args(argv)
+    if args.model and "all" in args.model:
+        args.model = list(MODELS)
     if args.readme:
         report.README.write_text(report.update_readme(report.README.read_text(), report.load_records(), cases))
         return 0
@@ -624,8 +658,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [case for case in cases.values() if args.all or case.quick]
     print_machine()
     try:
-        if not torch.cuda.is_available():
-            return without_gpu(cases[report.HEADLINE], not args.no_compile)
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return without_gpu(cases[report.HEADLINE], chosen, args)
         return 1 if with_gpu(cases, chosen, args) else 0
     except (RuntimeError, AssertionError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ MODEL_IDENTITY = ("model", "batch", "layout", "precision")
 MACHINE_KEYS = ("sources_sha256", "gpu", "driver", "torch", "cuda", "cudnn")
 
 
-# ---------------------------------------------------------------------------------------------------------------- cases
+# ---- cases
 @dataclass(frozen=True)
 class Case:
     """One depthwise problem: x (n, c, h, w), weight (c, 1, kernel_h, kernel_w), the same number for both axes."""
@@ -70,6 +70,11 @@ class Case:
         """Multiplies and adds of every tap of every output, padding included; the same in every direction."""
         return 2 * math.prod(self.out_shape) * self.kernel_h * self.kernel_w
 
+    def sizes(self) -> tuple[int, ...]:
+        """The problem as the selection of a kernel takes it: depth multiplier 1, tensors aligned to 16 bytes."""
+        pairs = [value for value in (self.stride, self.padding, self.dilation) for _ in "hw"]
+        return (self.n, self.c, 1, self.h, self.w, self.kernel_h, self.kernel_w, *pairs, 1)
+
     def convolution_arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
         """What aten.convolution takes after input, weight and bias."""
         pair = [[value, value] for value in (self.stride, self.padding, self.dilation)]
@@ -82,7 +87,7 @@ def load_cases() -> dict[str, Case]:
     return {name: Case(name=name, **values) for name, values in content["cases"].items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- means
+# ---- means
 def geometric_mean(values: Iterable[float]) -> float:
     """The geometric mean; NaN of nothing."""
     logs = [math.log(value) for value in values]
@@ -121,10 +126,11 @@ def format_means(rows: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------- records
+# ---- records
 def sources_sha256(root: Path = ROOT) -> str:
     """Names the sources that a record belongs to: depthwise_inline.py and every file under kernels/."""
     paths = [root / "depthwise_inline.py", *(path for path in (root / "kernels").rglob("*") if path.is_file())]
+    paths = [path for path in paths if "__pycache__" not in path.parts]
     digest = hashlib.sha256()
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -182,7 +188,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
-# --------------------------------------------------------------------------------------------------------------- README
+# ---- README
 def load_records() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("bench_*.json"))]
 

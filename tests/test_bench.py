@@ -1,0 +1,260 @@
+"""bench.py without a GPU: the run itself, the arithmetic of its numbers, the records and the README's tables."""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import bench_report as report
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = report.load_cases()
+SMALL = report.Case(
+    "small", "a test", "3x3", True, n=3, c=4, h=9, w=7, kernel_h=3, kernel_w=5, stride=2, padding=1, dilation=1
+)
+
+
+def run_bench(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "bench.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def row(case="kb82", dtype="float32", layout="nchw", direction="forward", ours=1.0, pytorch=2.0, any_layout=1.5):
+    problem = CASES[case]
+    return {
+        "case": case,
+        "dtype": dtype,
+        "layout": layout,
+        "direction": direction,
+        "variant": "f32_nchw_3x3/a",
+        "ours_ms": ours,
+        "pytorch_ms": pytorch,
+        "pytorch_any_layout_ms": any_layout,
+        "bytes": problem.bytes(4),
+        "flops": problem.flops(),
+    }
+
+
+INFO = {
+    "sources_sha256": "0" * 64,
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "driver": "1",
+    "torch": "2",
+    "cuda": "13.0",
+    "cudnn": "9",
+}
+HOST = {"conv2d_forward": 10.0, "ours_forward": 11.0, "conv2d_train": 50.0, "ours_train": 60.0}
+MODEL = {
+    "model": "MobileNetV2",
+    "batch": 128,
+    "layout": "nchw",
+    "precision": "float32",
+    "pytorch_step_ms": 60.0,
+    "ours_step_ms": 40.0,
+}
+
+
+# ---- runs
+def test_without_a_gpu_it_checks_the_result_and_says_what_is_missing():
+    done = run_bench("--no-compile")
+    assert done.returncode == 0, done.stderr
+    assert "ModelNew gives the reference's result on cpu" in done.stdout
+    assert "batch 1 instead of 16" in done.stdout
+    assert "not compiled: --no-compile" in done.stdout
+    assert "Speed was not measured: " in done.stdout
+
+
+def test_unknown_case_is_refused_with_the_list_of_cases():
+    done = run_bench("--case", "kb99")
+    assert done.returncode == 2
+    assert "kb82" in done.stderr
+
+
+def test_model_new_that_computes_something_else_is_found(monkeypatch):
+    class Wrong(bench.Model):
+        def forward(self, x):
+            return super().forward(x) * 1.001
+
+    monkeypatch.setattr(bench.depthwise_inline, "ModelNew", Wrong)
+    with pytest.raises(AssertionError):
+        bench.check_model_new(SMALL_SQUARE, "cpu", 1)
+
+
+def test_model_new_with_other_weights_is_found(monkeypatch):
+    def wrong(*arguments):
+        torch.rand(1)
+        return bench.Model(*arguments)
+
+    monkeypatch.setattr(bench.depthwise_inline, "ModelNew", wrong)
+    with pytest.raises(RuntimeError, match="differ in their weights"):
+        bench.check_model_new(SMALL_SQUARE, "cpu", 1)
+
+
+SMALL_SQUARE = report.Case("square", "a test", "3x3", True, 1, 4, 9, 9, 3, 3, stride=1, padding=1, dilation=1)
+
+
+# ---- numbers
+def test_headline_is_problem_82_of_kernelbench_level_1():
+    case = CASES[report.HEADLINE]
+    assert (case.x_shape, case.weight_shape) == ((16, 64, 512, 512), (64, 1, 3, 3))
+    assert (case.stride, case.padding, case.dilation) == (1, 0, 1)
+    assert case.out_shape == (16, 64, 510, 510)
+
+
+@pytest.mark.parametrize("case", [*CASES.values(), SMALL], ids=lambda case: case.name)
+def test_output_shapes_are_those_of_conv2d(case):
+    x, weight = torch.empty(case.x_shape, device="meta"), torch.empty(case.weight_shape, device="meta")
+    out = torch.nn.functional.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.c)
+    assert case.out_shape == tuple(out.shape)
+
+
+def test_bytes_count_input_output_and_weights_once():
+    elements = 3 * 4 * 9 * 7 + 3 * 4 * 5 * 3 + 4 * 3 * 5
+    assert SMALL.out_shape == (3, 4, 5, 3)
+    assert SMALL.bytes(2) == 2 * elements
+    # At 3.00 TB/s the headline problem takes 0.713 ms.
+    assert CASES["kb82"].bytes(4) / 3.00e12 == pytest.approx(0.713e-3, rel=2e-3)
+
+
+def test_flops_count_every_tap_of_every_output():
+    assert SMALL.flops() == 2 * (3 * 4 * 5 * 3) * 15
+
+
+def test_geometric_mean():
+    assert report.geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert math.isnan(report.geometric_mean([]))
+
+
+def test_quick_has_the_headline_and_a_case_of_every_family():
+    quick = [case for case in CASES.values() if case.quick]
+    assert report.HEADLINE in [case.name for case in quick]
+    assert {case.family for case in quick} == {case.family for case in CASES.values()}
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "count"),
+    [(0.001, bench.MAX_REPS), (2.0, 30), (20.0, bench.MIN_REPS), (134.0, bench.SLOW_REPS)],
+)
+def test_repetitions_follow_the_duration(milliseconds, count):
+    assert bench.repetitions(milliseconds) == count
+
+
+def test_median_and_spread():
+    call = bench.Call(lambda: None, times=[float(t) for t in range(95, 106)])
+    assert call.median == 100.0
+    assert call.spread == pytest.approx(0.04)
+
+
+# ---- results
+@pytest.mark.parametrize("direction", report.DIRECTIONS)
+@pytest.mark.parametrize("layout", bench.LAYOUTS)
+@pytest.mark.parametrize("dtype", bench.DTYPES.values(), ids=bench.DTYPES)
+def test_both_sides_compute_the_same_and_errors_finds_planted_ones(direction, layout, dtype, monkeypatch):
+    monkeypatch.setattr(bench, "CHUNK_ELEMENTS", 1)  # a piece for each image
+    problem = bench.Problem(SMALL, dtype, direction, "cpu")
+    ours, theirs = problem.ours(layout), problem.pytorch(layout)
+    wrong = theirs.clone()
+    wrong[-1, -1, -1, -1] += wrong.abs().max() * 0.5
+    holed = theirs.clone()
+    holed[0, 0, 0, 0] = math.nan
+    errors = problem.errors([ours, theirs, wrong, holed, theirs[..., :-1]])
+    eps = torch.finfo(dtype).eps
+    assert errors[0] <= 4 * eps and errors[1] <= 4 * eps
+    assert errors[2] > 0.4
+    assert math.isnan(errors[3]) and math.isnan(errors[4])
+
+
+def test_a_row_of_the_table():
+    text = bench.format_row({**row(ours=1.0, pytorch=2.5), "ours_spread": 0.01}, copy_tbps=3.0)
+    assert "2.50x" in text and "71.3%" in text and "slower" not in text
+    assert "slower" in bench.format_row({**row(ours=1.0, pytorch=0.9), "ours_spread": 0.01}, copy_tbps=3.0)
+    failed = {key: row()[key] for key in report.ROW_IDENTITY} | {"failed": "RuntimeError: no"}
+    assert "FAILED: RuntimeError: no" in bench.format_row(failed, copy_tbps=3.0)
+
+
+def test_means_name_the_losses():
+    rows = [row(ours=1.0, pytorch=4.0), row(layout="nhwc", ours=1.0, pytorch=0.25, any_layout=0.25)]
+    text = report.format_means(rows, CASES)
+    assert "1 of 2 rows" in text
+    assert "kb82 float32 nhwc forward: 0.25x" in text
+    assert "1.00x" in text.splitlines()[-1]
+
+
+# ---- records
+def test_record_has_the_agreed_fields(tmp_path):
+    failed = {key: row("kb83")[key] for key in report.ROW_IDENTITY} | {"failed": "RuntimeError: no"}
+    record = report.make_record(INFO, 3.0, HOST, [row() | {"ours_spread": 0.1, "error": 0.0}, failed], [MODEL])
+    path = tmp_path / "results" / "bench.json"
+    report.write_json(path, record)
+    assert json.loads(path.read_text()) == record
+    assert set(record) == {*INFO, "date", "copy_tbps", "host_us", "rows", "models", "failed"}
+    assert list(record["rows"][0]) == list(report.ROW_KEYS)
+    assert record["failed"] == [failed]
+    assert "failed" not in report.make_record(INFO, 3.0, HOST, [row()], [])
+
+
+def test_record_keeps_what_the_same_sources_measured_before():
+    old = report.make_record(INFO, 3.0, HOST, [row(ours=1.0), row("kb83")], [MODEL])
+    new = report.make_record(INFO, 2.9, HOST, [row(ours=0.5)], [], old)
+    assert [(r["case"], r["ours_ms"]) for r in new["rows"]] == [("kb82", 0.5), ("kb83", 1.0)]
+    assert new["models"] == [MODEL]
+    other = report.make_record({**INFO, "sources_sha256": "1" * 64}, 2.9, HOST, [row(ours=0.5)], [], old)
+    assert len(other["rows"]) == 1 and not other["models"]
+
+
+def test_record_is_named_after_the_gpu():
+    assert report.record_path("NVIDIA H100 80GB HBM3").name == "bench_h100_80gb_hbm3.json"
+    assert report.record_path("Tesla T4").name == "bench_tesla_t4.json"
+
+
+def test_sources_sha256_covers_the_module_and_every_kernel_file(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    files = {"kernels/b.cuh": b"b", "kernels/a.cu": b"a", "depthwise_inline.py": b"m"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    expected = hashlib.sha256()
+    for name in sorted(files):
+        expected.update(name.encode() + b"\0" + files[name] + b"\0")
+    assert report.sources_sha256(tmp_path) == expected.hexdigest()
+
+
+# ---- README tables
+def test_readme_tables_come_from_the_records_and_show_losses():
+    rows = [row(), row(layout="nhwc", pytorch=0.5, any_layout=0.5), row("mbv2_56", direction="grad_input")]
+    record = report.make_record(INFO, 3.0, HOST, rows, [MODEL])
+    headline, speed = report.readme_headline([record]), report.readme_speed([record], CASES)
+    assert "NVIDIA H100 80GB HBM3" in headline and "2.00x; 71%" in headline and "1 rows are slower" in headline
+    assert "1 of 3 rows" in speed and "- kb82 float32 nhwc forward: 0.50x" in speed
+    assert "| MobileNetV2 | 128 | float32 | nchw | 60.0 | 40.0 | 1.50 |" in speed
+    assert speed.count("| 1.0000 |") == len(rows)
+
+
+def test_readme_says_so_when_nothing_is_recorded():
+    assert "no speed is claimed" in report.readme_headline([])
+    assert "No GPU run is recorded" in report.readme_speed([], CASES)
+
+
+def test_update_readme_replaces_what_stands_between_the_markers():
+    text = (ROOT / "README.md").read_text()
+    record = report.make_record(INFO, 3.0, HOST, [row()], [])
+    filled = report.update_readme(text, [copy.deepcopy(record)], CASES)
+    assert filled != text
+    assert report.update_readme(filled, report.load_records(), CASES) == report.update_readme(
+        text, report.load_records(), CASES
+    )
+    with pytest.raises(ValueError, match="lacks the markers"):
+        report.update_readme("no markers", [], CASES)
