@@ -181,8 +181,8 @@ class Stopwatch:
     first would decide for both. So calls with the flag on run in a thread of their own.
     """
 
-    def __init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    def __init__(self, device: str = "cuda") -> None:
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         self.worker = ThreadPoolExecutor(max_workers=1)
 
     def once(self, call: Call) -> Any:
@@ -456,8 +456,8 @@ def measure_model(
 def print_machine() -> None:
     """What the numbers below are valid for."""
     print(
-        f"depthwise_inline {depthwise_inline.__version__}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"cuDNN {torch.backends.cudnn.version()}, Python {platform.python_version()}, {platform.system()}"
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
+        f"Python {platform.python_version()}, {platform.platform()}"
     )
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
@@ -512,16 +512,24 @@ def check_model_new(case: Case, device: str, batch: int) -> None:
     )
 
 
-def print_compiler_report(cases: Sequence[Case], args: argparse.Namespace) -> None:
-    """Builds the operator library, then compiles it and the specialisations of the cases once more for their report."""
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+def print_compiler_report(cases: Sequence[Case], args: argparse.Namespace) -> int:
+    """Builds the operator library, then compiles it and the specialisations of the cases once more for their report.
+
+    Returns the number of failures; a machine without a compiler is none.
+    """
     try:
-        architecture = "sm_" + re.sub(r"\D", "", re.split("[ ,;]", os.environ["TORCH_CUDA_ARCH_LIST"])[0])
-        begin = time.perf_counter()
+        depthwise_inline._find_compiler()
+        depthwise_inline._cxx_command()
+        depthwise_inline._ninja_folder()
+    except depthwise_inline.BuildError as error:
+        print(f"The kernels were not compiled: {error}")
+        return 0
+    wanted = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+    architecture = "sm_" + re.sub(r"\D", "", re.split("[ ,;]", wanted)[0])
+    begin = time.perf_counter()
+    try:
         depthwise_inline.precompile()
-        print(
-            f"\noperator library ready for {os.environ['TORCH_CUDA_ARCH_LIST']} in {time.perf_counter() - begin:.1f} s"
-        )
+        print(f"\noperator library for {wanted} ready in {time.perf_counter() - begin:.1f} s")
         sources: dict[str, str | None] = {"operators": None}
         for case, direction in itertools.product(cases, args.direction):
             for dtype, layout in itertools.product(args.dtype, args.layout):
@@ -539,17 +547,20 @@ def print_compiler_report(cases: Sequence[Case], args: argparse.Namespace) -> No
                     flush=True,
                 )
     except depthwise_inline.BuildError as error:
-        print(f"The kernels were not compiled: {error}")
+        print(f"FAILED: {error}")
+        return 1
+    return 0
 
 
 def without_gpu(headline: Case, chosen: Sequence[Case], args: argparse.Namespace) -> int:
     """What can be shown without a GPU: the result on the CPU, and what the compiler makes of the kernels."""
     check_model_new(headline, "cpu", batch=1)
     print(f"(batch 1 instead of {headline.n}: on the CPU, ModelNew is F.conv2d)")
+    failures = 0
     if args.no_compile:
         print("The kernels were not compiled: --no-compile was given.")
     else:
-        print_compiler_report(chosen, args)
+        failures = print_compiler_report(chosen, args)
     if torch.version.cuda is None:  # for the CPU alone, or for ROCm
         reason = f"this PyTorch ({torch.__version__}) is built without CUDA"
     else:
@@ -557,7 +568,7 @@ def without_gpu(headline: Case, chosen: Sequence[Case], args: argparse.Namespace
         if "CUDA_VISIBLE_DEVICES" in os.environ:
             reason += f"; CUDA_VISIBLE_DEVICES is {os.environ['CUDA_VISIBLE_DEVICES']!r}"
     print(f"Speed was not measured: {reason}.")
-    return 0
+    return failures
 
 
 def run_table(
@@ -567,7 +578,7 @@ def run_table(
     copy_tbps: float,
     save: Callable[[Sequence[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """Measures and prints the rows, one as soon as it is known; saves after each case."""
+    """Measures and prints the rows, each as soon as it is known; saves as it goes."""
     memory = torch.cuda.get_device_properties(0).total_memory
     groups = []
     for case, dtype in itertools.product(cases, args.dtype):
@@ -659,8 +670,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_machine()
     try:
         if torch.version.cuda is None or not torch.cuda.is_available():
-            return without_gpu(cases[report.HEADLINE], chosen, args)
-        return 1 if with_gpu(cases, chosen, args) else 0
+            failures = without_gpu(cases[report.HEADLINE], chosen, args)
+        else:
+            failures = with_gpu(cases, chosen, args)
+        return 1 if failures else 0
     except (RuntimeError, AssertionError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,13 +1,17 @@
 """bench.py without a GPU: the run itself, the arithmetic of its numbers, the records and the README's tables."""
 
 import copy
+import functools
 import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,11 +26,12 @@ SMALL = report.Case(
 )
 
 
-def run_bench(*arguments, **environment):
+def run_bench(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
     return subprocess.run(
         [sys.executable, "bench.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=300,
@@ -192,6 +197,112 @@ def test_means_name_the_losses():
     assert "1 of 2 rows" in text
     assert "kb82 float32 nhwc forward: 0.25x" in text
     assert "1.00x" in text.splitlines()[-1]
+
+
+class Watch:
+    """A stopwatch that runs calls where they are and takes every PyTorch call for twice as long as ours."""
+
+    def once(self, call):
+        return call.run()
+
+    def time(self, calls):
+        for idx, call in enumerate(calls):
+            call.run()
+            call.times += [1.0 + call.benchmark] * 10 if idx < 2 else [2.0 + call.benchmark] * 10
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Lets the GPU's part of bench.py run on the CPU, timed by a stand-in."""
+    monkeypatch.setattr(bench.depthwise_inline, "_select", lambda *problem: ("small/tile", ""))
+    monkeypatch.setattr(bench, "Problem", functools.partial(bench.Problem, device="cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16 << 30))
+
+
+@pytest.mark.parametrize("direction", report.DIRECTIONS)
+def test_rows_are_checked_and_timed(on_the_cpu, direction):
+    rows = bench.measure(bench.Problem(SMALL, torch.float32, direction), ["nchw", "nhwc"], Watch())
+    assert [r["layout"] for r in rows] == ["nchw", "nhwc"]
+    for r in rows:
+        assert (r["ours_ms"], r["pytorch_ms"], r["pytorch_any_layout_ms"]) == (1.0, 2.0, 2.0)
+        assert r["error"] <= 4e-7 and r["variant"] == "small/tile"
+        assert set(report.ROW_KEYS) <= set(r)
+
+
+def test_a_wrong_result_is_a_failed_row_and_leaves_the_others(on_the_cpu, monkeypatch):
+    true = bench.Problem.func.ours
+    monkeypatch.setattr(bench.Problem.func, "ours", lambda self, layout: true(self, layout) * (1 + (layout == "nhwc")))
+    nchw, nhwc = bench.measure(bench.Problem(SMALL, torch.float32, "forward"), ["nchw", "nhwc"], Watch())
+    assert nchw["ours_ms"] == 1.0
+    assert "wrong result" in nhwc["failed"] and "ours_ms" not in nhwc
+
+
+def test_the_table_saves_as_it_goes_and_leaves_out_what_the_memory_cannot_hold(on_the_cpu, capsys):
+    calls = []
+    args = bench.parser(CASES).parse_args(["--dtype", "float16", "--direction", "forward", "grad_weight"])
+    rows = bench.run_table([SMALL, CASES["kb84"]], args, Watch(), 3.0, lambda rows: calls.append(len(rows)))
+    printed = capsys.readouterr().out
+    assert len(rows) == 4 and calls == [2, 4]
+    assert "kb84 float16 is left out" in printed
+    assert "   4/4   small" in printed
+
+
+def test_an_exception_in_one_row_does_not_end_the_table(on_the_cpu, monkeypatch, capsys):
+    def broken(problem, layouts, watch):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(bench, "measure", broken)
+    args = bench.parser(CASES).parse_args(["--dtype", "float16", "--direction", "forward"])
+    rows = bench.run_table([SMALL], args, Watch(), 3.0, lambda rows: None)
+    assert [r["failed"] for r in rows] == ["RuntimeError: no such kernel"] * 2
+    assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_the_run_on_a_gpu_records_and_counts_failures(on_the_cpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "machine", lambda: dict(INFO))
+    monkeypatch.setattr(bench, "check_model_new", lambda *arguments: None)
+    monkeypatch.setattr(bench, "Stopwatch", Watch)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda watch: 3.0)
+    monkeypatch.setattr(bench, "host_times", lambda: HOST)
+    monkeypatch.setattr(report, "RESULTS", report.ROOT / "results" / "of a test")
+    monkeypatch.setattr(report, "write_json", lambda path, content: written.update({path: content}))
+    written = {}
+    arguments = ["--case", "mbv2_7", "--dtype", "float32", "--direction", "forward", "--record"]
+    args = bench.parser(CASES).parse_args([*arguments, "--json", str(tmp_path / "out.json")])
+    assert bench.with_gpu({**CASES, "small": SMALL}, [SMALL], args) == 0
+    record = written[report.record_path(INFO["gpu"])]
+    assert [r["layout"] for r in record["rows"]] == ["nchw", "nhwc"]
+    assert written[tmp_path / "out.json"]["rows"] == record["rows"]
+    assert "0 failures" in capsys.readouterr().out
+
+
+def test_calls_with_cudnn_benchmark_run_in_a_thread_of_their_own(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(bench, "FLUSH_BYTES", 16)
+    seen = {False: set(), True: set()}
+
+    def work():
+        seen[torch.backends.cudnn.benchmark].add(threading.get_ident())
+
+    watch = bench.Stopwatch("cpu")
+    plain, searched = bench.Call(work), bench.Call(work, benchmark=True)
+    watch.time([plain, searched])
+    assert len(plain.times) == len(searched.times) == bench.MAX_REPS
+    assert seen[False] == {threading.get_ident()}
+    assert len(seen[True]) == 1 and seen[True] != seen[False]
+    assert torch.backends.cudnn.benchmark is False
 
 
 # ---- records
