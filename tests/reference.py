@@ -186,8 +186,12 @@ class Expected(NamedTuple):
 @contextlib.contextmanager
 def native_pytorch():
     """PyTorch's own depthwise kernels: they accumulate in float32, use no TF32 and need no planning per shape."""
-    with torch.backends.cudnn.flags(enabled=False):
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
         yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def pytorch_results(problem, tensors):
@@ -222,7 +226,7 @@ def errors_in_units(result, expected):
     value, magnitude = expected
     dtype = result.dtype
     accumulator = torch.float64 if dtype is torch.float64 else torch.float32
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2  # half the subnormal step, never 0
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the subnormal step: never 0
     unit = torch.finfo(dtype).eps / 2 * value.abs() + torch.finfo(accumulator).eps / 2 * magnitude + smallest
     rounded = value.to(dtype).double()  # beyond the dtype's range this is infinite, as the result must be
     got = result.double()

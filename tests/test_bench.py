@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -81,6 +82,44 @@ def test_without_a_gpu_it_checks_the_result_and_says_what_is_missing():
     assert "batch 1 instead of 16" in done.stdout
     assert "not compiled: --no-compile" in done.stdout
     assert "Speed was not measured: " in done.stdout
+
+
+def compiler_missing():
+    try:
+        bench.depthwise_inline._find_compiler()
+        bench.depthwise_inline._cxx_command()
+    except bench.depthwise_inline.BuildError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason=f"needs a CUDA and a C++ compiler: {compiler_missing()}")
+def test_without_a_gpu_it_reports_what_the_compiler_makes_of_the_kernels():
+    done = run_bench("--case", "kb82", "--dtype", "float32", "--layout", "nchw", "--direction", "forward")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^operator library for 9\.0 ready in \d+\.\d s$", done.stdout, re.MULTILINE)
+    assert re.search(r"^operators: \d+ kernels in \d+\.\d s$", done.stdout, re.MULTILINE)
+    kernels = re.findall(r"^ +(\d+) registers +(\d+) spilled +(\d+) shared  \S", done.stdout, re.MULTILINE)
+    assert kernels
+    assert all(0 < int(registers) <= 255 and int(spilled) == 0 for registers, spilled, _ in kernels)
+    assert "Speed was not measured: " in done.stdout
+
+
+def test_no_compiler_is_told_and_a_failed_build_is_a_failure(monkeypatch, capsys):
+    def fail(*arguments):
+        raise bench.depthwise_inline.BuildError("depthwise_inline: it does not compile")
+
+    args = bench.parser(CASES).parse_args([])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(bench.depthwise_inline, "_ninja_folder", lambda: "")
+    monkeypatch.setattr(bench.depthwise_inline, "_cxx_command", lambda: ["c++"])
+    monkeypatch.setattr(bench.depthwise_inline, "precompile", fail)
+    monkeypatch.setattr(bench.depthwise_inline, "_find_compiler", lambda: None)
+    assert bench.print_compiler_report([SMALL], args) == 1
+    assert "FAILED: depthwise_inline: it does not compile" in capsys.readouterr().out
+    monkeypatch.setattr(bench.depthwise_inline, "_find_compiler", fail)
+    assert bench.print_compiler_report([SMALL], args) == 0
+    assert "The kernels were not compiled: " in capsys.readouterr().out
 
 
 def test_unknown_case_is_refused_with_the_list_of_cases():

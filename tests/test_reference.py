@@ -23,6 +23,17 @@ def test_correct_rounding_passes(layout, dtype):
         assert reference.mismatch(rounded, expected[name], rounded) is None
 
 
+@pytest.mark.parametrize("dtype", reference.DTYPES, ids=reference.short)
+def test_an_exact_zero_must_be_zero(dtype):
+    """Where no pixel is read there is nothing to round."""
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    expected = reference.Expected(zeros, zeros)
+    assert reference.mismatch(zeros.to(dtype), expected) is None
+    result = zeros.to(dtype, copy=True)
+    result[1, 1] = torch.finfo(dtype).smallest_normal
+    assert "first at (1, 1)" in reference.mismatch(result, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=reference.short)
 def test_another_order_of_summation_passes(dtype):
     tensors, expected, _ = prepared(LARGE_KERNEL, dtype)
