@@ -149,19 +149,17 @@ def make_record(
 
     What `old` holds stays, unless it was measured again, when it comes from the same sources, GPU and versions.
     """
-    rows = list(rows)
-    failed = [{key: row[key] for key in (*ROW_IDENTITY, "failed")} for row in rows if "failed" in row]
-    rows = [{key: row[key] for key in ROW_KEYS} for row in rows if "failed" not in row]
-    models = list(models)
+    entries, models = list(rows), list(models)
     if old is not None and all(old.get(key) == info[key] for key in MACHINE_KEYS):
-        rows = _merge(old["rows"], rows, ROW_IDENTITY)
+        entries = _merge([*old["rows"], *old.get("failed", ())], entries, ROW_IDENTITY)
         models = _merge(old["models"], models, MODEL_IDENTITY)
+    failed = [{key: row[key] for key in (*ROW_IDENTITY, "failed")} for row in entries if "failed" in row]
     record = {
         **info,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "copy_tbps": round(copy_tbps, 4),
         "host_us": host_us,
-        "rows": rows,
+        "rows": [{key: row[key] for key in ROW_KEYS} for row in entries if "failed" not in row],
         "models": models,
     }
     return record | ({"failed": failed} if failed else {})
@@ -198,6 +196,8 @@ def readme_headline(records: Sequence[dict[str, Any]]) -> str:
     paragraphs = []
     for record in records:
         rows = record["rows"]
+        if not rows:
+            continue
         means = [
             f"{direction} {geometric_mean(values):.1f}x"
             for direction in DIRECTIONS
@@ -215,7 +215,7 @@ def readme_headline(records: Sequence[dict[str, Any]]) -> str:
         slower = sum(speed < LOSS for speed in speedups(rows))
         paragraphs.append(
             text + f"Geometric mean over {len(rows)} measured rows against PyTorch's best mode in the "
-            f"same layout: {', '.join(means)}; {slower} rows are slower."
+            f"same layout: {', '.join(means)}; rows slower than it: {slower}."
         )
     return "\n\n".join(paragraphs) or "No GPU run is recorded in `results/` yet, so no speed is claimed here."
 
@@ -276,7 +276,12 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
         f", forward and backward {host['ours_train']:.1f} us (F.conv2d {host['conv2d_train']:.1f}).",
     ]
     if models:
-        lines += ["", "Training step (forward and backward) at 224x224 before and after `replace_depthwise`:", ""]
+        lines += [
+            "",
+            "Training step at 224x224 (forward and backward; bfloat16 under autocast) before and after "
+            "`replace_depthwise`:",
+            "",
+        ]
         lines += _table_head("network", "batch", "precision", "layout", "PyTorch ms", "ours ms", "speedup")
         lines += [
             _table_row(

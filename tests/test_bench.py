@@ -362,6 +362,10 @@ def test_record_keeps_what_the_same_sources_measured_before():
     new = report.make_record(INFO, 2.9, HOST, [row(ours=0.5)], [], old)
     assert [(r["case"], r["ours_ms"]) for r in new["rows"]] == [("kb82", 0.5), ("kb83", 1.0)]
     assert new["models"] == [MODEL]
+    broken = {key: row()[key] for key in report.ROW_IDENTITY} | {"failed": "RuntimeError: no"}
+    new = report.make_record(INFO, 2.9, HOST, [broken], [], new)
+    assert [r["case"] for r in new["rows"]] == ["kb83"] and new["failed"] == [broken]
+    assert "failed" not in report.make_record(INFO, 2.9, HOST, [row()], [], new)
     other = report.make_record({**INFO, "sources_sha256": "1" * 64}, 2.9, HOST, [row(ours=0.5)], [], old)
     assert len(other["rows"]) == 1 and not other["models"]
 
@@ -387,7 +391,7 @@ def test_readme_tables_come_from_the_records_and_show_losses():
     rows = [row(), row(layout="nhwc", pytorch=0.5, any_layout=0.5), row("mbv2_56", direction="grad_input")]
     record = report.make_record(INFO, 3.0, HOST, rows, [MODEL])
     headline, speed = report.readme_headline([record]), report.readme_speed([record], CASES)
-    assert "NVIDIA H100 80GB HBM3" in headline and "2.00x; 71%" in headline and "1 rows are slower" in headline
+    assert "NVIDIA H100 80GB HBM3" in headline and "2.00x; 71%" in headline and "rows slower than it: 1." in headline
     assert "1 of 3 rows" in speed and "- kb82 float32 nhwc forward: 0.50x" in speed
     assert "| MobileNetV2 | 128 | float32 | nchw | 60.0 | 40.0 | 1.50 |" in speed
     assert speed.count("| 1.0000 |") == len(rows)
