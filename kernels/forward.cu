@@ -1,0 +1,23 @@
+// Forward: out[n, c*m+k] = bias + sum over taps of input[n, c] * weight[c*m+k].
+#include "direct_nchw.cuh"
+#include "direct_nhwc.cuh"
+#include "dispatch.cuh"
+#include "launch.h"
+
+namespace depthwise {
+
+void launch_forward(const Problem& problem, const void* input, const void* weight, const void* bias, void* out,
+                    void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (launch_specialised(problem, input, weight, bias, out, cuda_stream)) return;
+  with_type(problem.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const unsigned blocks = general_blocks(problem.n * problem.out_c * problem.out_h * problem.out_w);
+    general_forward_kernel<T><<<blocks, kGeneralThreads, 0, cuda_stream>>>(
+        general_args(problem), static_cast<const T*>(input), static_cast<const T*>(weight), static_cast<const T*>(bias),
+        static_cast<T*>(out));
+  });
+  check_launch(cudaGetLastError());
+}
+
+}  // namespace depthwise

@@ -1,0 +1,225 @@
+// General depthwise convolution: forward, grad of input, grad of weight and bias.
+//
+// Serves  every kernel size, stride, padding, dilation and depth multiplier; fp32, fp16, bf16 (fp32 accumulators) and
+//         fp64; NCHW and channels_last, through strides; 64-bit offsets, so tensors past 2^31 elements too.
+// Owns    forward, grad of input: one thread an element, lanes along the dimension that is contiguous in memory.
+//         grad of weight: a block owns kTapsPerBlock taps of one kernel row for one output channel (NCHW) or 32 of them
+//         (channels_last), and a share of the positions; its fp32 partial sums go to `partial`, [split][channel][tap],
+//         and a second kernel adds the splits in order. No atomics: results repeat bit for bit.
+// Chosen  when no specialisation serves, and during CUDA graph capture when its specialisation is not built yet.
+#pragma once
+
+#include "problem.h"
+#include "vector.cuh"
+
+namespace depthwise {
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using accumulator_t = typename Accumulator<T>::type;
+
+template <class T>
+__device__ __forceinline__ T store_accumulator(accumulator_t<T> value) {
+  if constexpr (sizeof(T) == 2)
+    return from_float<T>(value);
+  else
+    return value;
+}
+
+// Divides by multiplying, exactly for indices below 2^53: a 64-bit division would be a subroutine with a stack frame.
+struct Divider {
+  int divisor;
+  double reciprocal;
+
+  __device__ __forceinline__ int64_t split(int64_t index, int* remainder) const {
+    int64_t quotient = static_cast<int64_t>(static_cast<double>(index) * reciprocal);
+    int64_t rest = index - quotient * divisor;
+    if (rest < 0) --quotient, rest += divisor;
+    if (rest >= divisor) ++quotient, rest -= divisor;
+    *remainder = static_cast<int>(rest);
+    return quotient;
+  }
+};
+
+// A dense 4-d tensor: its strides, and how a linear index over its memory splits into n, c, h, w.
+struct DenseTensor {
+  bool channels_last;
+  Divider c, h, w;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+
+  struct Index {
+    int64_t n;
+    int c, h, w;
+  };
+
+  __device__ __forceinline__ Index split(int64_t linear) const {
+    Index index;
+    if (channels_last) linear = c.split(linear, &index.c);
+    linear = w.split(linear, &index.w);
+    linear = h.split(linear, &index.h);
+    if (!channels_last) linear = c.split(linear, &index.c);
+    index.n = linear;
+    return index;
+  }
+};
+
+inline DenseTensor dense_tensor(Layout layout, int64_t c, int64_t h, int64_t w) {
+  const auto divider = [](int64_t size) { return Divider{static_cast<int>(size), 1.0 / static_cast<double>(size)}; };
+  if (layout == Layout::kNhwc) return {true, divider(c), divider(h), divider(w), c * h * w, 1, w * c, c};
+  return {false, divider(c), divider(h), divider(w), c * h * w, h * w, w, 1};
+}
+
+struct GeneralArgs {
+  int64_t n;
+  int multiplier, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  DenseTensor in, out;  // input (grad_input) and output (grad_output)
+
+  __host__ __device__ int64_t in_elements() const { return n * in.stride_n; }
+  __host__ __device__ int64_t out_elements() const { return n * out.stride_n; }
+};
+
+constexpr int kGeneralThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    general_forward_kernel(const GeneralArgs args, const T* input, const T* weight, const T* bias, T* out) {
+  const int64_t linear = static_cast<int64_t>(blockIdx.x) * kGeneralThreads + threadIdx.x;
+  if (linear >= args.out_elements()) return;
+  const auto o = args.out.split(linear);
+
+  const T* plane = input + o.n * args.in.stride_n + o.c / args.multiplier * args.in.stride_c;
+  const T* filter = weight + static_cast<int64_t>(o.c) * args.kernel_h * args.kernel_w;
+  accumulator_t<T> sum = bias ? load(bias + o.c) : 0;
+  for (int i = 0; i < args.kernel_h; ++i) {
+    const int h = o.h * args.stride_h - args.padding_h + i * args.dilation_h;
+    if (h < 0 || h >= args.in.h.divisor) continue;
+    const T* row = plane + h * args.in.stride_h;
+    for (int j = 0; j < args.kernel_w; ++j) {
+      const int w = o.w * args.stride_w - args.padding_w + j * args.dilation_w;
+      if (w >= 0 && w < args.in.w.divisor) sum += load(row + w * args.in.stride_w) * load(filter + i * args.kernel_w + j);
+    }
+  }
+  out[linear] = store_accumulator<T>(sum);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    general_grad_input_kernel(const GeneralArgs args, const T* grad_output, const T* weight, T* grad_input) {
+  const int64_t linear = static_cast<int64_t>(blockIdx.x) * kGeneralThreads + threadIdx.x;
+  if (linear >= args.in_elements()) return;
+  const auto x = args.in.split(linear);
+
+  accumulator_t<T> sum = 0;
+  for (int c = x.c * args.multiplier; c < (x.c + 1) * args.multiplier; ++c) {
+    const T* plane = grad_output + x.n * args.out.stride_n + c * args.out.stride_c;
+    const T* filter = weight + static_cast<int64_t>(c) * args.kernel_h * args.kernel_w;
+    for (int i = 0; i < args.kernel_h; ++i) {
+      const int h = x.h + args.padding_h - i * args.dilation_h;  // stride_h times the output row, if it is one
+      const int out_h = h / args.stride_h;
+      if (h < 0 || out_h * args.stride_h != h || out_h >= args.out.h.divisor) continue;
+      for (int j = 0; j < args.kernel_w; ++j) {
+        const int w = x.w + args.padding_w - j * args.dilation_w;
+        const int out_w = w / args.stride_w;
+        if (w < 0 || out_w * args.stride_w != w || out_w >= args.out.w.divisor) continue;
+        sum += load(plane + out_h * args.out.stride_h + out_w * args.out.stride_w) * load(filter + i * args.kernel_w + j);
+      }
+    }
+  }
+  grad_input[linear] = store_accumulator<T>(sum);
+}
+
+constexpr int kTapsPerBlock = 8;
+
+template <class T>
+__device__ __forceinline__ T sum_of_warp(T value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
+// A block of 32 x 8 threads. NCHW: all of them along positions of one channel. channels_last: x along channels, y along
+// positions. A position is (n, out_h, out_w), out_w fastest. grid: x channels, y groups of taps, z splits.
+template <class T, bool kChannelsLast>
+__global__ void __launch_bounds__(kGeneralThreads)
+    general_grad_weight_kernel(const GeneralArgs args, const T* grad_output, const T* input,
+                               accumulator_t<T>* partial, accumulator_t<T>* partial_bias) {
+  using Sum = accumulator_t<T>;
+  const int out_c = args.out.c.divisor;
+  const int channel = kChannelsLast ? blockIdx.x * 32 + threadIdx.x : blockIdx.x;
+  const int groups_w = (args.kernel_w + kTapsPerBlock - 1) / kTapsPerBlock;
+  const int tap_h = blockIdx.y / groups_w;
+  const int first_tap_w = blockIdx.y % groups_w * kTapsPerBlock;
+  const bool bias_block = partial_bias != nullptr && blockIdx.y == 0;
+
+  const int64_t positions = args.n * args.out.h.divisor * args.out.w.divisor;
+  int ignored;
+  const Divider splits{static_cast<int>(gridDim.z), 1.0 / gridDim.z};
+  const int64_t begin = splits.split(positions * blockIdx.z, &ignored);
+  const int64_t end = splits.split(positions * (blockIdx.z + 1), &ignored);
+  const int thread = kChannelsLast ? threadIdx.y : threadIdx.y * 32 + threadIdx.x;
+  constexpr int kStep = kChannelsLast ? kGeneralThreads / 32 : kGeneralThreads;
+
+  Sum sum[kTapsPerBlock] = {};
+  Sum bias = 0;
+  if (channel < out_c) {
+    const T* grad_plane = grad_output + channel * args.out.stride_c;
+    const T* plane = input + channel / args.multiplier * args.in.stride_c;
+    for (int64_t position = begin + thread; position < end; position += kStep) {
+      int out_w, out_h;
+      const int64_t n = args.out.h.split(args.out.w.split(position, &out_w), &out_h);
+      const Sum grad = load(grad_plane + n * args.out.stride_n + out_h * args.out.stride_h + out_w * args.out.stride_w);
+      bias += grad;
+      const int h = out_h * args.stride_h - args.padding_h + tap_h * args.dilation_h;
+      if (h < 0 || h >= args.in.h.divisor) continue;
+      const T* row = plane + n * args.in.stride_n + h * args.in.stride_h;
+      const int first_w = out_w * args.stride_w - args.padding_w + first_tap_w * args.dilation_w;
+#pragma unroll
+      for (int k = 0; k < kTapsPerBlock; ++k) {
+        const int w = first_w + k * args.dilation_w;
+        if (first_tap_w + k < args.kernel_w && w >= 0 && w < args.in.w.divisor)
+          sum[k] += grad * load(row + w * args.in.stride_w);
+      }
+    }
+  }
+
+  // Add the block's threads in a fixed order: lanes of a warp first (NCHW), then the warps.
+  __shared__ Sum shared[kTapsPerBlock + 1][kGeneralThreads / 32][32];
+  const auto reduce = [&](Sum value, int slot) {
+    if (!kChannelsLast) value = sum_of_warp(value);
+    shared[slot][threadIdx.y][threadIdx.x] = value;
+  };
+#pragma unroll
+  for (int k = 0; k < kTapsPerBlock; ++k) reduce(sum[k], k);
+  reduce(bias, kTapsPerBlock);
+  __syncthreads();
+  if (channel >= out_c || threadIdx.y != 0 || (!kChannelsLast && threadIdx.x != 0)) return;
+  const int64_t row = static_cast<int64_t>(blockIdx.z) * out_c + channel;
+  for (int k = 0; k <= kTapsPerBlock; ++k) {
+    Sum total = 0;
+    for (int y = 0; y < kGeneralThreads / 32; ++y) total += shared[k][y][threadIdx.x];
+    if (k == kTapsPerBlock) {
+      if (bias_block) partial_bias[row] = total;
+    } else if (first_tap_w + k < args.kernel_w) {
+      partial[(row * args.kernel_h + tap_h) * args.kernel_w + first_tap_w + k] = total;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads)
+    add_splits_kernel(const accumulator_t<T>* partial, int splits, int64_t count, T* out) {
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kGeneralThreads + threadIdx.x;
+  if (k >= count) return;
+  accumulator_t<T> sum = 0;
+  for (int split = 0; split < splits; ++split) sum += partial[split * count + k];
+  out[k] = store_accumulator<T>(sum);
+}
+
+}  // namespace depthwise

@@ -1,0 +1,239 @@
+// Which kernel and which tile serve a problem, and why: the one place that decides. Pure C++: no launch, no device.
+#pragma once
+
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "problem.h"
+
+namespace depthwise {
+
+enum class Kernel : int { kGeneral, kDirectNchw, kDirectNhwc, kTiledNhwc };
+
+struct Config {
+  Kernel kernel = Kernel::kGeneral;
+  int tile = 0;  // row of the kernel's tile table
+};
+
+// Tile tables; the launchers' switches follow their order. The last tile of a direct kernel reads element by element
+// and serves every alignment.
+constexpr Tile kDirectNchwTiles32[] = {{"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
+constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
+constexpr int kTilesPerKernel = 3;
+
+inline const Tile* tile_table(Kernel kernel, DType dtype) {
+  switch (kernel) {
+    case Kernel::kDirectNchw: return dtype == DType::kFloat32 ? kDirectNchwTiles32 : kDirectNchwTiles16;
+    case Kernel::kDirectNhwc: return kDirectNhwcTiles;
+    case Kernel::kTiledNhwc: return kTiledNhwcTiles;
+    default: return nullptr;
+  }
+}
+
+// 7x7: beyond this many fp32 weights a thread, registers spill.
+constexpr int kMaxRegisterTaps = 49;
+// direct_nhwc holds its whole window: 4x4 outputs of a 3x3 kernel read 6x6 pixels, 144 registers in fp32.
+constexpr int kMaxWindowPixels = 36;
+// direct_nhwc's filters are registers as well.
+constexpr int kMaxDirectNhwcTaps = 9;
+// Room for one thread tile's rectangle of tiled_nhwc on every architecture (sm_75: 64 KB a block).
+constexpr int kMaxTileBytes = 48 << 10;
+// Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
+constexpr int kMaxSpan = 35;
+constexpr int64_t kInt32Max = 0x7fffffff;
+
+// How many input rows (or columns) `outputs` outputs read.
+constexpr int rows_read(int outputs, int stride, int kernel, int dilation) {
+  int count = 0;
+  for (int row = 0; row <= (outputs - 1) * stride + (kernel - 1) * dilation; ++row) {
+    bool used = false;
+    for (int o = 0; o < outputs; ++o) {
+      const int tap = row - o * stride;
+      used = used || (tap >= 0 && tap % dilation == 0 && tap / dilation < kernel);
+    }
+    count += used;
+  }
+  return count;
+}
+
+constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
+                            int dilation_w) {
+  return rows_read(outputs, stride_h, kernel_h, dilation_h) * rows_read(outputs, stride_w, kernel_w, dilation_w);
+}
+
+// The problem as a direct kernel sees it; only the sizes are filled in.
+inline DirectArgs direct_args(const Problem& p) {
+  DirectArgs args{};
+  args.n = p.n;
+  args.out_c = p.out_c;
+  args.multiplier = static_cast<int>(p.multiplier);
+  args.flip = p.direction == Direction::kGradInput;
+  args.h = static_cast<int>(args.flip ? p.out_h : p.h);
+  args.w = static_cast<int>(args.flip ? p.out_w : p.w);
+  args.out_h = static_cast<int>(args.flip ? p.h : p.out_h);
+  args.out_w = static_cast<int>(args.flip ? p.w : p.out_w);
+  args.padding_h = static_cast<int>(args.flip ? p.dilation_h * (p.kernel_h - 1) - p.padding_h : p.padding_h);
+  args.padding_w = static_cast<int>(args.flip ? p.dilation_w * (p.kernel_w - 1) - p.padding_w : p.padding_w);
+  return args;
+}
+
+inline int element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Whether `kernel` with tile `tile` can serve `p` at all.
+inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
+  if (kernel == Kernel::kGeneral) return true;
+  if (p.dtype == DType::kFloat64 || p.direction == Direction::kGradWeight) return false;
+  // The grad of input is a flipped forward pass only where every output position has its own input position.
+  if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1)) return false;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (taps > kMaxRegisterTaps || p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
+  if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;
+  const int64_t span = (p.kernel_h - 1) * p.dilation_h > (p.kernel_w - 1) * p.dilation_w ? (p.kernel_h - 1) * p.dilation_h
+                                                                                         : (p.kernel_w - 1) * p.dilation_w;
+  if (span > kMaxSpan) return false;
+  if (p.n * p.out_c * p.out_h * p.out_w / 4 > kInt32Max || p.padding_h > 1 << 20 || p.padding_w > 64) return false;
+
+  const DirectArgs args = direct_args(p);
+  const Tile& t = tile_table(kernel, p.dtype)[tile];
+  const bool aligned = p.aligned || t.vector == 1;
+  if (kernel == Kernel::kDirectNchw)
+    return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
+  if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
+    return false;
+
+  const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
+  const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
+  const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
+  if (kernel == Kernel::kDirectNhwc)
+    return aligned && p.c % t.vector == 0 && taps <= kMaxDirectNhwcTaps &&
+           window_pixels(t.rows, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) <= kMaxWindowPixels;
+  const int in_rows = 3 * stride_h + (kernel_h - 1) * dilation_h + 1;
+  const int in_columns = 3 * stride_w + (kernel_w - 1) * dilation_w + 1;
+  const int pixel_bytes = (t.vector * 4 + 8) * element_size(p.dtype);
+  return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
+         in_rows * in_columns * pixel_bytes + taps * t.vector * 16 <= kMaxTileBytes;
+}
+
+// tiled_nhwc: the tile that wastes the fewest channels; of equals the widest (whole cache lines a pixel).
+inline int tiled_nhwc_tile(int64_t channels) {
+  int best = 0;
+  int64_t least = 0;
+  for (int tile = 0; tile < kTilesPerKernel; ++tile) {
+    const int64_t block = kTiledNhwcTiles[tile].vector * 4;
+    const int64_t padded = (channels + block - 1) / block * block;
+    if (least == 0 || padded < least) least = padded, best = tile;
+  }
+  return best;
+}
+
+inline Config select_config(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  if (p.layout == Layout::kNchw) {
+    if (p.dtype == DType::kFloat32) {
+      // Eight rows re-read less of the halo (3x7, 32x128x128x256 fp32, H100: 0.37 ms against 0.41 with four), once
+      // there are blocks enough to fill the device twice.
+      const int64_t threads = p.n * p.out_c * ((args.out_w + 3) / 4) * ((args.out_h + 7) / 8);
+      if (threads >= 1 << 19 && can_serve(p, Kernel::kDirectNchw, 0)) return {Kernel::kDirectNchw, 0};
+    } else if (args.out_w > 4 && can_serve(p, Kernel::kDirectNchw, 0)) {
+      return {Kernel::kDirectNchw, 0};
+    }
+    for (int tile = 1; tile < kTilesPerKernel; ++tile)
+      if (can_serve(p, Kernel::kDirectNchw, tile)) return {Kernel::kDirectNchw, tile};
+    return {};
+  }
+
+  // 16-bit 3x3 on large images computes as long as it reads: shared memory frees registers, so that more blocks overlap
+  // the two (16x64x512x512 fp16, H100: tiled 0.377 ms, direct 0.405; 32x144x56x56: tiled 0.037, direct 0.032).
+  const int tiled = tiled_nhwc_tile(p.c);
+  const bool large = p.dtype != DType::kFloat32 && p.n * p.c * p.h * p.w >= int64_t{64} << 20;
+  if (large && p.stride_h == 1 && p.stride_w == 1 && can_serve(p, Kernel::kTiledNhwc, tiled))
+    return {Kernel::kTiledNhwc, tiled};
+  // Stride 2 reads 9x9 pixels for 4x4 outputs: too many registers (32x96x112x112 fp16, H100: q2r2 0.042 ms).
+  for (int tile = 0; tile < kTilesPerKernel; ++tile)
+    if (can_serve(p, Kernel::kDirectNhwc, tile)) return {Kernel::kDirectNhwc, tile};
+  if (can_serve(p, Kernel::kTiledNhwc, tiled)) return {Kernel::kTiledNhwc, tiled};
+  return {};
+}
+
+// What a specialisation is compiled for: the compile-time part of a problem.
+struct Specialisation {
+  Kernel kernel;
+  DType dtype;
+  int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+  int padding_w;  // direct_nchw alone: it decides where aligned words lie
+
+  bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
+};
+
+inline Specialisation specialisation_of(const Problem& p, Kernel kernel) {
+  return {kernel,
+          p.dtype,
+          static_cast<int>(p.kernel_h),
+          static_cast<int>(p.kernel_w),
+          static_cast<int>(p.stride_h),
+          static_cast<int>(p.stride_w),
+          static_cast<int>(p.dilation_h),
+          static_cast<int>(p.dilation_w),
+          kernel == Kernel::kDirectNchw ? direct_args(p).padding_w : 0};
+}
+
+inline const char* kernel_name(Kernel kernel) {
+  constexpr const char* kNames[] = {"general", "direct_nchw", "direct_nhwc", "tiled_nhwc"};
+  return kNames[static_cast<int>(kernel)];
+}
+
+inline const char* dtype_name(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "float64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+inline std::string specialisation_name(const Specialisation& s) {
+  char name[128];
+  std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
+                s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
+                s.padding_w < 0 ? -s.padding_w : s.padding_w);
+  return name;
+}
+
+// The CUDA source that compiles `s`: one exported function that serves every tile of its table.
+inline std::string specialisation_source(const Specialisation& s) {
+  constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
+  const std::string kernel = kernel_name(s.kernel);
+  char arguments[128];
+  std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
+  std::string traits = std::string(s.kernel == Kernel::kDirectNchw ? "DirectNchwTraits<" : "NhwcTraits<") + arguments;
+  if (s.kernel == Kernel::kDirectNchw) traits += ", " + std::to_string(s.padding_w);
+  return "#include \"" + kernel + ".cuh\"\n" +
+         "extern \"C\" int depthwise_inline_launch(const depthwise::DirectArgs* args, int tile, void* stream) {\n" +
+         "  return depthwise::launch_" + kernel + "<depthwise::" + traits +
+         ">>(*args, tile, static_cast<cudaStream_t>(stream));\n}\n";
+}
+
+// "specialisation/tile", or "general".
+inline std::string variant_name(const Problem& p, const Config& config) {
+  if (config.kernel == Kernel::kGeneral) return "general";
+  return specialisation_name(specialisation_of(p, config.kernel)) + "/" + tile_table(config.kernel, p.dtype)[config.tile].name;
+}
+
+// The config whose tile is called `name`; false where it cannot serve `p`.
+inline bool forced_config(const Problem& p, const std::string& name, Config* config) {
+  if (name == "general") {
+    *config = {};
+    return true;
+  }
+  for (const Kernel kernel : {Kernel::kDirectNchw, Kernel::kDirectNhwc, Kernel::kTiledNhwc})
+    for (int tile = 0; tile < kTilesPerKernel; ++tile)
+      if (name == tile_table(kernel, p.dtype)[tile].name && can_serve(p, kernel, tile)) {
+        *config = {kernel, tile};
+        return true;
+      }
+  return false;
+}
+
+}  // namespace depthwise

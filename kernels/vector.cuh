@@ -1,0 +1,120 @@
+// Typed memory access of 1, 2, 4, 8 or 16 bytes, and conversion to and from the fp32 accumulators.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace depthwise {
+
+// The 16-bit types, as bits. CUDA's own headers for them cost half a second of compilation for each of the passes of
+// nvcc, which is more than most kernels here.
+struct float16 {
+  unsigned short bits;
+};
+struct bfloat16 {
+  unsigned short bits;
+};
+
+template <int kBytes>
+struct RawWord;
+template <>
+struct RawWord<2> {
+  using type = unsigned short;
+};
+template <>
+struct RawWord<4> {
+  using type = unsigned int;
+};
+template <>
+struct RawWord<8> {
+  using type = uint2;
+};
+template <>
+struct RawWord<16> {
+  using type = uint4;
+};
+
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T value[kCount];
+};
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(float16 value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+__device__ __forceinline__ float to_float(bfloat16 value) {
+  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
+}
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ float16 from_float<float16>(float value) {
+  float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return result;
+}
+template <>
+__device__ __forceinline__ bfloat16 from_float<bfloat16>(float value) {
+  bfloat16 result;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+#else
+  const unsigned bits = __float_as_uint(value);  // to nearest even; NaN stays NaN
+  const unsigned rounded = bits + 0x7fffu + (bits >> 16 & 1);
+  result.bits = static_cast<unsigned short>((value != value ? bits | 0x400000u : rounded) >> 16);
+#endif
+  return result;
+}
+
+// One element, read-only.
+__device__ __forceinline__ float load(const float* pointer) { return __ldg(pointer); }
+__device__ __forceinline__ double load(const double* pointer) { return __ldg(pointer); }
+template <class T>
+__device__ __forceinline__ float load(const T* pointer) {
+  return to_float(T{__ldg(&pointer->bits)});
+}
+
+// One read-only load; a false predicate reads nothing and gives zeros.
+template <int kCount, class T>
+__device__ __forceinline__ Vector<T, kCount> load_or_zero(const T* pointer, bool in_bounds) {
+  using Word = typename RawWord<sizeof(T) * kCount>::type;
+  static_assert(sizeof(Vector<T, kCount>) == sizeof(Word));
+  union {
+    Word word;
+    Vector<T, kCount> vector;
+  } bits;
+  bits.word = Word{};
+  if (in_bounds) bits.word = __ldg(reinterpret_cast<const Word*>(pointer));
+  return bits.vector;
+}
+
+// One store that marks its line as first to leave the cache: an output is not read again by the kernel that wrote it.
+template <int kCount, class T>
+__device__ __forceinline__ void store_streaming(T* pointer, const Vector<T, kCount>& vector) {
+  using Word = typename RawWord<sizeof(T) * kCount>::type;
+  union {
+    Word word;
+    Vector<T, kCount> vector;
+  } bits;
+  bits.vector = vector;
+  __stcs(reinterpret_cast<Word*>(pointer), bits.word);
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void store_streaming(T* pointer, const float (&values)[kCount]) {
+  Vector<T, kCount> vector;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) vector.value[k] = from_float<T>(values[k]);
+  store_streaming(pointer, vector);
+}
+
+}  // namespace depthwise
