@@ -342,7 +342,7 @@ def memory_needed(case: Case, dtype: torch.dtype) -> int:
 
 
 HEADER = (
-    f"{'case':<13} {'dtype':<8} {'layout':<6} {'direction':<11} {'variant':<30} {'ours ms':>9} {'spread':>7} "
+    f"{'case':<13} {'dtype':<8} {'layout':<6} {'direction':<11} {'variant':<50} {'ours ms':>9} {'spread':>7} "
     f"{'PyTorch':>9} {'any lay.':>9} {'speedup':>8} {'GB/s':>6} {'TFLOP/s':>8} {'of copy':>8}"
 )
 
@@ -364,7 +364,7 @@ def format_row(row: dict[str, Any], copy_tbps: float) -> str:
     ms = row["ours_ms"]
     rate, speedup = row["bytes"] / ms / 1e6, row["pytorch_ms"] / ms
     return (
-        head + f"{row['variant']:<30} {ms:9.4f} {row['ours_spread']:7.1%} {row['pytorch_ms']:9.4f} "
+        head + f"{row['variant']:<50} {ms:9.4f} {row['ours_spread']:7.1%} {row['pytorch_ms']:9.4f} "
         f"{row['pytorch_any_layout_ms']:9.4f} {speedup:7.2f}x {rate:6.0f} {row['flops'] / ms / 1e9:8.2f} "
         f"{rate / copy_tbps / 1000:8.1%}{slower(speedup)}"
     )

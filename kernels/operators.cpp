@@ -2,6 +2,7 @@
 // headers compile in about two seconds, torch/extension.h in fifty.
 //
 // Every check that guards memory is here. depthwise_inline.py explains a refusal in nn.Conv2d's words.
+#define USE_CUDA  // the CUDA part of the C shim
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

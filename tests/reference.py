@@ -194,6 +194,17 @@ def native_pytorch():
         torch.backends.cudnn.enabled = before
 
 
+@contextlib.contextmanager
+def full_float32():
+    """PyTorch's convolutions without TF32, so that their error is a measure for ours."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def pytorch_results(problem, tensors):
     """All results of PyTorch in the dtype of the tensors, by name; the gradients of undefined inputs are left out."""
     x, weight, bias, grad_out = tensors

@@ -6,6 +6,7 @@ Numbers of single kernels are in test_gpu_numerics.py; here a result is right if
 import functools
 import gc
 import itertools
+import random
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,12 @@ PROBLEM = Problem((14, 18), (3, 3), padding=(1, 1), channels=8)
 STRIDED = Problem((15, 18), (5, 5), (2, 2), (2, 1), channels=6, multiplier=2)
 DILATED = Problem((16, 13), (3, 3), (1, 1), (2, 3), (2, 3), channels=4, bias=False)
 PROBLEMS = [pytest.param(problem, id=str(problem)) for problem in (PROBLEM, STRIDED, DILATED)]
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    with reference.full_float32():
+        yield
 
 
 @pytest.fixture
@@ -114,7 +121,9 @@ def test_a_variant_that_does_not_exist_is_named():
 
 
 @pytest.mark.parametrize(
-    ("layout", "dtype"), reference.pair_grid(LAYOUTS, (torch.float32, torch.float16, torch.float64))
+    ("layout", "dtype"),
+    [("nchw", torch.float32), ("nhwc", torch.float16), ("nhwc", torch.float64)],
+    ids=["nchw-float32", "nhwc-float16", "nhwc-float64"],
 )
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_opcheck(problem, layout, dtype):
@@ -212,7 +221,6 @@ def test_gradient_strides_are_those_of_conv2d(dtype):
         strides = []
         for out in (F.conv2d(x, weight, groups=8), depthwise_conv2d(x, weight)):
             grads = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
-            x.grad = weight.grad = None
             strides.append(grads[0].stride())
         same = strides[0] == strides[1]
         failures.add(None if same else f"F.conv2d {strides[0]}, ours {strides[1]}", x_how, weight_how)
@@ -235,7 +243,7 @@ def test_unbatched_input():
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_named_padding(kernel, padding):
     generator = reference.fresh_generator()
-    x = torch.randn(2, 4, 9, 11, device=DEVICE, dtype=torch.float64, generator=generator)
+    x = torch.randn(2, 4, 15, 17, device=DEVICE, dtype=torch.float64, generator=generator)
     weight = torch.randn(4, 1, *kernel, device=DEVICE, dtype=torch.float64, generator=generator)
     for dilation in (1, (2, 3)):
         expected = F.conv2d(x, weight, padding=padding, dilation=dilation, groups=4)
@@ -244,11 +252,12 @@ def test_named_padding(kernel, padding):
 
 @pytest.mark.parametrize("argument", [2, (2,), [2, 2], (2, 2), torch.Size([2, 2])], ids=str)
 def test_forms_of_the_arguments(argument):
-    x, weight = torch.randn(2, 4, 12, 12, device=DEVICE), torch.randn(4, 1, 3, 3, device=DEVICE)
+    options = {"device": DEVICE, "dtype": torch.float64, "generator": reference.fresh_generator()}
+    x, weight = torch.randn(2, 4, 12, 12, **options), torch.randn(4, 1, 3, 3, **options)
     for name in ("stride", "padding", "dilation"):
-        expected = F.conv2d(x.double(), weight.double(), groups=4, **{name: 2})
-        for inputs in ((x, weight), (x.requires_grad_(), weight)):
-            torch.testing.assert_close(depthwise_conv2d(*inputs, **{name: argument}).double(), expected)
+        expected = F.conv2d(x, weight, groups=4, **{name: 2})
+        for image in (x, x.clone().requires_grad_()):
+            torch.testing.assert_close(depthwise_conv2d(image, weight, **{name: argument}), expected)
 
 
 # ---- Autograd -------------------------------------------------------------------------------------------------------
@@ -269,21 +278,23 @@ def test_only_what_is_asked_for_is_computed(problem, wanted):
 
     compare_training(problem, tensors, *forward_and_backward())
 
-    def names(direction, **changes):
-        run = functools.partial(reference.run, direction, problem, reference.Tensors(*inputs, tensors.grad_out))
+    def names(direction, bias=inputs[2]):
+        given = reference.Tensors(*inputs[:2], bias, tensors.grad_out)
         with torch.no_grad():
-            return [launch[0] for launch in reference.launches(lambda: run("nchw"))]
+            launched = reference.launches(lambda: reference.run(direction, problem, given, "nchw"))
+        return [launch[0] for launch in launched]
 
     launched = [launch[0] for launch in reference.launches(forward_and_backward)]
-    expected = names("forward") + (names("grad_input") if wanted[0] else [])
+    expected = names("forward")
+    if wanted[0]:
+        expected += names("grad_input")
     if wanted[1]:
-        expected += names("grad_weight")
-    if wanted[1] == wanted[2]:  # one pass gives both gradients
+        expected += names("grad_weight", inputs[2] if wanted[2] else None)
+    if wanted[1] or not wanted[2]:
         assert sorted(launched) == sorted(expected)
-    else:
-        assert set(launched) >= set(expected) - set(names("grad_weight"))
-        assert wanted[1] or not set(launched) & (set(names("grad_weight")) - set(names("forward")) - set(expected))
-    assert wanted[0] or not set(launched) & (set(names("grad_input")) - set(names("forward")) - set(expected))
+    else:  # the gradient of the bias alone is a sum, by whatever kernel
+        assert set(launched) >= set(expected)
+        assert not set(launched) & (set(names("grad_weight", None)) - set(expected))
 
 
 def test_no_graph_is_kept_without_a_reason():
@@ -452,9 +463,17 @@ def test_autocast_off_inside_on_is_off():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cuda_graph_with_a_configuration_never_seen_before(layout, builds):
     """During capture nothing may be compiled: the general kernels serve, and replays follow the inputs."""
-    drawn = torch.randint(2, 10, (4,), generator=reference.fresh_generator("cpu")).tolist()
-    problem = Problem((30, 34), tuple(drawn[:2]), (1, 1), (2, 2), (1 + drawn[2] // 5, 1 + drawn[3] // 5), channels=8)
     generator = reference.fresh_generator()
+    drawn = random.Random(generator.initial_seed())
+    for _ in range(1000):
+
+        def pair(low, high):
+            return (drawn.randint(low, high), drawn.randint(low, high))
+
+        problem = Problem((30, 34), pair(1, 9), pair(1, 2), (2, 2), pair(1, 2), channels=8)
+        name, source = reference.select("forward", problem, torch.float32, layout)
+        if source and name.rpartition("/")[0] not in depthwise_inline._specialisations:
+            break  # one that would be compiled now if it were not for the capture
     tensors = reference.make_tensors(problem, torch.float32, layout, generator)
     convolve(PROBLEM, tensors.x, torch.randn(8, 1, 3, 3, device=DEVICE), None)  # the library itself is loaded before
     torch.cuda.synchronize()
@@ -485,7 +504,7 @@ def test_work_goes_to_the_current_stream():
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        torch.cuda._sleep(600_000_000)  # about 0.3 s
         for t, values in zip(late, tensors, strict=True):
             t.copy_(values)
         without_grad = convolve(PROBLEM, late.x, late.weight, late.bias)
@@ -627,8 +646,9 @@ def test_operators_reject_bad_gradients(name):
     """They are public: a gradient of the wrong size must not become a read outside of a tensor."""
     grad_out = BAD_GRADIENTS[name](image())
     geometry = (1, 1, 1, 1, 1, 1)
-    with pytest.raises(RuntimeError):
-        torch.ops.depthwise_inline.grad_input(grad_out, filters(), 8, 8, *geometry, False)
+    if name != "batch":  # which grad_out alone tells
+        with pytest.raises(RuntimeError):
+            torch.ops.depthwise_inline.grad_input(grad_out, filters(), 8, 8, *geometry, False)
     with pytest.raises(RuntimeError):
         torch.ops.depthwise_inline.grad_weight(grad_out, image(), 3, 3, *geometry, False, True)
     torch.cuda.synchronize()

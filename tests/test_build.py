@@ -1,0 +1,490 @@
+"""The build: two stages, its cache, what a machine may lack, and the compiler's report for every shipped kernel.
+
+Most tests copy the module beside a small stand-in for kernels/, which compiles in seconds, and import it in a process
+of its own with TORCH_CUDA_ARCH_LIST set, so that none of this needs a GPU.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import depthwise_inline
+from depthwise_inline import BuildError
+
+MODULE = Path(depthwise_inline.__file__).resolve()
+KERNELS = MODULE.parent / "kernels"
+
+# Budgets of DESIGN for two cores, in seconds; SLACK is for machines that do other things at the same time.
+COLD, WARM, SPECIALISATION, SLACK = 15, 0.5, 4, 2
+
+STAND_IN = {
+    "operators.cpp": """
+        #include <cstdint>
+        #include <cstring>
+
+        using Builder = int (*)(const char*, const char*);
+        static Builder builder = nullptr;
+        static void* launcher = nullptr;
+        static const char* source =
+            "#include \\"stand_in.cuh\\"\\nextern \\"C\\" int depthwise_inline_launch() { return launch<3>(); }\\n";
+        int launch_built_in();
+
+        extern "C" {
+        void depthwise_inline_set_builder(Builder value) { builder = value; }
+        void depthwise_inline_add_launcher(const char*, void* value) { launcher = value; }
+        int depthwise_inline_select(int, int, int, const int64_t*, char* name, int, char* out, int) {
+          std::strcpy(name, "stand_in_k3/tile");
+          std::strcpy(out, source);
+          return 0;
+        }
+        void depthwise_inline_force_variant(const char*) {}
+        int depthwise_inline_tiles(int, int, int, const int64_t*, char* names, int) {
+          std::strcpy(names, "general");
+          return 0;
+        }
+        int call_built_in() { return launch_built_in(); }
+        int call() {
+          if (launcher == nullptr && builder("stand_in_k3", source) != 0) return -1;
+          return reinterpret_cast<int (*)()>(launcher)();
+        }
+        }
+        """,
+    "stand_in.cuh": """
+        #pragma once
+        template <int K>
+        __global__ void stand_in(float* x) { x[threadIdx.x] += K; }
+        template <int K>
+        int launch() {
+          stand_in<K><<<1, 1>>>(nullptr);  // fails without a GPU, to no effect
+          return K;
+        }
+        """,
+    "stand_in.cu": """
+        #include "stand_in.cuh"
+        int launch_built_in() { return launch<1>(); }
+        """,
+}
+
+
+def buildable():
+    """None, or why nothing can be built here."""
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    try:
+        depthwise_inline._find_compiler()
+        depthwise_inline._cxx_command()
+        depthwise_inline._ninja_folder()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+needs_compiler = pytest.mark.skipif(buildable() is not None, reason=str(buildable()))
+
+
+class Project:
+    """A folder with the module and a stand-in for kernels/, used by processes of their own."""
+
+    def __init__(self, folder):
+        self.folder, self.kernels, self.cache = folder, folder / "kernels", folder / "cache"
+        shutil.copy(MODULE, folder)
+        self.kernels.mkdir()
+        for name, text in STAND_IN.items():
+            (self.kernels / name).write_text(textwrap.dedent(text).lstrip())
+
+    def start(self, code, **environment):
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("TORCH_", "CUDA_VISIBLE"))}
+        env |= {"TORCH_CUDA_ARCH_LIST": "9.0", "TORCH_EXTENSIONS_DIR": str(self.cache), "CUDA_VISIBLE_DEVICES": ""}
+        env = {key: value for key, value in (env | environment).items() if value is not None}
+        return subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            cwd=self.folder,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, code, **environment):
+        """stdout and stderr of a process that must succeed."""
+        process = self.start(code, **environment)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{out}\n{err}"
+        return out, err
+
+    def libraries(self):
+        return {path: path.stat().st_mtime_ns for path in self.cache.rglob("library.so")}
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+USE = """
+    import torch, depthwise_inline
+    library = depthwise_inline._load_library()
+    assert library.call_built_in() == 1 and library.call() == 3
+    assert not torch.cuda.is_initialized()
+"""
+
+
+# --- the two stages and the cache ------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_two_stages_of_the_shipped_kernels(project):
+    """Cold and warm, within the budgets, with the real sources."""
+    shutil.rmtree(project.kernels)
+    shutil.copytree(KERNELS, project.kernels)
+    code = """
+        import sys, time, torch
+        start = time.perf_counter()
+        import depthwise_inline
+        print(time.perf_counter() - start)
+        start = time.perf_counter()
+        model = depthwise_inline.DepthwiseConv2d(64, 5, padding=2)
+        print(depthwise_inline.precompile(model, (8, 64, 56, 56), backward=False))
+        print(len(depthwise_inline._specialisations), time.perf_counter() - start)
+        print("torch.utils.cpp_extension" in sys.modules, torch.cuda.is_initialized())
+    """
+    out, err = project.run(code)
+    cold, _, second, modules = out.splitlines()
+    lines = [line for line in err.splitlines() if line.startswith("depthwise_inline: compiling")]
+    assert re.fullmatch(r"depthwise_inline: compiling the operators for sm_90, once; cached in .*", lines[0])
+    built, seconds = int(second.split()[0]), float(second.split()[1])
+    assert len(lines) == 1 + built and modules == "True False"
+    assert float(cold) < COLD * SLACK and seconds < SPECIALISATION * SLACK
+    print(f"cold {cold} s, specialisation {seconds} s")
+
+    out, err = project.run(code)
+    warm, _, _, modules = out.splitlines()
+    assert "compiling" not in err and modules == "False False"
+    assert float(warm) < WARM * SLACK
+
+
+@needs_compiler
+def test_cache_follows_the_sources(project):
+    _, err = project.run(USE)
+    assert err.count("depthwise_inline: compiling") == 2
+    first = project.libraries()
+    assert len(first) == 2
+    _, err = project.run(USE)
+    assert "compiling" not in err and project.libraries() == first
+
+    header = project.kernels / "stand_in.cuh"
+    text = header.read_text()
+    header.write_text(text + "// edited\n")
+    _, err = project.run(USE)
+    assert err.count("depthwise_inline: compiling") == 2
+    assert len(project.libraries()) == 4 and project.libraries().items() > first.items()
+    _, err = project.run(USE, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    assert "for sm_80, sm_90+PTX, once" in err and len(project.libraries()) == 6
+
+    header.write_text(text)
+    _, err = project.run(USE)
+    assert "compiling" not in err
+
+
+@needs_compiler
+def test_killed_builder_leaves_nothing_in_the_way(project):
+    process = project.start(USE)
+    assert "compiling the operators" in process.stderr.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not project.libraries()
+    project.run(USE)
+    assert len(project.libraries()) == 2
+    left = [path.name for path in (project.cache / "depthwise_inline").iterdir() if ".tmp" in path.name]
+    assert not left
+
+
+@needs_compiler
+def test_processes_at_once_build_once(project):
+    processes = [project.start(USE) for _ in range(3)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert "".join(errors).count("compiling the operators") == 1
+    assert "".join(errors).count("compiling stand_in_k3") == 1
+
+
+@needs_compiler
+def test_reload_and_second_copy(project):
+    code = """
+        import importlib, sys, torch, depthwise_inline
+        importlib.reload(depthwise_inline)
+        first = sys.modules.pop("depthwise_inline")
+        import depthwise_inline
+        assert depthwise_inline is not first
+        assert depthwise_inline._load_library().call() == 3
+    """
+    _, err = project.run(code)
+    assert err.count("compiling the operators") == 1
+
+
+def test_without_gpu_nothing_is_built(project):
+    code = """
+        import sys, torch, depthwise_inline
+        x, w = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
+        assert depthwise_inline.depthwise_conv2d(x, w).shape == (1, 2, 3, 3)
+        status = depthwise_inline.status()
+        assert status.path == "pytorch" and status.gpus == () and status.library == "not loaded", status
+        assert not torch.cuda.is_initialized() and "torch.utils.cpp_extension" not in sys.modules
+        try:
+            depthwise_inline.precompile()
+        except RuntimeError as error:
+            print(error)
+    """
+    out, err = project.run(code, TORCH_CUDA_ARCH_LIST=None)
+    assert "set TORCH_CUDA_ARCH_LIST" in out
+    assert "compiling" not in err and not project.cache.exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_import_leaves_cuda_to_forked_processes(project):
+    """A cold and a warm import, each followed by a fork whose child uses the GPU."""
+    shutil.rmtree(project.kernels)
+    shutil.copytree(KERNELS, project.kernels)
+    code = """
+        import os, torch, depthwise_inline
+        assert depthwise_inline._library is not None and not torch.cuda.is_initialized()
+        child = os.fork()
+        if child == 0:
+            x, w = torch.ones(1, 2, 5, 5, device="cuda"), torch.ones(2, 1, 3, 3, device="cuda")
+            os._exit(int(depthwise_inline.depthwise_conv2d(x, w).sum().item() != 162))
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    for _ in range(2):
+        project.run(code, TORCH_CUDA_ARCH_LIST=None, CUDA_VISIBLE_DEVICES="0")
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+FAILS = """
+    import torch, depthwise_inline
+    x, w = torch.randn(1, 2, 5, 5), torch.randn(2, 1, 3, 3)
+    assert depthwise_inline.depthwise_conv2d(x, w).shape == (1, 2, 3, 3)
+    for _ in range(2):
+        try:
+            depthwise_inline._load_library()
+        except RuntimeError as error:
+            message = str(error)
+    status = depthwise_inline.status()
+    assert status.path == "error" and status.reason == message, status
+    print(message)
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ("stand_in.cu", "operators.cpp", "stand_in.cuh"))
+def test_failing_build(project, name):
+    """A short message with the place, then the log; the import works, and mending the file mends it."""
+    path = project.kernels / name
+    text = path.read_text()
+    path.write_text("#pragma once\nint broken = ;\n" + text)
+    mend = f"""
+    import pathlib
+    pathlib.Path({str(path)!r}).write_text({text!r})
+    depthwise_inline.precompile()
+    assert depthwise_inline._load_library().call() == 3
+    """
+    out, err = project.run(FAILS + mend)
+    assert err.count("compiling the operators") == 2  # not again for every use
+    first, place, log = out.splitlines()
+    assert first == "depthwise_inline: compiling the operators for sm_90 failed:"
+    assert re.search(rf"kernels/{name}[:(]2\b.*error", place)
+    log = Path(log.removeprefix("The whole output is in "))
+    assert "broken" in log.read_text()
+
+
+@needs_compiler
+def test_failing_specialisation(project):
+    path = project.kernels / "operators.cpp"
+    path.write_text(path.read_text().replace("return launch<3>()", "return launch<3>(nonsense)"))
+    code = """
+        import torch, depthwise_inline
+        library = depthwise_inline._load_library()
+        assert library.call() == -1 and library.call() == -1
+        error = depthwise_inline._specialisation_error(RuntimeError("could not build stand_in_k3"))
+        assert isinstance(error, RuntimeError) and "nonsense" in str(error), error
+        try:
+            depthwise_inline.precompile(depthwise_inline.DepthwiseConv2d(2, 3), (1, 2, 5, 5))
+        except RuntimeError as error:
+            print(error)
+    """
+    out, err = project.run(code)
+    assert "compiling stand_in_k3 for sm_90 failed" in out
+    assert err.count("compiling stand_in_k3") == 2
+
+
+def test_missing_kernels(project):
+    shutil.rmtree(project.kernels)
+    out, _ = project.run(FAILS)
+    assert f"the folder {project.kernels} with the CUDA sources is missing" in out
+    assert "copy kernels/ to lie beside depthwise_inline.py" in out
+
+
+def test_missing_cxx(project):
+    out, _ = project.run(FAILS, CXX="/nonexistent/g++")
+    assert "no C++ compiler: '/nonexistent/g++' (named by CXX) was not found" in out
+    assert "apt-get install g++" in out
+
+
+def test_bad_architecture_list(project):
+    out, _ = project.run(FAILS, TORCH_CUDA_ARCH_LIST="Hoover")
+    assert "expected TORCH_CUDA_ARCH_LIST like '8.0;9.0+PTX', but got 'Hoover'" in out
+
+
+def test_missing_ninja(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    if (folder := depthwise_inline._ninja_folder()) is not None:  # the package, without PATH
+        assert os.access(Path(folder) / "ninja", os.X_OK)
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    with pytest.raises(BuildError, match="pip install ninja"):
+        depthwise_inline._ninja_folder()
+
+
+def fake_nvcc(folder, version):
+    """A folder with an nvcc that says it is of this version."""
+    script = folder / "bin" / "nvcc"
+    script.parent.mkdir(parents=True)
+    script.write_text(f'#!/bin/sh\necho "release {version[:-2]}, V{version}"\necho compute_75\necho compute_90\n')
+    script.chmod(0o755)
+    return folder
+
+
+def test_missing_nvcc(monkeypatch, tmp_path):
+    monkeypatch.setattr(depthwise_inline, "_nvcc_roots", lambda: iter([tmp_path]))
+    with pytest.raises(BuildError, match=r'no CUDA compiler .* pip install "cuda-toolkit\[nvcc,cccl\]'):
+        depthwise_inline._find_compiler()
+    assert depthwise_inline.status().compiler.startswith("none: depthwise_inline: no CUDA compiler")
+
+
+def test_nvcc_of_another_major_version(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(depthwise_inline, "_CUDA_BUILD", True)
+    old, new = fake_nvcc(tmp_path / "old", "11.8.89"), fake_nvcc(tmp_path / "new", "13.1.66")
+    monkeypatch.setattr(depthwise_inline, "_nvcc_roots", lambda: iter([old]))
+    with pytest.raises(BuildError) as caught:
+        depthwise_inline._find_compiler()
+    assert "built with CUDA 13.0 and needs nvcc 13" in str(caught.value)
+    assert f"found only nvcc 11.8.89 in {old}" in str(caught.value)
+    assert str(caught.value).endswith('pip install "cuda-toolkit[nvcc,cccl]==13.*"')
+    monkeypatch.setattr(depthwise_inline, "_nvcc_roots", lambda: iter([old, new]))
+    assert depthwise_inline._find_compiler().root == new
+
+
+def test_order_of_compilers(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path / "path"))
+    monkeypatch.setattr(depthwise_inline, "_SYSTEM_CUDA", tmp_path / "system")
+    roots = list(depthwise_inline._nvcc_roots())
+    assert roots[:2] == [tmp_path / "home", tmp_path / "path"] and tmp_path / "system" in roots[2:]
+
+
+@needs_compiler
+def test_wrapper_script_on_path(monkeypatch, tmp_path):
+    """The tree of the compiler that a wrapper calls, not the tree that the wrapper lies in."""
+    real = depthwise_inline._find_compiler()
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {real.nvcc} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{os.environ['PATH']}")
+    *_, root = depthwise_inline._nvcc_roots()
+    assert root.samefile(real.root)
+
+
+@needs_compiler
+def test_compiler_package_alone(project):
+    """Build with the compiler from Python's packages: no CUDA_HOME, no nvcc on PATH, no system toolkit."""
+    packages = [root for root in depthwise_inline._nvcc_roots() if root.parent.name == "nvidia"]
+    if not any((root / "bin" / "nvcc").is_file() for root in packages):
+        pytest.skip("the package cuda-toolkit[nvcc,cccl] is not installed")
+    code = """
+        import os, pathlib, depthwise_inline
+        depthwise_inline._SYSTEM_CUDA = pathlib.Path("/nonexistent")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"
+        depthwise_inline.precompile()
+        assert depthwise_inline._load_library().call() == 3
+        print(depthwise_inline.status().compiler)
+    """
+    tools = project.folder / "tools"  # PATH less whatever holds an nvcc
+    tools.mkdir()
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for tool in Path(folder).glob("*") if Path(folder).is_dir() else ():
+            if tool.name != "nvcc" and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    out, _ = project.run(code, TORCH_CUDA_ARCH_LIST=None, CUDA_HOME=None, CUDA_PATH=None, PATH=str(tools))
+    assert f"{os.sep}nvidia{os.sep}cu" in out
+
+
+# --- cache folders that cannot be used -------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_unusable_cache_folder(project):
+    """Not a folder: a private one instead, with a warning; gone when the process ends."""
+    (project.folder / "file").write_text("")
+    code = USE + "    print(depthwise_inline.status().library)\n"
+    out, err = project.run(code, TORCH_EXTENSIONS_DIR=str(project.folder / "file"), TMPDIR=str(project.folder))
+    assert "the cache cannot be used" in err and "set TORCH_EXTENSIONS_DIR" in err
+    assert Path(out.strip()).is_relative_to(project.folder) and not Path(out.strip()).exists()
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can give a folder away")
+def test_foreign_cache_folder(project):
+    folder = project.cache / "depthwise_inline"
+    folder.mkdir(parents=True)
+    os.chown(folder, 12345, 12345)
+    _, err = project.run(USE)
+    assert "belongs to another user" in err and not project.libraries()
+
+
+def test_full_disk(tmp_path):
+    def build(folder):
+        raise RuntimeError("Error building extension: cc1plus: No space left on device")
+
+    with pytest.raises(depthwise_inline._CacheUnusable, match="no space left on device"):
+        depthwise_inline._build_in(tmp_path, "entry", "nothing", build)
+    assert [path.name for path in tmp_path.iterdir()] == ["entry.lock"]
+
+
+# --- architectures ---------------------------------------------------------------------------------------------------
+
+
+def test_architectures(monkeypatch):
+    gpus = (depthwise_inline._Gpu("NVIDIA A", (9, 0)), depthwise_inline._Gpu("NVIDIA B", (7, 5)))
+    monkeypatch.setattr(depthwise_inline, "_CUDA_BUILD", True)
+    monkeypatch.setattr(depthwise_inline, "_nvml_gpus", lambda: gpus)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert depthwise_inline._architectures() == ("7.5", "9.0")
+    assert depthwise_inline.status().gpus == ("NVIDIA A (sm_90)", "NVIDIA B (sm_75)")
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert depthwise_inline._architectures() == ()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 8.6;9.0a+PTX")
+    assert depthwise_inline._architectures() == ("8.0", "8.6", "9.0a+PTX")
+
+
+def test_architecture_flags():
+    compiler = depthwise_inline._Compiler(Path("/cuda"), "13.0.88", (75, 80, 90, 120))
+    assert compiler.arch_flags(["8.0", "9.0a+PTX"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    assert compiler.arch_flags(["13.0"]) == ["-gencode=arch=compute_120,code=compute_120"]  # newer than the compiler
+    assert compiler.arch_flags(["6.1", "7.5"]) == ["-gencode=arch=compute_75,code=sm_75"]
+    with pytest.raises(BuildError, match=r"compiles for sm_75 and newer, but the GPUs of this machine are 6\.1"):
+        compiler.arch_flags(["6.1"])
