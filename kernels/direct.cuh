@@ -14,18 +14,6 @@ constexpr Int divide_up(Int a, Int b) {
   return (a + b - 1) / b;
 }
 
-// Which of a window's rows or columns meet a tap of one of `outputs` outputs, as a bit mask. With a dilation most do not.
-constexpr uint64_t window_mask(int outputs, int stride, int kernel, int dilation) {
-  uint64_t mask = 0;
-  for (int o = 0; o < outputs; ++o)
-    for (int tap = 0; tap < kernel; ++tap) mask |= uint64_t{1} << (o * stride + tap * dilation);
-  return mask;
-}
-
-constexpr int window_size(int outputs, int stride, int kernel, int dilation) {
-  return (outputs - 1) * stride + (kernel - 1) * dilation + 1;
-}
-
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_>
 struct NhwcTraits {
   using T = T_;

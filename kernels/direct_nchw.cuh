@@ -1,8 +1,8 @@
 // Direct depthwise convolution, NCHW: forward, and grad of input at stride 1 (filter flipped).
 //
-// Serves  any compile-time kernel, stride, dilation and horizontal padding; fp32, fp16, bf16; depth multiplier (forward).
-// Owns    each thread computes kColumns x kRows neighbouring outputs of one plane in fp32 registers.
-// Reads   each input row of the thread's window once, in aligned words of kVector elements where rows allow it; the
+// Serves  any compile-time kernel, stride, dilation and horizontal padding; fp32, fp16, bf16; depth multiplier
+// (forward). Owns    each thread computes kColumns x kRows neighbouring outputs of one plane in fp32 registers. Reads
+// each input row of the thread's window once, in aligned words of kVector elements where rows allow it; the
 //         overlap between neighbouring threads is served by L1. No shared memory, no synchronisation.
 // Chosen  for kernels whose weights fit registers (select.h).
 #pragma once
@@ -68,8 +68,8 @@ struct NchwRow {
         constexpr int kWidth = load_width(kWord);
         constexpr int kStart = (kFirstWord + kWord) * kVector + kLow / kWidth * kWidth;
         const int start = column + kStart;
-        const auto words =
-            load_or_zero<kWidth>(row + start, row_in_bounds && static_cast<unsigned>(start) < static_cast<unsigned>(width));
+        const auto words = load_or_zero<kWidth>(
+            row + start, row_in_bounds && static_cast<unsigned>(start) < static_cast<unsigned>(width));
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
           constexpr int kBase = kStart + Traits::kPaddingW;
@@ -98,9 +98,9 @@ __device__ __forceinline__ void store_row(T* row, int column, int width, const f
 constexpr int kRealign = 0;
 
 // Stores a row that starts `shift` elements before a vector boundary: each lane hands its first `shift` outputs to the
-// lane before it, and stores a whole vector from its output `shift` on. Only the ends of a warp's row are narrow stores.
-// Whole vectors matter: with 510 columns stored two at a time, 7% of the bandwidth is lost (16x64x512x512, 3x3, fp32,
-// H100: 0.77 ms against 0.72).
+// lane before it, and stores a whole vector from its output `shift` on. Only the ends of a warp's row are narrow
+// stores. Whole vectors matter: with 510 columns stored two at a time, 7% of the bandwidth is lost (16x64x512x512, 3x3,
+// fp32, H100: 0.77 ms against 0.72).
 template <class T, int kColumns>
 __device__ __forceinline__ void store_row_realigned(int shift, T* row, int column, int width,
                                                     const float (&values)[kColumns], bool row_in_bounds) {
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kDirectNchwThreads)
   };
   T ahead[kRowsAhead][Row::kWindow];
 #pragma unroll
-  for (int r = 0; r < kRowsAhead; ++r) load_row(ahead[r], r);
+  for (int r = 0; r < kRowsAhead; ++r)
+    if (kUsedRows >> r & 1) load_row(ahead[r], r);
 
   float weight[kTaps];
   const T* filter = static_cast<const T*>(args.weight) + out_channel * kTaps;
@@ -192,12 +193,13 @@ __global__ void __launch_bounds__(kDirectNchwThreads)
 
 #pragma unroll
   for (int r = 0; r < kRowsIn; ++r) {
-    if (!(kUsedRows >> r & 1)) continue;
     float window[Row::kWindow];
 #pragma unroll
     for (int k = 0; k < Row::kWindow; ++k)
       if (Row::kUsed >> k & 1) window[k] = to_float(ahead[r % kRowsAhead][k]);
-    if (r + kRowsAhead < kRowsIn) load_row(ahead[r % kRowsAhead], r + kRowsAhead);
+    if (r + kRowsAhead < kRowsIn && (kUsedRows >> (r + kRowsAhead) & 1))
+      load_row(ahead[r % kRowsAhead], r + kRowsAhead);
+    if (!(kUsedRows >> r & 1)) continue;
 #pragma unroll
     for (int o = 0; o < kRows; ++o) {
       const int tap_h = r - o * Traits::kStrideH;

@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(kDirectNhwcThreads)
 #pragma unroll
     for (int k = 0; k < kWindow; ++k)
       if (kUsedColumns >> k & 1)
-        window[k] = load_or_zero<kVector>(
-            row_input + k * pixel,
-            row_in_bounds && static_cast<unsigned>(first_column + k) < static_cast<unsigned>(args.w));
+        window[k] =
+            load_or_zero<kVector>(row_input + k * pixel, row_in_bounds && static_cast<unsigned>(first_column + k) <
+                                                                              static_cast<unsigned>(args.w));
   };
   Pixel window[kRowsIn][kWindow];
 #pragma unroll
@@ -131,8 +131,12 @@ int launch_direct_nhwc(const DirectArgs& args, cudaStream_t stream) {
 // The tiles of select.h's table, in its order.
 template <class Traits>
 int launch_direct_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
+  constexpr int kPixels = window_pixels(4, Traits::kKernelH, Traits::kKernelW, Traits::kStrideH, Traits::kStrideW,
+                                        Traits::kDilationH, Traits::kDilationW);
   switch (tile) {
-    case 0: return launch_direct_nhwc<Traits, 4, 4, 4>(args, stream);
+    case 0:
+      if constexpr (kPixels <= kMaxWindowPixels) return launch_direct_nhwc<Traits, 4, 4, 4>(args, stream);
+      break;
     case 1: return launch_direct_nhwc<Traits, 2, 2, 4>(args, stream);
     case 2: return launch_direct_nhwc<Traits, 2, 2, 1>(args, stream);
   }

@@ -103,7 +103,8 @@ __global__ void __launch_bounds__(kGeneralThreads)
     const T* row = plane + h * args.in.stride_h;
     for (int j = 0; j < args.kernel_w; ++j) {
       const int w = o.w * args.stride_w - args.padding_w + j * args.dilation_w;
-      if (w >= 0 && w < args.in.w.divisor) sum += load(row + w * args.in.stride_w) * load(filter + i * args.kernel_w + j);
+      if (w >= 0 && w < args.in.w.divisor)
+        sum += load(row + w * args.in.stride_w) * load(filter + i * args.kernel_w + j);
     }
   }
   out[linear] = store_accumulator<T>(sum);
@@ -128,7 +129,8 @@ __global__ void __launch_bounds__(kGeneralThreads)
         const int w = x.w + args.padding_w - j * args.dilation_w;
         const int out_w = w / args.stride_w;
         if (w < 0 || out_w * args.stride_w != w || out_w >= args.out.w.divisor) continue;
-        sum += load(plane + out_h * args.out.stride_h + out_w * args.out.stride_w) * load(filter + i * args.kernel_w + j);
+        sum +=
+            load(plane + out_h * args.out.stride_h + out_w * args.out.stride_w) * load(filter + i * args.kernel_w + j);
       }
     }
   }
@@ -148,8 +150,8 @@ __device__ __forceinline__ T sum_of_warp(T value) {
 // positions. A position is (n, out_h, out_w), out_w fastest. grid: x channels, y groups of taps, z splits.
 template <class T, bool kChannelsLast>
 __global__ void __launch_bounds__(kGeneralThreads)
-    general_grad_weight_kernel(const GeneralArgs args, const T* grad_output, const T* input,
-                               accumulator_t<T>* partial, accumulator_t<T>* partial_bias) {
+    general_grad_weight_kernel(const GeneralArgs args, const T* grad_output, const T* input, accumulator_t<T>* partial,
+                               accumulator_t<T>* partial_bias) {
   using Sum = accumulator_t<T>;
   const int out_c = args.out.c.divisor;
   const int channel = kChannelsLast ? blockIdx.x * 32 + threadIdx.x : blockIdx.x;
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   constexpr int kStep = kChannelsLast ? kGeneralThreads / 32 : kGeneralThreads;
 
   Sum sum[kTapsPerBlock] = {};
-  Sum bias = 0;
+  Sum bias = 0, bias_lost = 0;  // compensated: equal gradients round the same way every time
   if (channel < out_c) {
     const T* grad_plane = grad_output + channel * args.out.stride_c;
     const T* plane = input + channel / args.multiplier * args.in.stride_c;
@@ -175,7 +177,9 @@ __global__ void __launch_bounds__(kGeneralThreads)
       int out_w, out_h;
       const int64_t n = args.out.h.split(args.out.w.split(position, &out_w), &out_h);
       const Sum grad = load(grad_plane + n * args.out.stride_n + out_h * args.out.stride_h + out_w * args.out.stride_w);
-      bias += grad;
+      const Sum term = grad - bias_lost, next = bias + term;
+      bias_lost = (next - bias) - term;
+      bias = next;
       const int h = out_h * args.stride_h - args.padding_h + tap_h * args.dilation_h;
       if (h < 0 || h >= args.in.h.divisor) continue;
       const T* row = plane + n * args.in.stride_n + h * args.in.stride_h;

@@ -12,9 +12,9 @@ void launch_grad_input(const Problem& problem, const void* grad_output, const vo
   with_type(problem.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const unsigned blocks = general_blocks(problem.n * problem.c * problem.h * problem.w);
-    general_grad_input_kernel<T><<<blocks, kGeneralThreads, 0, cuda_stream>>>(
-        general_args(problem), static_cast<const T*>(grad_output), static_cast<const T*>(weight),
-        static_cast<T*>(grad_input));
+    general_grad_input_kernel<T>
+        <<<blocks, kGeneralThreads, 0, cuda_stream>>>(general_args(problem), static_cast<const T*>(grad_output),
+                                                      static_cast<const T*>(weight), static_cast<T*>(grad_input));
   });
   check_launch(cudaGetLastError());
 }

@@ -1,5 +1,6 @@
-// Grad of weight and bias: sums over n, out_h, out_w of grad_output * input, split over blocks and added in a fixed order.
-// Workspace: splits * out_channels * (taps + 1) accumulators, at most kMaxWorkspace bytes unless one split needs more.
+// Grad of weight and bias: sums over n, out_h, out_w of grad_output * input, split over blocks and added in a fixed
+// order. Workspace: splits * out_channels * (taps + 1) accumulators, at most kMaxWorkspace bytes unless one split needs
+// more.
 #include "dispatch.cuh"
 #include "launch.h"
 
@@ -48,7 +49,8 @@ void launch_grad_weight(const Problem& problem, const void* grad_output, const v
     Sum* const partial_bias = grad_bias ? partial + grid.splits * weights : nullptr;
     const auto launch = [&](auto kernel) {
       kernel<<<dim3(grid.channels, grid.taps, grid.splits), dim3(32, kGeneralThreads / 32), 0, cuda_stream>>>(
-          general_args(problem), static_cast<const T*>(grad_output), static_cast<const T*>(input), partial, partial_bias);
+          general_args(problem), static_cast<const T*>(grad_output), static_cast<const T*>(input), partial,
+          partial_bias);
     };
     problem.layout == Layout::kNhwc ? launch(general_grad_weight_kernel<T, true>)
                                     : launch(general_grad_weight_kernel<T, false>);

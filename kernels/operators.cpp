@@ -11,6 +11,7 @@
 #include <array>
 #include <cstring>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -25,6 +26,16 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+std::string text(const char* words) { return words; }
+std::string text(int64_t number) { return std::to_string(number); }
+
+// STD_TORCH_CHECK, but for its string stream: a compiler that links libstdc++ statically gives this library a second
+// copy of it beside PyTorch's, and streams crash in such a pair.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error("depthwise_inline: " + (text(parts) + ...));
+}
+
 struct Geometry {
   int64_t stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 };
@@ -37,19 +48,19 @@ DType to_dtype(const Tensor& tensor) {
     case ScalarType::Double: return DType::kFloat64;
     default: break;
   }
-  STD_TORCH_CHECK(false, "depthwise_inline: expected a float32, float16, bfloat16 or float64 tensor");
+  throw std::runtime_error("depthwise_inline: expected a float32, float16, bfloat16 or float64 tensor");
 }
 
 void check_tensor(const Tensor& tensor, const char* name, int64_t dim, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cuda(), "depthwise_inline: expected ", name, " on a CUDA device");
-  STD_TORCH_CHECK(tensor.layout() == torch::headeronly::Layout::Strided, "depthwise_inline: expected a dense ", name);
-  STD_TORCH_CHECK(tensor.dim() == dim, "depthwise_inline: expected ", name, " of ", dim, " dimensions, got ", tensor.dim());
-  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), "depthwise_inline: ", name, " has another dtype");
-  STD_TORCH_CHECK(tensor.get_device_index() == like.get_device_index(), "depthwise_inline: ", name,
-                  " is on another device");
+  check(tensor.is_cuda(), "expected ", name, " on a CUDA device");
+  check(tensor.layout() == torch::headeronly::Layout::Strided, "expected a dense ", name);
+  check(tensor.dim() == dim, "expected ", name, " of ", dim, " dimensions, got ", tensor.dim());
+  check(tensor.scalar_type() == like.scalar_type(), name, " has another dtype");
+  check(tensor.get_device_index() == like.get_device_index(), name, " is on another device");
 }
 
-// at::Tensor::suggest_memory_format() == channels_last, for four dimensions: sizes of 1 are ambiguous and count as NCHW.
+// at::Tensor::suggest_memory_format() == channels_last, for four dimensions: sizes of 1 are ambiguous and count as
+// NCHW.
 bool suggests_channels_last(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
@@ -61,6 +72,11 @@ bool suggests_channels_last(const Tensor& tensor) {
     least = strides[d] * (sizes[d] > 1 ? sizes[d] : 1);
   }
   return true;
+}
+
+// Whether F.conv2d with cuDNN would answer in channels_last; in float64 it never does.
+bool wants_channels_last(const Tensor& input, const Tensor& weight) {
+  return input.scalar_type() != ScalarType::Double && (suggests_channels_last(input) || suggests_channels_last(weight));
 }
 
 // Whether `tensor` lies in memory as the kernels read it; strides of dimensions of size 1 do not matter.
@@ -88,7 +104,7 @@ Tensor to_contiguous(const Tensor& tensor) {
 Tensor empty_strided(std::vector<int64_t> sizes, std::vector<int64_t> strides, int32_t dtype, int32_t device) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         dtype, aoti_torch_device_type_cuda(), device, &handle));
+                                                  dtype, aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
 }
 
@@ -128,47 +144,63 @@ class DeviceScope {
 
 Problem make_problem(Direction direction, DType dtype, Layout layout, int64_t n, int64_t c, int64_t out_c, int64_t h,
                      int64_t w, int64_t kernel_h, int64_t kernel_w, const Geometry& g) {
-  STD_TORCH_CHECK(c > 0 && out_c > 0 && out_c % c == 0, "depthwise_inline: expected weight of (channels * multiplier, 1, ",
-                  "kernel_h, kernel_w), got ", out_c, " filters for ", c, " channels");
-  STD_TORCH_CHECK(kernel_h > 0 && kernel_w > 0, "depthwise_inline: kernel size must be greater than zero");
-  STD_TORCH_CHECK(g.stride_h > 0 && g.stride_w > 0, "depthwise_inline: stride must be greater than zero");
-  STD_TORCH_CHECK(g.dilation_h > 0 && g.dilation_w > 0, "depthwise_inline: dilation must be greater than zero");
-  STD_TORCH_CHECK(g.padding_h >= 0 && g.padding_w >= 0, "depthwise_inline: padding must not be negative");
+  check(c > 0 && out_c > 0 && out_c % c == 0, "expected weight of (channels * multiplier, 1, ",
+        "kernel_h, kernel_w), got ", out_c, " filters for ", c, " channels");
+  check(kernel_h > 0 && kernel_w > 0, "kernel size must be greater than zero");
+  check(g.stride_h > 0 && g.stride_w > 0, "stride must be greater than zero");
+  check(g.dilation_h > 0 && g.dilation_w > 0, "dilation must be greater than zero");
+  check(g.padding_h >= 0 && g.padding_w >= 0, "padding must not be negative");
   constexpr int64_t kLimit = int64_t{1} << 30;  // a padded image's side, and everything added to it, fits 32 bits
   for (const int64_t size : {h, w, kernel_h, kernel_w, g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h,
                              g.dilation_w, c, out_c})
-    STD_TORCH_CHECK(size >= 0 && size < kLimit, "depthwise_inline: size ", size, " is too large");
+    check(size >= 0 && size < kLimit, "size ", size, " is too large");
   const int64_t span_h = g.dilation_h * (kernel_h - 1) + 1, span_w = g.dilation_w * (kernel_w - 1) + 1;
   const int64_t room_h = h + 2 * g.padding_h - span_h, room_w = w + 2 * g.padding_w - span_w;
-  STD_TORCH_CHECK(h > 0 && w > 0 && room_h >= 0 && room_w >= 0 && h + 2 * g.padding_h < kLimit &&
-                      w + 2 * g.padding_w < kLimit,
-                  "depthwise_inline: kernel size can't be greater than the padded input, and the output must not be empty");
-  return {direction, dtype, layout, n, c, out_c / c, out_c, h, w, room_h / g.stride_h + 1, room_w / g.stride_w + 1,
-          kernel_h, kernel_w, g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w,
+  check(h > 0 && w > 0 && room_h >= 0 && room_w >= 0 && h + 2 * g.padding_h < kLimit && w + 2 * g.padding_w < kLimit,
+        "kernel size can't be greater than the padded input, and the output must not be empty");
+  return {direction,
+          dtype,
+          layout,
+          n,
+          c,
+          out_c / c,
+          out_c,
+          h,
+          w,
+          room_h / g.stride_h + 1,
+          room_w / g.stride_w + 1,
+          kernel_h,
+          kernel_w,
+          g.stride_h,
+          g.stride_w,
+          g.padding_h,
+          g.padding_w,
+          g.dilation_h,
+          g.dilation_w,
           /*aligned=*/true};
 }
 
 void check_grad_output(const Problem& p, const Tensor& grad_output) {
   const auto sizes = grad_output.sizes();
-  STD_TORCH_CHECK(sizes[0] == p.n && sizes[1] == p.out_c && sizes[2] == p.out_h && sizes[3] == p.out_w,
-                  "depthwise_inline: expected grad_output of (", p.n, ", ", p.out_c, ", ", p.out_h, ", ", p.out_w,
-                  "), got (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], ")");
+  check(sizes[0] == p.n && sizes[1] == p.out_c && sizes[2] == p.out_h && sizes[3] == p.out_w,
+        "expected grad_output of (", p.n, ", ", p.out_c, ", ", p.out_h, ", ", p.out_w, "), got (", sizes[0], ", ",
+        sizes[1], ", ", sizes[2], ", ", sizes[3], ")");
 }
 
 Layout layout_of(bool channels_last) { return channels_last ? Layout::kNhwc : Layout::kNchw; }
 
-Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& geometry) {
+Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const Geometry& geometry) {
   check_tensor(input, "input", 4, input);
   check_tensor(weight, "weight", 4, input);
   const auto in = input.sizes();
   const auto filter = weight.sizes();
-  STD_TORCH_CHECK(filter[1] == 1, "depthwise_inline: expected weight of one channel a filter, got ", filter[1]);
+  check(filter[1] == 1, "expected weight of one channel a filter, got ", filter[1]);
   if (bias) {
     check_tensor(*bias, "bias", 1, input);
-    STD_TORCH_CHECK(bias->size(0) == filter[0], "depthwise_inline: expected bias of ", filter[0], " elements, got ",
-                    bias->size(0));
+    check(bias->size(0) == filter[0], "expected bias of ", filter[0], " elements, got ", bias->size(0));
   }
-  const Layout layout = layout_of(suggests_channels_last(input) || suggests_channels_last(weight));
+  const Layout layout = layout_of(wants_channels_last(input, weight));
   Problem problem = make_problem(Direction::kForward, to_dtype(input), layout, in[0], in[1], filter[0], in[2], in[3],
                                  filter[2], filter[3], geometry);
   const int32_t device = input.get_device_index();
@@ -190,8 +222,8 @@ Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, int64_t h
   check_tensor(weight, "weight", 4, grad_output);
   const auto grad = grad_output.sizes();
   const auto filter = weight.sizes();
-  STD_TORCH_CHECK(filter[1] == 1 && multiplier > 0 && filter[0] % multiplier == 0,
-                  "depthwise_inline: expected weight of (channels * multiplier, 1, kernel_h, kernel_w)");
+  check(filter[1] == 1 && multiplier > 0 && filter[0] % multiplier == 0,
+        "expected weight of (channels * multiplier, 1, kernel_h, kernel_w)");
   const Layout layout = layout_of(channels_last);
   Problem problem = make_problem(Direction::kGradInput, to_dtype(grad_output), layout, grad[0], filter[0] / multiplier,
                                  filter[0], h, w, filter[2], filter[3], geometry);
@@ -213,8 +245,8 @@ std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tens
   check_tensor(input, "input", 4, grad_output);
   const auto in = input.sizes();
   const Layout layout = layout_of(channels_last);
-  Problem problem = make_problem(Direction::kGradWeight, to_dtype(input), layout, in[0], in[1], grad_output.size(1), in[2],
-                                 in[3], kernel_h, kernel_w, geometry);
+  Problem problem = make_problem(Direction::kGradWeight, to_dtype(input), layout, in[0], in[1], grad_output.size(1),
+                                 in[2], in[3], kernel_h, kernel_w, geometry);
   check_grad_output(problem, grad_output);
   const int32_t device = grad_output.get_device_index();
   const DeviceScope scope(device);
@@ -233,8 +265,8 @@ std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tens
 
 // Boxed by TORCH_BOX for torch.ops.depthwise_inline.
 
-Tensor forward(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, int64_t stride_h, int64_t stride_w,
-               int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
+Tensor forward(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, int64_t stride_h,
+               int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
   return run_forward(input, weight, bias, {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
 }
 
@@ -258,15 +290,15 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
 using Ints = std::vector<int64_t>;
 
 Geometry geometry_of(const Ints& stride, const Ints& padding, const Ints& dilation) {
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "depthwise_inline: expected stride, padding and dilation as pairs");
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+        "expected stride, padding and dilation as pairs");
   return {stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
 Tensor convolution(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, Ints stride, Ints padding,
                    Ints dilation, bool transposed, Ints, int64_t groups) {
-  STD_TORCH_CHECK(!transposed && input.dim() == 4 && groups == input.size(1),
-                  "depthwise_inline: convolution_overrideable serves depthwise 2d convolutions alone");
+  check(!transposed && input.dim() == 4 && groups == input.size(1),
+        "convolution_overrideable serves depthwise 2d convolutions alone");
   return run_forward(input, weight, bias, geometry_of(stride, padding, dilation));
 }
 
@@ -274,10 +306,10 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
                                                         const Tensor& weight, Ints stride, Ints padding, Ints dilation,
                                                         bool transposed, Ints, int64_t groups,
                                                         std::vector<bool> output_mask) {
-  STD_TORCH_CHECK(!transposed && input.dim() == 4 && weight.dim() == 4 && groups == input.size(1),
-                  "depthwise_inline: convolution_backward_overrideable serves depthwise 2d convolutions alone");
+  check(!transposed && input.dim() == 4 && weight.dim() == 4 && groups == input.size(1),
+        "convolution_backward_overrideable serves depthwise 2d convolutions alone");
   const Geometry geometry = geometry_of(stride, padding, dilation);
-  const bool channels_last = suggests_channels_last(input) || suggests_channels_last(weight);
+  const bool channels_last = wants_channels_last(input, weight);
   Tensor grad_input, grad_weight, grad_bias;  // undefined where not asked for
   if (output_mask[0])
     grad_input = run_grad_input(grad_output, weight, input.size(2), input.size(3), geometry, channels_last,
@@ -347,8 +379,7 @@ int depthwise_inline_select(int direction, int dtype, int layout, const int64_t*
   const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
   const depthwise::Config config = depthwise::config_for(p);
   const auto specialisation = depthwise::specialisation_of(p, config.kernel);
-  const bool to_build =
-      config.kernel != depthwise::Kernel::kGeneral && !depthwise::is_built_in(specialisation);
+  const bool to_build = config.kernel != depthwise::Kernel::kGeneral && !depthwise::is_built_in(specialisation);
   return copy_text(depthwise::variant_name(p, config), name, name_capacity) &&
                  copy_text(to_build ? depthwise::specialisation_source(specialisation) : "", source, source_capacity)
              ? 0

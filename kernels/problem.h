@@ -19,7 +19,6 @@ struct Problem {
   int64_t n, c, multiplier, out_c, h, w, out_h, out_w;  // out_c = c * multiplier
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   bool aligned;  // every tensor starts on a 16-byte boundary
-
 };
 
 // What one thread computes, and how it reads. NCHW: `columns` x `rows` outputs of one plane, `vector` elements a load.
@@ -42,6 +41,31 @@ struct DirectArgs {
   int multiplier, h, w, out_h, out_w, padding_h, padding_w;
   bool flip;
 };
+
+// Which of a window's rows or columns meet a tap of one of `outputs` outputs, as a bit mask. With a dilation most do
+// not.
+constexpr uint64_t window_mask(int outputs, int stride, int kernel, int dilation) {
+  uint64_t mask = 0;
+  for (int o = 0; o < outputs; ++o)
+    for (int tap = 0; tap < kernel; ++tap) mask |= uint64_t{1} << (o * stride + tap * dilation);
+  return mask;
+}
+
+constexpr int window_size(int outputs, int stride, int kernel, int dilation) {
+  return (outputs - 1) * stride + (kernel - 1) * dilation + 1;
+}
+
+// direct_nhwc holds its whole window: 4x4 outputs of a 3x3 kernel read 6x6 pixels, 144 registers in fp32.
+constexpr int kMaxWindowPixels = 36;
+
+// How many pixels `outputs` x `outputs` outputs read.
+constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
+                            int dilation_w) {
+  int rows = 0, columns = 0;
+  for (uint64_t mask = window_mask(outputs, stride_h, kernel_h, dilation_h); mask != 0; mask >>= 1) rows += mask & 1;
+  for (uint64_t mask = window_mask(outputs, stride_w, kernel_w, dilation_w); mask != 0; mask >>= 1) columns += mask & 1;
+  return rows * columns;
+}
 
 // Entry point of a compiled specialisation: serves every tile of its table.
 using Launcher = int (*)(const DirectArgs*, int tile_index, void* stream);

@@ -35,8 +35,6 @@ inline const Tile* tile_table(Kernel kernel, DType dtype) {
 
 // 7x7: beyond this many fp32 weights a thread, registers spill.
 constexpr int kMaxRegisterTaps = 49;
-// direct_nhwc holds its whole window: 4x4 outputs of a 3x3 kernel read 6x6 pixels, 144 registers in fp32.
-constexpr int kMaxWindowPixels = 36;
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
 // Room for one thread tile's rectangle of tiled_nhwc on every architecture (sm_75: 64 KB a block).
@@ -44,25 +42,6 @@ constexpr int kMaxTileBytes = 48 << 10;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
 constexpr int kMaxSpan = 35;
 constexpr int64_t kInt32Max = 0x7fffffff;
-
-// How many input rows (or columns) `outputs` outputs read.
-constexpr int rows_read(int outputs, int stride, int kernel, int dilation) {
-  int count = 0;
-  for (int row = 0; row <= (outputs - 1) * stride + (kernel - 1) * dilation; ++row) {
-    bool used = false;
-    for (int o = 0; o < outputs; ++o) {
-      const int tap = row - o * stride;
-      used = used || (tap >= 0 && tap % dilation == 0 && tap / dilation < kernel);
-    }
-    count += used;
-  }
-  return count;
-}
-
-constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
-                            int dilation_w) {
-  return rows_read(outputs, stride_h, kernel_h, dilation_h) * rows_read(outputs, stride_w, kernel_w, dilation_w);
-}
 
 // The problem as a direct kernel sees it; only the sizes are filled in.
 inline DirectArgs direct_args(const Problem& p) {
@@ -80,9 +59,7 @@ inline DirectArgs direct_args(const Problem& p) {
   return args;
 }
 
-inline int element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
@@ -91,10 +68,12 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   // The grad of input is a flipped forward pass only where every output position has its own input position.
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1)) return false;
   const int64_t taps = p.kernel_h * p.kernel_w;
-  if (taps > kMaxRegisterTaps || p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
+  if (taps > kMaxRegisterTaps || p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32)
+    return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;
-  const int64_t span = (p.kernel_h - 1) * p.dilation_h > (p.kernel_w - 1) * p.dilation_w ? (p.kernel_h - 1) * p.dilation_h
-                                                                                         : (p.kernel_w - 1) * p.dilation_w;
+  const int64_t span = (p.kernel_h - 1) * p.dilation_h > (p.kernel_w - 1) * p.dilation_w
+                           ? (p.kernel_h - 1) * p.dilation_h
+                           : (p.kernel_w - 1) * p.dilation_w;
   if (span > kMaxSpan) return false;
   if (p.n * p.out_c * p.out_h * p.out_w / 4 > kInt32Max || p.padding_h > 1 << 20 || p.padding_w > 64) return false;
 
@@ -205,8 +184,8 @@ inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
   const std::string kernel = kernel_name(s.kernel);
   char arguments[128];
-  std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
-                s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
+  std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+                s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
   std::string traits = std::string(s.kernel == Kernel::kDirectNchw ? "DirectNchwTraits<" : "NhwcTraits<") + arguments;
   if (s.kernel == Kernel::kDirectNchw) traits += ", " + std::to_string(s.padding_w);
   return "#include \"" + kernel + ".cuh\"\n" +
@@ -218,7 +197,8 @@ inline std::string specialisation_source(const Specialisation& s) {
 // "specialisation/tile", or "general".
 inline std::string variant_name(const Problem& p, const Config& config) {
   if (config.kernel == Kernel::kGeneral) return "general";
-  return specialisation_name(specialisation_of(p, config.kernel)) + "/" + tile_table(config.kernel, p.dtype)[config.tile].name;
+  return specialisation_name(specialisation_of(p, config.kernel)) + "/" +
+         tile_table(config.kernel, p.dtype)[config.tile].name;
 }
 
 // The config whose tile is called `name`; false where it cannot serve `p`.

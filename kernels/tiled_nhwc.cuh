@@ -16,9 +16,9 @@ constexpr int kTiledNhwcThreads = 256;  // a block, at most
 
 // How the pixels of a launch are cut. Threads of a block: x along channels, y over images x tiles_h x tiles_w.
 struct NhwcTiling {
-  int tiles_w, tiles_h, images;        // thread tiles of a block
-  int blocks_w, blocks_h, blocks_c;    // blocks of an image
-  int in_rows, in_columns;             // input rectangle of a block
+  int tiles_w, tiles_h, images;      // thread tiles of a block
+  int blocks_w, blocks_h, blocks_c;  // blocks of an image
+  int in_rows, in_columns;           // input rectangle of a block
 };
 
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, bool in_bounds) {
@@ -95,9 +95,10 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
       const int channel = k % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
       const bool in_bounds = row_in_bounds && first_channel + channel < args.out_c &&
                              static_cast<unsigned>(in_first_column + column) < static_cast<unsigned>(args.w);
-      copy_16_async(shared_row + column * Shared::kPixel + channel,
-                    in_bounds ? row + static_cast<int64_t>(column) * pixel + channel : static_cast<const T*>(args.input),
-                    in_bounds);
+      copy_16_async(
+          shared_row + column * Shared::kPixel + channel,
+          in_bounds ? row + static_cast<int64_t>(column) * pixel + channel : static_cast<const T*>(args.input),
+          in_bounds);
     }
   }
 
@@ -141,7 +142,9 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
 
   const T* corner = shared_input +
                     ((tile_image * tiling.in_rows + tile_h * kRows * Traits::kStrideH) * tiling.in_columns +
-                     tile_w * kColumns * Traits::kStrideW) * Shared::kPixel + threadIdx.x * kVector;
+                     tile_w * kColumns * Traits::kStrideW) *
+                        Shared::kPixel +
+                    threadIdx.x * kVector;
 #pragma unroll
   for (int r = 0; r < kRowsIn; ++r) {
     if (!(kUsedRows >> r & 1)) continue;
@@ -173,7 +176,8 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
     }
   }
 
-  T* out = static_cast<T*>(args.out) + ((static_cast<int64_t>(image) * args.out_h + row) * args.out_w + column) * pixel + channel;
+  T* out = static_cast<T*>(args.out) +
+           ((static_cast<int64_t>(image) * args.out_h + row) * args.out_w + column) * pixel + channel;
 #pragma unroll
   for (int o = 0; o < kRows; ++o)
 #pragma unroll
@@ -202,7 +206,9 @@ NhwcTiling choose_nhwc_tiling(const DirectArgs& args, int channels, int pixel_by
       if (tiling.images * in_pixels * pixel_bytes > shared_limit) continue;
       const int threads = kLanes * w * h * tiling.images;
       const double cost = (in_pixels + 0.5 * w * h * kColumns * kRows) * tiling.blocks_w * tiling.blocks_h *
-                          (threads > 128 ? 1.1 : threads < 64 ? 1.2 : 1.0);
+                          (threads > 128  ? 1.1
+                           : threads < 64 ? 1.2
+                                          : 1.0);
       if (least == 0 || cost < least) least = cost, best = tiling;
     }
   }
@@ -224,14 +230,15 @@ int launch_tiled_nhwc(const DirectArgs& args, cudaStream_t stream) {
   }();
   const auto kernel = tiled_nhwc_kernel<Traits, kLanes, kColumns, kRows, kVector>;
   const NhwcTiling tiling = choose_nhwc_tiling<Traits, kLanes, kColumns, kRows>(args, Shared::kChannels, kPixelBytes,
-                                                                              shared_limit - kWeightBytes);
+                                                                                shared_limit - kWeightBytes);
   if (tiling.tiles_w == 0) return cudaErrorInvalidConfiguration;
   const int shared_bytes = kWeightBytes + tiling.images * tiling.in_rows * tiling.in_columns * kPixelBytes;
   if (shared_bytes > 48 << 10) {
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  const int64_t blocks = divide_up<int64_t>(args.n, tiling.images) * tiling.blocks_w * tiling.blocks_h * tiling.blocks_c;
+  const int64_t blocks =
+      divide_up<int64_t>(args.n, tiling.images) * tiling.blocks_w * tiling.blocks_h * tiling.blocks_c;
   const dim3 threads(kLanes, tiling.tiles_w * tiling.tiles_h * tiling.images);
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args, tiling);
   return cudaGetLastError();

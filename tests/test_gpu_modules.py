@@ -57,10 +57,12 @@ def compare_networks(before, after, exact, dtype, names):
     Relative errors of whole tensors: what a single kernel does to single elements is for test_gpu_numerics.py.
     """
     failures = Failures()
-    allowed = 2 * max(map(relative_error, before, exact)) + 16 * torch.finfo(dtype).eps
-    assert allowed < 0.1, "before is too far from float64 to tell anything"
-    for name, b, a, e in zip(names, before, after, exact, strict=True):
-        assert e.norm() > 0, f"{name}: nothing to compare"
+    # A shift before a batch norm changes nothing: its gradient is zero, and what float64 leaves of it is noise.
+    largest = max(e.norm() for e in exact)
+    told = [(n, b, a, e) for n, b, a, e in zip(names, before, after, exact, strict=True) if e.norm() > 1e-9 * largest]
+    allowed = 2 * max(relative_error(b, e) for _, b, _, e in told) + 16 * torch.finfo(dtype).eps
+    assert allowed < max(1e-3, 64 * torch.finfo(dtype).eps), "before is too far from float64 to tell anything"
+    for name, b, a, e in told:
         error = relative_error(a, e)
         good = error <= allowed and a.dtype == b.dtype and a.shape == b.shape
         failures.add(None if good else f"relative error {error:.3g}, allowed {allowed:.3g}", name)

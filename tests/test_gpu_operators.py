@@ -451,7 +451,13 @@ def test_autocast(dtypes, cast_to, through):
         assert found.dtype == expected.dtype
     kind = results[1][0].dtype
     cast = reference.Tensors(*(t.to(kind) for t in sources), tensors.grad_out.to(kind))
-    compare_training(PROBLEM, cast, results[0][0], [grad.to(kind) for grad in results[0][1:]])
+    # A gradient goes back to its leaf's dtype, which rounds a second time where that is the coarser one.
+    coarser = max(torch.finfo(kind).eps, *(torch.finfo(dtype).eps for dtype in dtypes)) > torch.finfo(kind).eps
+    grads = [None if coarser else grad.to(kind) for grad in results[0][1:]]
+    compare_training(PROBLEM, cast, results[0][0], grads)
+    if coarser:
+        for found, expected in zip(results[0][1:], results[1][1:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(found.dtype).eps, atol=0.02)
 
 
 def test_autocast_off_inside_on_is_off():
