@@ -194,7 +194,8 @@ _OPS = torch.ops.depthwise_inline
 
 def _wants_channels_last(input: Tensor, weight: Tensor) -> bool:
     """Whether F.conv2d with cuDNN would answer in channels_last; in float64 it never does."""
-    return input.dtype is not torch.float64 and torch.channels_last in (suggest_memory_format(input), suggest_memory_format(weight))
+    formats = suggest_memory_format(input), suggest_memory_format(weight)
+    return torch.channels_last in formats and input.dtype is not torch.float64
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:
@@ -480,9 +481,9 @@ def depthwise_conv2d(
             return _traceable_conv2d(input, weight, bias, stride, padding, dilation)
         if _library is None:
             _load_library()
-        stride_h, stride_w = stride = stride if stride.__class__ is tuple and len(stride) == 2 else _pair(stride, "stride")
-        pad_h, pad_w = padding = padding if padding.__class__ is tuple and len(padding) == 2 else _pair(padding, "padding")
-        dilation_h, dilation_w = dilation = dilation if dilation.__class__ is tuple and len(dilation) == 2 else _pair(dilation, "dilation")
+        stride_h, stride_w = stride = stride if stride.__class__ is tuple else _pair(stride, "stride")
+        pad_h, pad_w = padding = padding if padding.__class__ is tuple else _pair(padding, "padding")
+        dilation_h, dilation_w = dilation = dilation if dilation.__class__ is tuple else _pair(dilation, "dilation")
         if _is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
             input, weight, bias = (_autocast_cast(tensor, "cuda", dtype) for tensor in (input, weight, bias))
@@ -499,6 +500,8 @@ def depthwise_conv2d(
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         failure = error
     check_arguments(input, weight, bias, stride, padding, dilation)
+    if isinstance(failure, ValueError):  # a tuple of one number, which is no pair
+        return _traceable_conv2d(input, weight, bias, stride, padding, dilation)
     raise _specialisation_error(failure) or failure
 
 

@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kGeneralThreads)
   constexpr int kStep = kChannelsLast ? kGeneralThreads / 32 : kGeneralThreads;
 
   Sum sum[kTapsPerBlock] = {};
-  Sum bias = 0, bias_lost = 0;  // compensated: equal gradients round the same way every time
+  Sum bias = 0, bias_part = 0;  // in parts of 16 terms: equal gradients would round the same way every time
+  int terms = 0;
   if (channel < out_c) {
     const T* grad_plane = grad_output + channel * args.out.stride_c;
     const T* plane = input + channel / args.multiplier * args.in.stride_c;
@@ -177,9 +178,8 @@ __global__ void __launch_bounds__(kGeneralThreads)
       int out_w, out_h;
       const int64_t n = args.out.h.split(args.out.w.split(position, &out_w), &out_h);
       const Sum grad = load(grad_plane + n * args.out.stride_n + out_h * args.out.stride_h + out_w * args.out.stride_w);
-      const Sum term = grad - bias_lost, next = bias + term;
-      bias_lost = (next - bias) - term;
-      bias = next;
+      bias_part += grad;
+      if (++terms % 16 == 0) bias += bias_part, bias_part = 0;
       const int h = out_h * args.stride_h - args.padding_h + tap_h * args.dilation_h;
       if (h < 0 || h >= args.in.h.divisor) continue;
       const T* row = plane + n * args.in.stride_n + h * args.in.stride_h;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   };
 #pragma unroll
   for (int k = 0; k < kTapsPerBlock; ++k) reduce(sum[k], k);
-  reduce(bias, kTapsPerBlock);
+  reduce(bias + bias_part, kTapsPerBlock);
   __syncthreads();
   if (channel >= out_c || threadIdx.y != 0 || (!kChannelsLast && threadIdx.x != 0)) return;
   const int64_t row = static_cast<int64_t>(blockIdx.z) * out_c + channel;
