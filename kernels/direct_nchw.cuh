@@ -1,98 +1,17 @@
 // Direct depthwise convolution, NCHW: forward, and grad of input at stride 1 (filter flipped).
 //
-// Serves  any compile-time kernel, stride, dilation and horizontal padding; fp32, fp16, bf16; depth multiplier
-// (forward). Owns    each thread computes kColumns x kRows neighbouring outputs of one plane in fp32 registers. Reads
-// each input row of the thread's window once, in aligned words of kVector elements where rows allow it; the
+// Serves  any compile-time kernel, stride, dilation and horizontal padding; fp32, fp16, bf16; depth multiplier (forward).
+// Owns    each thread computes kColumns x kRows neighbouring outputs of one plane in fp32 registers.
+// Reads   each input row of the thread's window once, in aligned words of kVector elements where rows allow it; the
 //         overlap between neighbouring threads is served by L1. No shared memory, no synchronisation.
 // Chosen  for kernels whose weights fit registers (select.h).
 #pragma once
 
-#include "direct.cuh"
+#include "nchw_tile.cuh"
 
 namespace depthwise {
 
 constexpr int kDirectNchwThreads = 256;  // a block, at most
-
-constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
-template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
-          int kPaddingW_>
-struct DirectNchwTraits {
-  using T = T_;
-  static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_;
-  static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_;
-  static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
-  static constexpr int kPaddingW = kPaddingW_;
-};
-
-template <class Traits, int kColumns, int kVector>
-struct NchwRow {
-  using T = typename Traits::T;
-  static constexpr int kWindow = window_size(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
-  static constexpr uint64_t kUsed = window_mask(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
-  static_assert(kWindow <= 64);
-  // The window starts kPaddingW left of a column that is a multiple of kVector.
-  static constexpr int kFirstWord = floor_divide(-Traits::kPaddingW, kVector);
-  static constexpr int kWords = floor_divide(kWindow - 1 - Traits::kPaddingW, kVector) - kFirstWord + 1;
-  static_assert(kColumns * Traits::kStrideW % kVector == 0, "a thread's window must start on a load boundary");
-
-  // The part [low, high) of word `word` that the window uses; low == high: none.
-  static constexpr int low(int word) {
-    for (int k = 0; k < kVector; ++k)
-      if (used(word, k)) return k;
-    return 0;
-  }
-  static constexpr int high(int word) {
-    for (int k = kVector; k > 0; --k)
-      if (used(word, k - 1)) return k;
-    return 0;
-  }
-  static constexpr bool used(int word, int k) {
-    const int offset = (kFirstWord + word) * kVector + k + Traits::kPaddingW;
-    return offset >= 0 && offset < kWindow && (kUsed >> offset & 1);
-  }
-  // The smallest aligned power of two that covers the used part: an edge word that gives one column is a narrow load.
-  static constexpr int load_width(int word) {
-    int width = 1;
-    while (low(word) / width != (high(word) - 1) / width) width *= 2;
-    return width;
-  }
-
-  // The row as it lies in memory; unused elements never become registers.
-  template <int kWord = 0>
-  __device__ __forceinline__ static void load(T (&window)[kWindow], const T* row, int column, int width,
-                                              bool row_in_bounds) {
-    if constexpr (kWord < kWords) {
-      constexpr int kLow = low(kWord), kHigh = high(kWord);
-      if constexpr (kLow < kHigh) {
-        constexpr int kWidth = load_width(kWord);
-        constexpr int kStart = (kFirstWord + kWord) * kVector + kLow / kWidth * kWidth;
-        const int start = column + kStart;
-        const auto words = load_or_zero<kWidth>(
-            row + start, row_in_bounds && static_cast<unsigned>(start) < static_cast<unsigned>(width));
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          constexpr int kBase = kStart + Traits::kPaddingW;
-          if (kBase + k >= 0 && kBase + k < kWindow) window[kBase + k] = words.value[k];
-        }
-      }
-      load<kWord + 1>(window, row, column, width, row_in_bounds);
-    }
-  }
-};
-
-template <int kWidth, class T, int kColumns>
-__device__ __forceinline__ void store_row(T* row, int column, int width, const float (&values)[kColumns]) {
-#pragma unroll
-  for (int v = 0; v < kColumns; v += kWidth) {
-    if (column + v < width) {
-      float part[kWidth];
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) part[k] = values[v + k];
-      store_streaming<kWidth>(row + column + v, part);
-    }
-  }
-}
 
 // `store_width`: elements a store, or kRealign where rows start off a vector boundary and warps lie within one row.
 constexpr int kRealign = 0;
@@ -145,14 +64,10 @@ __global__ void __launch_bounds__(kDirectNchwThreads)
     direct_nchw_kernel(const DirectArgs args, const unsigned tiles_w, const unsigned tiles_h, const int store_width) {
   using T = typename Traits::T;
   using Row = NchwRow<Traits, kColumns, kVector>;
-  constexpr int kTaps = Traits::kKernelH * Traits::kKernelW;
   constexpr int kRowsIn = window_size(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
-  constexpr uint64_t kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
-  static_assert(kRowsIn <= 64);
-  constexpr int kLastTap = (Traits::kKernelH - 1) * Traits::kDilationH;
   // Rows in flight before the first is used, as many as about 64 registers less the filter's hold.
   constexpr int kRowRegisters = (Row::kWindow * sizeof(T) + 3) / 4;
-  constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, (64 - kTaps) / kRowRegisters));
+  constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, (64 - Traits::kTaps) / kRowRegisters));
 
   // Which outputs: a block covers blockDim.z planes, blockDim.y x kRows rows, blockDim.x x kColumns columns.
   const unsigned tile_w = blockIdx.x % tiles_w;
@@ -171,63 +86,30 @@ __global__ void __launch_bounds__(kDirectNchwThreads)
   const int first_row = row * Traits::kStrideH - args.padding_h;
   const auto load_row = [&](T(&window)[Row::kWindow], int r) {
     const int in_row = first_row + r;
-    Row::load(window, input + static_cast<int64_t>(in_row) * args.w, column * Traits::kStrideW, args.w,
-              num_rows > 0 && static_cast<unsigned>(in_row) < static_cast<unsigned>(args.h));
+    Row::template load<GlobalMemory>(window, input + static_cast<int64_t>(in_row) * args.w, column * Traits::kStrideW,
+                                     args.w,
+                                     num_rows > 0 && static_cast<unsigned>(in_row) < static_cast<unsigned>(args.h));
   };
-  T ahead[kRowsAhead][Row::kWindow];
-#pragma unroll
-  for (int r = 0; r < kRowsAhead; ++r)
-    if (kUsedRows >> r & 1) load_row(ahead[r], r);
-
-  float weight[kTaps];
-  const T* filter = static_cast<const T*>(args.weight) + out_channel * kTaps;
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) weight[tap] = load(filter + (args.flip ? kTaps - 1 - tap : tap));
+  float weight[Traits::kTaps];
+  load_filter<Traits>(weight, args, out_channel);
   const float bias = args.bias ? load(static_cast<const T*>(args.bias) + out_channel) : 0.f;
 
-  float sum[kRows][kColumns];
-#pragma unroll
-  for (int o = 0; o < kRows; ++o)
-#pragma unroll
-    for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
-
-#pragma unroll
-  for (int r = 0; r < kRowsIn; ++r) {
-    float window[Row::kWindow];
-#pragma unroll
-    for (int k = 0; k < Row::kWindow; ++k)
-      if (Row::kUsed >> k & 1) window[k] = to_float(ahead[r % kRowsAhead][k]);
-    if (r + kRowsAhead < kRowsIn && (kUsedRows >> (r + kRowsAhead) & 1))
-      load_row(ahead[r % kRowsAhead], r + kRowsAhead);
-    if (!(kUsedRows >> r & 1)) continue;
-#pragma unroll
-    for (int o = 0; o < kRows; ++o) {
-      const int tap_h = r - o * Traits::kStrideH;
-      if (tap_h < 0 || tap_h % Traits::kDilationH != 0 || tap_h > kLastTap) continue;
-#pragma unroll
-      for (int j = 0; j < Traits::kKernelW; ++j)
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v)
-          sum[o][v] = fmaf(window[v * Traits::kStrideW + j * Traits::kDilationW],
-                           weight[tap_h / Traits::kDilationH * Traits::kKernelW + j], sum[o][v]);
-      if (tap_h != kLastTap) continue;
-
-      // Output row o is complete: store it now, so that only kKernelH rows of sums are ever live.
-      constexpr int kWidest = kColumns * sizeof(T) < 16 ? kColumns : 16 / sizeof(T);
-      T* out_row = out + static_cast<int64_t>(row + o) * args.out_w;
-      if (store_width == kRealign) {
-        const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(out_row) / sizeof(T) % kColumns);
-        store_row_realigned(misaligned ? kColumns - misaligned : 0, out_row, column, args.out_w, sum[o], o < num_rows);
-      } else if (o < num_rows) {
-        if (store_width == kWidest)
-          store_row<kWidest>(out_row, column, args.out_w, sum[o]);
-        else if (store_width == 2)
-          store_row<(kWidest < 2 ? 1 : 2)>(out_row, column, args.out_w, sum[o]);
-        else
-          store_row<1>(out_row, column, args.out_w, sum[o]);
-      }
-    }
-  }
+  convolve_tile<Traits, kColumns, kRows, kVector, kRowsAhead>(
+      weight, bias, load_row, [&](int o, float (&sum)[kColumns]) {
+        constexpr int kWidest = min_int(kColumns, 16 / sizeof(T));
+        T* out_row = out + static_cast<int64_t>(row + o) * args.out_w;
+        if (store_width == kRealign) {
+          const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(out_row) / sizeof(T) % kColumns);
+          store_row_realigned(misaligned ? kColumns - misaligned : 0, out_row, column, args.out_w, sum, o < num_rows);
+        } else if (o < num_rows) {
+          if (store_width == kWidest)
+            store_row<kWidest, true>(out_row, column, args.out_w, sum);
+          else if (store_width == 2)
+            store_row<2, true>(out_row, column, args.out_w, sum);
+          else
+            store_row<1, true>(out_row, column, args.out_w, sum);
+        }
+      });
 }
 
 // How wide a store may be: rows of `width` elements from `out` on.

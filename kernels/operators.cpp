@@ -392,8 +392,7 @@ int depthwise_inline_select(int direction, int dtype, int layout, const int64_t*
 int depthwise_inline_tiles(int direction, int dtype, int layout, const int64_t* sizes, char* names, int capacity) try {
   const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
   std::string all = "general";
-  for (const auto kernel :
-       {depthwise::Kernel::kDirectNchw, depthwise::Kernel::kDirectNhwc, depthwise::Kernel::kTiledNhwc})
+  for (const auto kernel : depthwise::kSpecialisedKernels)
     for (int tile = 0; tile < depthwise::kTilesPerKernel; ++tile)
       if (depthwise::can_serve(p, kernel, tile))
         all += std::string("\n") + depthwise::tile_table(kernel, p.dtype)[tile].name;

@@ -67,6 +67,9 @@ constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_
   return rows * columns;
 }
 
+// stream_nchw's smallest chunk fits this shared memory, which every architecture grants a block (sm_75: 64 KB).
+constexpr int kMaxStreamBytes = 60 << 10;
+
 // Entry point of a compiled specialisation: serves every tile of its table.
 using Launcher = int (*)(const DirectArgs*, int tile_index, void* stream);
 

@@ -9,7 +9,9 @@
 
 namespace depthwise {
 
-enum class Kernel : int { kGeneral, kDirectNchw, kDirectNhwc, kTiledNhwc };
+enum class Kernel : int { kGeneral, kDirectNchw, kDirectNhwc, kTiledNhwc, kStreamNchw };
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw, Kernel::kDirectNhwc, Kernel::kTiledNhwc,
+                                          Kernel::kStreamNchw};
 
 struct Config {
   Kernel kernel = Kernel::kGeneral;
@@ -22,6 +24,10 @@ constexpr Tile kDirectNchwTiles32[] = {{"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v
 constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
 constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
+constexpr Tile kStreamNchwTiles32[] = {
+    {"stream_v4r8", 4, 8, 4}, {"stream_v4r4", 4, 4, 4}, {"stream_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kStreamNchwTiles16[] = {
+    {"stream_v8r4", 8, 4, 8}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
 constexpr int kTilesPerKernel = 3;
 
 inline const Tile* tile_table(Kernel kernel, DType dtype) {
@@ -29,6 +35,7 @@ inline const Tile* tile_table(Kernel kernel, DType dtype) {
     case Kernel::kDirectNchw: return dtype == DType::kFloat32 ? kDirectNchwTiles32 : kDirectNchwTiles16;
     case Kernel::kDirectNhwc: return kDirectNhwcTiles;
     case Kernel::kTiledNhwc: return kTiledNhwcTiles;
+    case Kernel::kStreamNchw: return dtype == DType::kFloat32 ? kStreamNchwTiles32 : kStreamNchwTiles16;
     default: return nullptr;
   }
 }
@@ -82,6 +89,15 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const bool aligned = p.aligned || t.vector == 1;
   if (kernel == Kernel::kDirectNchw)
     return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
+  if (kernel == Kernel::kStreamNchw) {
+    if (p.layout != Layout::kNchw || p.multiplier != 1 || !aligned || args.w % t.vector != 0 || args.padding_w < -64)
+      return false;
+    // The ring of the smallest chunk, one row of thread tiles, as plan_stream cuts it.
+    const int64_t granule = 16 / element_size(p.dtype);
+    const int64_t rows = (2 * t.rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1 +
+                         (granule + args.w - 2) / args.w + (args.w % granule != 0 ? granule - 1 : 0);
+    return (rows * args.w + t.rows * args.out_w + 2 * granule) * element_size(p.dtype) <= kMaxStreamBytes;
+  }
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
@@ -144,7 +160,7 @@ struct Specialisation {
   Kernel kernel;
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-  int padding_w;  // direct_nchw alone: it decides where aligned words lie
+  int padding_w;  // NCHW alone: it decides where aligned words lie
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
@@ -158,11 +174,13 @@ inline Specialisation specialisation_of(const Problem& p, Kernel kernel) {
           static_cast<int>(p.stride_w),
           static_cast<int>(p.dilation_h),
           static_cast<int>(p.dilation_w),
-          kernel == Kernel::kDirectNchw ? direct_args(p).padding_w : 0};
+          p.layout == Layout::kNchw ? direct_args(p).padding_w : 0};
 }
 
+inline bool is_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || kernel == Kernel::kStreamNchw; }
+
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general", "direct_nchw", "direct_nhwc", "tiled_nhwc"};
+  constexpr const char* kNames[] = {"general", "direct_nchw", "direct_nhwc", "tiled_nhwc", "stream_nchw"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -186,8 +204,8 @@ inline std::string specialisation_source(const Specialisation& s) {
   char arguments[128];
   std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
-  std::string traits = std::string(s.kernel == Kernel::kDirectNchw ? "DirectNchwTraits<" : "NhwcTraits<") + arguments;
-  if (s.kernel == Kernel::kDirectNchw) traits += ", " + std::to_string(s.padding_w);
+  std::string traits = std::string(is_nchw(s.kernel) ? "NchwTraits<" : "NhwcTraits<") + arguments;
+  if (is_nchw(s.kernel)) traits += ", " + std::to_string(s.padding_w);
   return "#include \"" + kernel + ".cuh\"\n" +
          "extern \"C\" int depthwise_inline_launch(const depthwise::DirectArgs* args, int tile, void* stream) {\n" +
          "  return depthwise::launch_" + kernel + "<depthwise::" + traits +
@@ -207,7 +225,7 @@ inline bool forced_config(const Problem& p, const std::string& name, Config* con
     *config = {};
     return true;
   }
-  for (const Kernel kernel : {Kernel::kDirectNchw, Kernel::kDirectNhwc, Kernel::kTiledNhwc})
+  for (const Kernel kernel : kSpecialisedKernels)
     for (int tile = 0; tile < kTilesPerKernel; ++tile)
       if (name == tile_table(kernel, p.dtype)[tile].name && can_serve(p, kernel, tile)) {
         *config = {kernel, tile};

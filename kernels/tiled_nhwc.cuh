@@ -8,6 +8,7 @@
 // Chosen  select.h.
 #pragma once
 
+#include "async_copy.cuh"
 #include "direct.cuh"
 
 namespace depthwise {
@@ -20,22 +21,6 @@ struct NhwcTiling {
   int blocks_w, blocks_h, blocks_c;  // blocks of an image
   int in_rows, in_columns;           // input rectangle of a block
 };
-
-__device__ __forceinline__ void copy_16_async(void* shared, const void* global, bool in_bounds) {
-#if __CUDA_ARCH__ >= 800
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(in_bounds ? 16 : 0));
-#else
-  *static_cast<uint4*>(shared) = in_bounds ? __ldg(static_cast<const uint4*>(global)) : uint4{};
-#endif
-}
-
-__device__ __forceinline__ void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-  __syncthreads();
-}
 
 template <class T, int kLanes, int kVector>
 struct NhwcShared {
@@ -98,9 +83,10 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
       copy_16_async(
           shared_row + column * Shared::kPixel + channel,
           in_bounds ? row + static_cast<int64_t>(column) * pixel + channel : static_cast<const T*>(args.input),
-          in_bounds);
+          in_bounds ? 16 : 0);
     }
   }
+  commit_copies();
 
   // Load the filters, [channel][tap] in memory, as [tap][channel].
   const T* filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
@@ -109,7 +95,8 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
     const int tap = k % kTaps;
     shared_weight[(args.flip ? kTaps - 1 - tap : tap) * Shared::kChannels + k / kTaps] = load(filters + k);
   }
-  wait_for_copies();
+  wait_for_copies<0>();
+  __syncthreads();
 
   // Compute.
   const int channel = first_channel + threadIdx.x * kVector;

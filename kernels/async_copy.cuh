@@ -1,0 +1,46 @@
+// Asynchronous copies from global to shared memory; before sm_80 they are loads and stores.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace depthwise {
+
+// Copies `bytes` of the 16 bytes at `global`, and zeros for the rest; both pointers are aligned to 16 bytes.
+__device__ __forceinline__ void copy_16_async(void* shared, const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes));
+#else
+  const unsigned short* const source = static_cast<const unsigned short*>(global);
+  union {
+    uint4 word;
+    unsigned short half[8];
+  } copy{};
+  if (bytes == 16) {
+    copy.word = __ldg(static_cast<const uint4*>(global));
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      if (2 * k < bytes) copy.half[k] = __ldg(source + k);
+  }
+  *static_cast<uint4*>(shared) = copy.word;
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of this thread's committed groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace depthwise

@@ -1,0 +1,171 @@
+// What one thread computes in the NCHW kernels: kColumns x kRows neighbouring outputs of one plane, in fp32 registers.
+#pragma once
+
+#include "direct.cuh"
+
+namespace depthwise {
+
+constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
+          int kPaddingW_>
+struct NchwTraits {
+  using T = T_;
+  static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_;
+  static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_;
+  static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
+  static constexpr int kPaddingW = kPaddingW_;
+  static constexpr int kTaps = kKernelH * kKernelW;
+};
+
+// One row of a thread's input window, read in aligned words of kVector elements.
+template <class Traits, int kColumns, int kVector>
+struct NchwRow {
+  using T = typename Traits::T;
+  static constexpr int kWindow = window_size(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+  static constexpr uint64_t kUsed = window_mask(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+  static_assert(kWindow <= 64);
+  // The window starts kPaddingW left of a column that is a multiple of kVector.
+  static constexpr int kFirstWord = floor_divide(-Traits::kPaddingW, kVector);
+  static constexpr int kWords = floor_divide(kWindow - 1 - Traits::kPaddingW, kVector) - kFirstWord + 1;
+  static_assert(kColumns * Traits::kStrideW % kVector == 0, "a thread's window must start on a load boundary");
+
+  // The part [low, high) of word `word` that the window uses; low == high: none.
+  static constexpr int low(int word) {
+    for (int k = 0; k < kVector; ++k)
+      if (used(word, k)) return k;
+    return 0;
+  }
+  static constexpr int high(int word) {
+    for (int k = kVector; k > 0; --k)
+      if (used(word, k - 1)) return k;
+    return 0;
+  }
+  static constexpr bool used(int word, int k) {
+    const int offset = (kFirstWord + word) * kVector + k + Traits::kPaddingW;
+    return offset >= 0 && offset < kWindow && (kUsed >> offset & 1);
+  }
+  // The smallest aligned power of two that covers the used part: an edge word that gives one column is a narrow load.
+  static constexpr int load_width(int word) {
+    int width = 1;
+    while (low(word) / width != (high(word) - 1) / width) width *= 2;
+    return width;
+  }
+
+  // The row as it lies in memory; unused elements never become registers. `Memory` loads words, or zeros.
+  template <class Memory, int kWord = 0>
+  __device__ __forceinline__ static void load(T (&window)[kWindow], const T* row, int column, int width,
+                                              bool row_in_bounds) {
+    if constexpr (kWord < kWords) {
+      constexpr int kLow = low(kWord), kHigh = high(kWord);
+      if constexpr (kLow < kHigh) {
+        constexpr int kWidth = load_width(kWord);
+        constexpr int kStart = (kFirstWord + kWord) * kVector + kLow / kWidth * kWidth;
+        const int start = column + kStart;
+        const auto words = Memory::template load<kWidth>(
+            row + start, row_in_bounds && static_cast<unsigned>(start) < static_cast<unsigned>(width));
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          constexpr int kBase = kStart + Traits::kPaddingW;
+          if (kBase + k >= 0 && kBase + k < kWindow) window[kBase + k] = words.value[k];
+        }
+      }
+      load<Memory, kWord + 1>(window, row, column, width, row_in_bounds);
+    }
+  }
+};
+
+struct GlobalMemory {
+  template <int kCount, class T>
+  __device__ __forceinline__ static Vector<T, kCount> load(const T* pointer, bool in_bounds) {
+    return load_or_zero<kCount>(pointer, in_bounds);
+  }
+};
+
+struct SharedMemory {
+  template <int kCount, class T>
+  __device__ __forceinline__ static Vector<T, kCount> load(const T* pointer, bool in_bounds) {
+    using Word = typename RawWord<sizeof(T) * kCount>::type;
+    union {
+      Word word;
+      Vector<T, kCount> vector;
+    } bits;
+    bits.word = Word{};
+    if (in_bounds) bits.word = *reinterpret_cast<const Word*>(pointer);
+    return bits.vector;
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ void load_filter(float (&weight)[Traits::kTaps], const DirectArgs& args, unsigned channel) {
+  using T = typename Traits::T;
+  const T* filter = static_cast<const T*>(args.weight) + channel * Traits::kTaps;
+#pragma unroll
+  for (int tap = 0; tap < Traits::kTaps; ++tap)
+    weight[tap] = load(filter + (args.flip ? Traits::kTaps - 1 - tap : tap));
+}
+
+// Reads the window row by row, kRowsAhead rows before they are used, and hands each output row to `store` as soon as it
+// is complete, so that only kKernelH rows of sums are ever live.
+template <class Traits, int kColumns, int kRows, int kVector, int kRowsAhead, class LoadRow, class StoreRow>
+__device__ __forceinline__ void convolve_tile(const float (&weight)[Traits::kTaps], float bias, LoadRow&& load_row,
+                                              StoreRow&& store) {
+  using T = typename Traits::T;
+  using Row = NchwRow<Traits, kColumns, kVector>;
+  constexpr int kRowsIn = window_size(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
+  constexpr uint64_t kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
+  static_assert(kRowsIn <= 64 && kRowsAhead <= kRowsIn);
+  constexpr int kLastTap = (Traits::kKernelH - 1) * Traits::kDilationH;
+
+  T ahead[kRowsAhead][Row::kWindow];
+#pragma unroll
+  for (int r = 0; r < kRowsAhead; ++r)
+    if (kUsedRows >> r & 1) load_row(ahead[r], r);
+
+  float sum[kRows][kColumns];
+#pragma unroll
+  for (int o = 0; o < kRows; ++o)
+#pragma unroll
+    for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
+
+#pragma unroll
+  for (int r = 0; r < kRowsIn; ++r) {
+    float window[Row::kWindow];
+#pragma unroll
+    for (int k = 0; k < Row::kWindow; ++k)
+      if (Row::kUsed >> k & 1) window[k] = to_float(ahead[r % kRowsAhead][k]);
+    if (r + kRowsAhead < kRowsIn && (kUsedRows >> (r + kRowsAhead) & 1))
+      load_row(ahead[r % kRowsAhead], r + kRowsAhead);
+    if (!(kUsedRows >> r & 1)) continue;
+#pragma unroll
+    for (int o = 0; o < kRows; ++o) {
+      const int tap_h = r - o * Traits::kStrideH;
+      if (tap_h < 0 || tap_h % Traits::kDilationH != 0 || tap_h > kLastTap) continue;
+#pragma unroll
+      for (int j = 0; j < Traits::kKernelW; ++j)
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v)
+          sum[o][v] = fmaf(window[v * Traits::kStrideW + j * Traits::kDilationW],
+                           weight[tap_h / Traits::kDilationH * Traits::kKernelW + j], sum[o][v]);
+      if (tap_h == kLastTap) store(o, sum[o]);
+    }
+  }
+}
+
+// Stores the part of a row that lies below `width`, kWidth elements at a time.
+template <int kWidth, bool kStreaming, class T, int kColumns>
+__device__ __forceinline__ void store_row(T* row, int column, int width, const float (&values)[kColumns]) {
+#pragma unroll
+  for (int v = 0; v < kColumns; v += kWidth) {
+    if (column + v >= width) continue;
+    Vector<T, kWidth> part;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) part.value[k] = from_float<T>(values[v + k]);
+    if constexpr (kStreaming)
+      store_streaming(row + column + v, part);
+    else
+      *reinterpret_cast<Vector<T, kWidth>*>(row + column + v) = part;
+  }
+}
+
+}  // namespace depthwise
