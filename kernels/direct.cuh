@@ -14,6 +14,34 @@ constexpr Int divide_up(Int a, Int b) {
   return (a + b - 1) / b;
 }
 
+// What the launchers need to know of the current device; all devices of one process count as alike.
+struct DeviceLimits {
+  int multiprocessors, shared_bytes, shared_bytes_block;  // shared memory of a multiprocessor, and of a block at most
+
+  // What a block may take so that `blocks` of them share a multiprocessor; each costs 1 KB of its own.
+  int shared_bytes_for(int blocks) const { return min_int(shared_bytes_block, shared_bytes / blocks - (1 << 10)); }
+};
+
+inline const DeviceLimits& device_limits() {
+  static const DeviceLimits limits = [] {
+    int device = 0;
+    DeviceLimits read{1, 64 << 10, 48 << 10};
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&read.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&read.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&read.shared_bytes_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return read;
+  }();
+  return limits;
+}
+
+// More than 48 KB of dynamic shared memory has to be asked for.
+template <class Kernel>
+int allow_shared_bytes(Kernel kernel, int bytes) {
+  if (bytes <= 48 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_>
 struct NhwcTraits {
   using T = T_;
@@ -21,5 +49,23 @@ struct NhwcTraits {
   static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_;
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
 };
+
+// Filters are [channel][tap] in memory: those of a thread's kVector channels are contiguous.
+template <class Traits, int kVector>
+__device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * Traits::kKernelW][kVector],
+                                             const typename Traits::T* filters, bool flip) {
+  constexpr int kTaps = Traits::kKernelH * Traits::kKernelW;
+  Vector<typename Traits::T, kVector> packed[kTaps];
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) packed[k] = load_or_zero<kVector>(filters + k * kVector, true);
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap)
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) {
+      const int straight = e * kTaps + tap, flipped = e * kTaps + kTaps - 1 - tap;
+      weight[tap][e] = to_float(flip ? packed[flipped / kVector].value[flipped % kVector]
+                                     : packed[straight / kVector].value[straight % kVector]);
+    }
+}
 
 }  // namespace depthwise

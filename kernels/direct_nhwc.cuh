@@ -57,18 +57,8 @@ __global__ void __launch_bounds__(kDirectNhwcThreads)
     if (kUsedRows >> r & 1) load_row(window[r], r);
 
   const T* filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * kTaps;
-  Pixel packed[kTaps];
-#pragma unroll
-  for (int k = 0; k < kTaps; ++k) packed[k] = load_or_zero<kVector>(filters + k * kVector, true);
   float weight[kTaps][kVector];
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap)
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      const int straight = e * kTaps + tap, flipped = e * kTaps + kTaps - 1 - tap;
-      weight[tap][e] = to_float(args.flip ? packed[flipped / kVector].value[flipped % kVector]
-                                          : packed[straight / kVector].value[straight % kVector]);
-    }
+  load_filters<Traits>(weight, filters, args.flip);
 
   Pixel bias{};
   if (args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);

@@ -164,25 +164,9 @@ __global__ void __launch_bounds__(kStreamThreads, Traits::kTaps <= 25 ? 2 : 1)
   }
 }
 
-struct StreamLimits {
-  int multiprocessors, shared_bytes;  // shared_bytes: of a block, so that three fit a multiprocessor
-};
-
-inline const StreamLimits& stream_limits() {
-  static const StreamLimits limits = [] {
-    int device = 0, multiprocessors = 1, all = 48 << 10, block = 48 << 10;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&all, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return StreamLimits{multiprocessors, min_int(block, max_int(kMaxStreamBytes, all / 3 - (1 << 10)))};
-  }();
-  return limits;
-}
-
 // How the planes are cut into blocks and chunks; threads == 0: a chunk of the smallest size does not fit.
 template <class Traits, int kColumns, int kRows>
-StreamPlan plan_stream(const DirectArgs& args, const StreamLimits& limits) {
+StreamPlan plan_stream(const DirectArgs& args, const DeviceLimits& limits) {
   using T = typename Traits::T;
   constexpr int kGranule = 16 / sizeof(T);
   constexpr int kSpan = (Traits::kKernelH - 1) * Traits::kDilationH + 1;
@@ -192,6 +176,7 @@ StreamPlan plan_stream(const DirectArgs& args, const StreamLimits& limits) {
   const int wanted_blocks = kBlocksPerMultiprocessor * limits.multiprocessors;
   const int slack = divide_up(kGranule - 1, args.w);  // rows that the last granule of a request reaches into
 
+  const int most_bytes = max_int(kMaxStreamBytes, limits.shared_bytes_for(3));
   StreamPlan plan{};
   plan.staged = args.out_w % min_int(kColumns, kGranule) != 0 || reinterpret_cast<uintptr_t>(args.out) % 16 != 0;
   const auto fits = [&](int advance, int need, int out_rows) {
@@ -202,7 +187,7 @@ StreamPlan plan_stream(const DirectArgs& args, const StreamLimits& limits) {
     const int64_t elements = static_cast<int64_t>(plan.ring_rows) * args.w + kGranule +
                              (plan.staged ? static_cast<int64_t>(out_rows) * args.out_w + kGranule : 0);
     plan.shared_bytes = static_cast<int>(elements * sizeof(T));
-    return elements * sizeof(T) <= limits.shared_bytes;
+    return elements * sizeof(T) <= static_cast<unsigned>(most_bytes);
   };
   const auto fits_planes = [&](int64_t p) { return fits(p * args.h, p * args.h, p * args.out_h); };
   const auto fits_rows = [&](int rows) {
@@ -238,13 +223,10 @@ StreamPlan plan_stream(const DirectArgs& args, const StreamLimits& limits) {
 
 template <class Traits, int kColumns, int kRows, int kVector>
 int launch_stream_nchw(const DirectArgs& args, cudaStream_t stream) {
-  const StreamPlan plan = plan_stream<Traits, kColumns, kRows>(args, stream_limits());
+  const StreamPlan plan = plan_stream<Traits, kColumns, kRows>(args, device_limits());
   if (plan.threads == 0) return cudaErrorInvalidConfiguration;
   const auto kernel = stream_nchw_kernel<Traits, kColumns, kRows, kVector>;
-  if (plan.shared_bytes > 48 << 10) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  if (const int error = allow_shared_bytes(kernel, plan.shared_bytes)) return error;
   const int64_t planes = args.n * args.out_c;
   const int64_t blocks =
       plan.whole_planes ? divide_up<int64_t>(planes, plan.planes * plan.chunks) : planes * plan.strips;

@@ -209,21 +209,13 @@ int launch_tiled_nhwc(const DirectArgs& args, cudaStream_t stream) {
   using Shared = NhwcShared<T, kLanes, kVector>;
   constexpr int kWeightBytes = Traits::kKernelH * Traits::kKernelW * Shared::kChannels * sizeof(float);
   constexpr int kPixelBytes = Shared::kPixel * sizeof(T);
-  static const int shared_limit = [] {
-    int device = 0, bytes = 48 << 10;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return min_int(bytes, 100 << 10);  // two blocks a multiprocessor on an A100 or H100
-  }();
+  const int shared_limit = device_limits().shared_bytes_for(2);
   const auto kernel = tiled_nhwc_kernel<Traits, kLanes, kColumns, kRows, kVector>;
   const NhwcTiling tiling = choose_nhwc_tiling<Traits, kLanes, kColumns, kRows>(args, Shared::kChannels, kPixelBytes,
                                                                                 shared_limit - kWeightBytes);
   if (tiling.tiles_w == 0) return cudaErrorInvalidConfiguration;
   const int shared_bytes = kWeightBytes + tiling.images * tiling.in_rows * tiling.in_columns * kPixelBytes;
-  if (shared_bytes > 48 << 10) {
-    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return error;
-  }
+  if (const int error = allow_shared_bytes(kernel, shared_bytes)) return error;
   const int64_t blocks =
       divide_up<int64_t>(args.n, tiling.images) * tiling.blocks_w * tiling.blocks_h * tiling.blocks_c;
   const dim3 threads(kLanes, tiling.tiles_w * tiling.tiles_h * tiling.images);

@@ -1,0 +1,221 @@
+// Streaming depthwise convolution, channels_last: forward, and grad of input at stride 1 (filter flipped).
+//
+// Serves  any compile-time kernel, stride and dilation, any padding; fp32, fp16, bf16; channels a multiple of 16 bytes.
+// Owns    a block walks down a strip of kLanes * kVector channels and tiles_w * kColumns columns of one image; each thread
+//         computes kColumns neighbouring pixels of kVector channels, row after row, its filters in registers.
+// Rolls   an input row is read and converted once, and added to every output row that it meets: kLiveRows rows of sums,
+//         whose names are fixed by unrolling a stage of kStageOutputs output rows.
+// Memory  a ring of stages in shared memory, filled asynchronously, with zeros for the padding.
+// Chosen  where the filters fit registers and the image is large enough to walk over (select.h).
+#pragma once
+
+#include "async_copy.cuh"
+#include "direct.cuh"
+
+namespace depthwise {
+
+constexpr int kStreamNhwcThreads = 256;  // a block, at most
+constexpr int kStreamColumns = 4;
+
+struct StreamNhwcPlan {
+  int tiles_w;                          // thread tiles of a block
+  int blocks_w, blocks_c, strips;       // blocks of an image
+  int rows, in_columns, stages, depth;  // output rows, input columns and stages of a block; stages in the ring
+};
+
+template <class Traits, int kVector_>
+struct StreamNhwcShape {
+  static constexpr int kVector = kVector_;
+  static constexpr int kSpan = (Traits::kKernelH - 1) * Traits::kDilationH + 1;
+  // Output rows that one input row may still meet; a stage is a whole number of times that many.
+  static constexpr int kLiveRows = (kSpan + Traits::kStrideH - 1) / Traits::kStrideH;
+  static constexpr int kStageOutputs = kLiveRows < 2 ? 2 : kLiveRows;
+  static constexpr int kStageRows = kStageOutputs * Traits::kStrideH;
+};
+
+template <class T, int kLanes, int kVector>
+struct StreamNhwcShared {
+  static constexpr int kChannels = kLanes * kVector;
+  static constexpr int kCopies = kChannels * sizeof(T) / 16;  // 16-byte copies a pixel
+  static_assert(kChannels * sizeof(T) % 16 == 0);
+};
+
+template <class Traits, int kLanes, int kVector>
+__global__ void __launch_bounds__(kStreamNhwcThreads, 2)
+    stream_nhwc_kernel(const DirectArgs args, const StreamNhwcPlan plan) {
+  using T = typename Traits::T;
+  using Pixel = Vector<T, kVector>;
+  using Shape = StreamNhwcShape<Traits, kVector>;
+  using Shared = StreamNhwcShared<T, kLanes, kVector>;
+  constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
+  constexpr int kWindow = window_size(kStreamColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
+  constexpr uint64_t kUsedColumns = window_mask(kStreamColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
+
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  T* const ring = reinterpret_cast<T*>(shared_memory);
+  const int row_elements = plan.in_columns * Shared::kChannels;
+
+  // Channels vary fastest over the grid: blocks that share pixels' cache lines run together.
+  const int first_channel = blockIdx.x % plan.blocks_c * Shared::kChannels;
+  unsigned block = blockIdx.x / plan.blocks_c;
+  const int first_column = block % plan.blocks_w * plan.tiles_w * kStreamColumns;
+  block /= plan.blocks_w;
+  const int first_row = block % plan.strips * plan.rows;
+  const int64_t image = block / plan.strips;
+  const int end_row = min(first_row + plan.rows, args.out_h);
+  const int in_first_row = first_row * Traits::kStrideH - args.padding_h;
+  const int in_first_column = first_column * Traits::kStrideW - args.padding_w;
+  const int pixel = args.out_c;  // elements from one pixel to the next in memory
+
+  // Requests the input rows of a stage. A thread copies the same 16 bytes of channels of every kPixelStep-th pixel.
+  const int thread = threadIdx.y * kLanes + threadIdx.x;
+  const int copy_channel = thread % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
+  const bool copies = first_channel + copy_channel < args.out_c;
+  const int pixel_step = blockDim.y * kLanes / Shared::kCopies;
+  const T* const source =
+      static_cast<const T*>(args.input) + image * args.h * args.w * pixel + first_channel + copy_channel;
+  const auto request = [&](int stage) {
+    if (stage < plan.stages) {
+      T* const target = ring + stage % plan.depth * Shape::kStageRows * row_elements + copy_channel;
+      const int in_row = in_first_row + stage * Shape::kStageRows;
+      for (int column = thread / Shared::kCopies; column < plan.in_columns; column += pixel_step) {
+        const int in_column = in_first_column + column;
+        const bool column_in_bounds = copies && static_cast<unsigned>(in_column) < static_cast<unsigned>(args.w);
+        const T* const column_source = source + (static_cast<int64_t>(in_row) * args.w + in_column) * pixel;
+#pragma unroll
+        for (int r = 0; r < Shape::kStageRows; ++r) {
+          const bool in_bounds = column_in_bounds && static_cast<unsigned>(in_row + r) < static_cast<unsigned>(args.h);
+          copy_16_async(target + r * row_elements + column * Shared::kChannels,
+                        in_bounds ? column_source + static_cast<int64_t>(r) * args.w * pixel : source,
+                        in_bounds ? 16 : 0);
+        }
+      }
+    }
+    commit_copies();
+  };
+  for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage);
+
+  const int channel = first_channel + threadIdx.x * kVector;
+  const int column = first_column + threadIdx.y * kStreamColumns;
+  const bool computes = channel < args.out_c && column < args.out_w;
+  float weight[kTaps][kVector] = {};
+  Pixel bias{};
+  if (computes) {
+    load_filters<Traits>(weight, static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * kTaps, args.flip);
+    if (args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
+  }
+
+  T* const out = static_cast<T*>(args.out) + ((image * args.out_h + first_row) * args.out_w + column) * pixel + channel;
+  const T* const window_corner =
+      ring + threadIdx.y * kStreamColumns * Traits::kStrideW * Shared::kChannels + threadIdx.x * kVector;
+  const int row_step = args.out_w * pixel;
+  float sum[Shape::kLiveRows][kStreamColumns][kVector] = {};
+  for (int stage = 0; stage < plan.stages; ++stage) {
+    // Of the depth - 1 stages under way, the oldest has to be there.
+    if (plan.depth == 4)
+      wait_for_copies<2>();
+    else if (plan.depth == 3)
+      wait_for_copies<1>();
+    else
+      wait_for_copies<0>();
+    __syncthreads();  // and every thread is done with the stage that the next request overwrites
+    request(stage + plan.depth - 1);
+    if (!computes) continue;
+    const T* const corner = window_corner + stage % plan.depth * Shape::kStageRows * row_elements;
+    const int stage_row = stage * Shape::kStageOutputs;  // output row, from first_row, whose first tap is in this stage
+#pragma unroll
+    for (int r = 0; r < Shape::kStageRows; ++r) {
+      float window[kWindow][kVector];
+#pragma unroll
+      for (int k = 0; k < kWindow; ++k) {
+        if (!(kUsedColumns >> k & 1)) continue;
+        const Pixel in = *reinterpret_cast<const Pixel*>(corner + r * row_elements + k * Shared::kChannels);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) window[k][e] = to_float(in.value[e]);
+      }
+#pragma unroll
+      for (int i = 0; i < Traits::kKernelH; ++i) {
+        constexpr int kBias = Shape::kLiveRows * Shape::kStageOutputs;  // keeps the dividend positive
+        const int offset = r - i * Traits::kDilationH + kBias * Traits::kStrideH;
+        if (offset % Traits::kStrideH != 0) continue;
+        const int o = offset / Traits::kStrideH - kBias;  // negative: begun in an earlier stage
+        float (&row_sum)[kStreamColumns][kVector] = sum[(o + kBias) % Shape::kLiveRows];
+#pragma unroll
+        for (int j = 0; j < kKernelW; ++j)
+#pragma unroll
+          for (int q = 0; q < kStreamColumns; ++q)
+#pragma unroll
+            for (int e = 0; e < kVector; ++e)
+              row_sum[q][e] =
+                  fmaf(window[q * Traits::kStrideW + j * Traits::kDilationW][e], weight[i * kKernelW + j][e],
+                       i == 0 && j == 0 ? to_float(bias.value[e]) : row_sum[q][e]);
+        const int row = stage_row + o;
+        if (i == Traits::kKernelH - 1 && row >= 0 && first_row + row < end_row) {
+          T* const out_row = out + static_cast<int64_t>(row) * row_step;
+#pragma unroll
+          for (int q = 0; q < kStreamColumns; ++q)
+            if (column + q < args.out_w) store_streaming(out_row + q * pixel, row_sum[q]);
+        }
+      }
+    }
+  }
+}
+
+// How an image is cut. depth == 0: no ring of two stages fits.
+template <class Traits, int kLanes, int kVector>
+StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limits) {
+  using Shape = StreamNhwcShape<Traits, kVector>;
+  using Shared = StreamNhwcShared<typename Traits::T, kLanes, kVector>;
+  constexpr int kBlocksPerMultiprocessor = 6;  // enough to even out the end of the launch
+  StreamNhwcPlan plan{};
+  const int all_tiles = divide_up(args.out_w, kStreamColumns);
+  plan.blocks_c = divide_up(static_cast<int>(args.out_c), Shared::kChannels);
+  for (int most = kStreamNhwcThreads / kLanes; most > 0 && plan.depth < 2; most /= 2) {
+    plan.tiles_w = divide_up(all_tiles, divide_up(all_tiles, most));
+    plan.in_columns =
+        window_size(plan.tiles_w * kStreamColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+    const int stage_bytes =
+        Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
+    plan.depth = min_int(4, limits.shared_bytes_for(2) / stage_bytes);
+  }
+  if (plan.depth < 2) return StreamNhwcPlan{};
+  plan.blocks_w = divide_up(all_tiles, plan.tiles_w);
+  // Strips read their halo again, and fill their ring first: none is shorter than four stages of rows.
+  const int64_t columns = args.n * plan.blocks_c * plan.blocks_w;
+  const int64_t wanted = divide_up<int64_t>(kBlocksPerMultiprocessor * limits.multiprocessors, columns);
+  const int most_strips = max_int(1, args.out_h / (4 * Shape::kStageOutputs));
+  const int strips = static_cast<int>(wanted < most_strips ? wanted : most_strips);
+  plan.rows = divide_up(args.out_h, strips);
+  plan.strips = divide_up(args.out_h, plan.rows);
+  plan.stages = divide_up((plan.rows - 1) * Traits::kStrideH + Shape::kSpan, Shape::kStageRows);
+  return plan;
+}
+
+template <class Traits, int kLanes, int kVector>
+int launch_stream_nhwc(const DirectArgs& args, cudaStream_t stream) {
+  using Shape = StreamNhwcShape<Traits, kVector>;
+  using Shared = StreamNhwcShared<typename Traits::T, kLanes, kVector>;
+  const StreamNhwcPlan plan = plan_stream_nhwc<Traits, kLanes, kVector>(args, device_limits());
+  if (plan.depth == 0) return cudaErrorInvalidConfiguration;
+  const auto kernel = stream_nhwc_kernel<Traits, kLanes, kVector>;
+  const int shared_bytes = plan.depth * Shape::kStageRows * plan.in_columns * Shared::kChannels *
+                           static_cast<int>(sizeof(typename Traits::T));
+  if (const int error = allow_shared_bytes(kernel, shared_bytes)) return error;
+  const int64_t blocks = args.n * plan.strips * plan.blocks_w * plan.blocks_c;
+  kernel<<<static_cast<unsigned>(blocks), dim3(kLanes, plan.tiles_w), shared_bytes, stream>>>(args, plan);
+  return cudaGetLastError();
+}
+
+// The tiles of select.h's table, in its order. Filters of more than 9 taps leave room for two channels a thread.
+template <class Traits>
+int launch_stream_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
+  constexpr int kVector = Traits::kKernelH * Traits::kKernelW <= 9 ? 4 : 2;
+  switch (tile) {
+    case 0: return launch_stream_nhwc<Traits, 64 / kVector, kVector>(args, stream);
+    case 1: return launch_stream_nhwc<Traits, 48 / kVector, kVector>(args, stream);
+    case 2: return launch_stream_nhwc<Traits, 32 / kVector, kVector>(args, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace depthwise
