@@ -19,7 +19,9 @@ struct DeviceLimits {
   int multiprocessors, shared_bytes, shared_bytes_block;  // shared memory of a multiprocessor, and of a block at most
 
   // What a block may take so that `blocks` of them share a multiprocessor; each costs 1 KB of its own.
-  int shared_bytes_for(int blocks) const { return min_int(shared_bytes_block, shared_bytes / blocks - (1 << 10)); }
+  int shared_bytes_for(int blocks) const {
+    return min_int(shared_bytes_block, max_int(kSharedBytesEverywhere, shared_bytes / blocks - (1 << 10)));
+  }
 };
 
 inline const DeviceLimits& device_limits() {

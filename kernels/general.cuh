@@ -3,12 +3,13 @@
 // Serves  every kernel size, stride, padding, dilation and depth multiplier; fp32, fp16, bf16 (fp32 accumulators) and
 //         fp64; NCHW and channels_last, through strides; 64-bit offsets, so tensors past 2^31 elements too.
 // Owns    forward, grad of input: one thread an element, lanes along the dimension that is contiguous in memory.
-//         grad of weight: a block owns kTapsPerBlock taps of one kernel row for one output channel (NCHW) or 32 of them
-//         (channels_last), and a share of the positions; its fp32 partial sums go to `partial`, [split][channel][tap],
-//         and a second kernel adds the splits in order. No atomics: results repeat bit for bit.
+//         grad of weight: a block owns kGeneralTapsPerBlock taps of one kernel row for one output channel (NCHW) or 32
+//         of them (channels_last), and a share of the positions; its fp32 partial sums go to `partial`,
+//         [split][channel][tap], and a second kernel adds the splits in order. No atomics: results repeat bit for bit.
 // Chosen  when no specialisation serves, and during CUDA graph capture when its specialisation is not built yet.
 #pragma once
 
+#include "grad_weight_plan.h"
 #include "problem.h"
 #include "vector.cuh"
 
@@ -137,8 +138,6 @@ __global__ void __launch_bounds__(kGeneralThreads)
   grad_input[linear] = store_accumulator<T>(sum);
 }
 
-constexpr int kTapsPerBlock = 8;
-
 template <class T>
 __device__ __forceinline__ T sum_of_warp(T value) {
 #pragma unroll
@@ -155,9 +154,9 @@ __global__ void __launch_bounds__(kGeneralThreads)
   using Sum = accumulator_t<T>;
   const int out_c = args.out.c.divisor;
   const int channel = kChannelsLast ? blockIdx.x * 32 + threadIdx.x : blockIdx.x;
-  const int groups_w = (args.kernel_w + kTapsPerBlock - 1) / kTapsPerBlock;
+  const int groups_w = (args.kernel_w + kGeneralTapsPerBlock - 1) / kGeneralTapsPerBlock;
   const int tap_h = blockIdx.y / groups_w;
-  const int first_tap_w = blockIdx.y % groups_w * kTapsPerBlock;
+  const int first_tap_w = blockIdx.y % groups_w * kGeneralTapsPerBlock;
   const bool bias_block = partial_bias != nullptr && blockIdx.y == 0;
 
   const int64_t positions = args.n * args.out.h.divisor * args.out.w.divisor;
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   const int thread = kChannelsLast ? threadIdx.y : threadIdx.y * 32 + threadIdx.x;
   constexpr int kStep = kChannelsLast ? kGeneralThreads / 32 : kGeneralThreads;
 
-  Sum sum[kTapsPerBlock] = {};
+  Sum sum[kGeneralTapsPerBlock] = {};
   Sum bias = 0, bias_part = 0;  // in parts of 16 terms: equal gradients would round the same way every time
   int terms = 0;
   if (channel < out_c) {
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
       const T* row = plane + n * args.in.stride_n + h * args.in.stride_h;
       const int first_w = out_w * args.stride_w - args.padding_w + first_tap_w * args.dilation_w;
 #pragma unroll
-      for (int k = 0; k < kTapsPerBlock; ++k) {
+      for (int k = 0; k < kGeneralTapsPerBlock; ++k) {
         const int w = first_w + k * args.dilation_w;
         if (first_tap_w + k < args.kernel_w && w >= 0 && w < args.in.w.divisor)
           sum[k] += grad * load(row + w * args.in.stride_w);
@@ -194,21 +193,21 @@ __global__ void __launch_bounds__(kGeneralThreads)
   }
 
   // Add the block's threads in a fixed order: lanes of a warp first (NCHW), then the warps.
-  __shared__ Sum shared[kTapsPerBlock + 1][kGeneralThreads / 32][32];
+  __shared__ Sum shared[kGeneralTapsPerBlock + 1][kGeneralThreads / 32][32];
   const auto reduce = [&](Sum value, int slot) {
     if (!kChannelsLast) value = sum_of_warp(value);
     shared[slot][threadIdx.y][threadIdx.x] = value;
   };
 #pragma unroll
-  for (int k = 0; k < kTapsPerBlock; ++k) reduce(sum[k], k);
-  reduce(bias + bias_part, kTapsPerBlock);
+  for (int k = 0; k < kGeneralTapsPerBlock; ++k) reduce(sum[k], k);
+  reduce(bias + bias_part, kGeneralTapsPerBlock);
   __syncthreads();
   if (channel >= out_c || threadIdx.y != 0 || (!kChannelsLast && threadIdx.x != 0)) return;
   const int64_t row = static_cast<int64_t>(blockIdx.z) * out_c + channel;
-  for (int k = 0; k <= kTapsPerBlock; ++k) {
+  for (int k = 0; k <= kGeneralTapsPerBlock; ++k) {
     Sum total = 0;
     for (int y = 0; y < kGeneralThreads / 32; ++y) total += shared[k][y][threadIdx.x];
-    if (k == kTapsPerBlock) {
+    if (k == kGeneralTapsPerBlock) {
       if (bias_block) partial_bias[row] = total;
     } else if (first_tap_w + k < args.kernel_w) {
       partial[(row * args.kernel_h + tap_h) * args.kernel_w + first_tap_w + k] = total;
@@ -216,14 +215,29 @@ __global__ void __launch_bounds__(kGeneralThreads)
   }
 }
 
+// Adds the splits of 32 sums in a fixed order: each of a block's rows of threads its share of them, then the rows.
+// `partial`: [split][weights], then [split][biases].
 template <class T>
 __global__ void __launch_bounds__(kGeneralThreads)
-    add_splits_kernel(const accumulator_t<T>* partial, int splits, int64_t count, T* out) {
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kGeneralThreads + threadIdx.x;
-  if (k >= count) return;
-  accumulator_t<T> sum = 0;
-  for (int split = 0; split < splits; ++split) sum += partial[split * count + k];
-  out[k] = store_accumulator<T>(sum);
+    add_splits_kernel(const accumulator_t<T>* partial, int splits, int64_t weights, int64_t biases, T* grad_weight,
+                      T* grad_bias) {
+  using Sum = accumulator_t<T>;
+  constexpr int kShares = kGeneralThreads / 32;
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  const bool of_bias = k >= weights;
+  const int64_t count = of_bias ? biases : weights;
+  const int64_t idx = of_bias ? k - weights : k;
+  if (of_bias) partial += splits * weights;
+  Sum sum = 0;
+  if (idx < count)
+    for (int split = threadIdx.y; split < splits; split += kShares) sum += partial[split * count + idx];
+
+  __shared__ Sum shared[kShares][32];
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || idx >= count) return;
+  for (int share = 1; share < kShares; ++share) sum += shared[share][threadIdx.x];
+  (of_bias ? grad_bias : grad_weight)[idx] = store_accumulator<T>(sum);
 }
 
 }  // namespace depthwise

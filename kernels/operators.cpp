@@ -378,7 +378,7 @@ int depthwise_inline_select(int direction, int dtype, int layout, const int64_t*
                             char* source, int source_capacity) try {
   const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
   const depthwise::Config config = depthwise::config_for(p);
-  const auto specialisation = depthwise::specialisation_of(p, config.kernel);
+  const auto specialisation = depthwise::specialisation_of(p, config);
   const bool to_build = config.kernel != depthwise::Kernel::kGeneral && !depthwise::is_built_in(specialisation);
   return copy_text(depthwise::variant_name(p, config), name, name_capacity) &&
                  copy_text(to_build ? depthwise::specialisation_source(specialisation) : "", source, source_capacity)
@@ -393,7 +393,7 @@ int depthwise_inline_tiles(int direction, int dtype, int layout, const int64_t* 
   const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
   std::string all = "general";
   for (const auto kernel : depthwise::kSpecialisedKernels)
-    for (int tile = 0; tile < depthwise::kTilesPerKernel; ++tile)
+    for (int tile = 0; tile < depthwise::tile_table(kernel, p.dtype).size; ++tile)
       if (depthwise::can_serve(p, kernel, tile))
         all += std::string("\n") + depthwise::tile_table(kernel, p.dtype)[tile].name;
   return copy_text(all, names, capacity) ? 0 : -1;

@@ -22,12 +22,14 @@ struct Problem {
 };
 
 // What one thread computes, and how it reads. NCHW: `columns` x `rows` outputs of one plane, `vector` elements a load.
-// channels_last: `vector` channels of `columns` x `rows` pixels.
+// channels_last: `vector` channels of `columns` x `rows` pixels. Grad of weight: a strip of `columns` positions of
+// grad_output (channels_last: of `vector` channels), however many rows.
 struct Tile {
   const char* name;
   int columns;
   int rows;
   int vector;
+  int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
 };
 
 // A direct convolution with its direction taken out: the grad of input at stride 1 is the forward pass over
@@ -40,6 +42,20 @@ struct DirectArgs {
   int64_t n, out_c;
   int multiplier, h, w, out_h, out_w, padding_h, padding_w;
   bool flip;
+};
+
+// Grad of weight and bias. A kernel writes its sums split by split, [split][out_channel][tap], and another adds the
+// splits in order. With one split, kernels of which `stores_grad_weight` holds write the results themselves.
+struct GradWeightArgs {
+  const void* grad_output;
+  const void* input;
+  float* partial;
+  float* partial_bias;  // [split][out_channel]; null: not asked for
+  void* grad_weight;    // null: write `partial`
+  void* grad_bias;      // where grad_weight is not null: null if not asked for
+  int64_t n, out_c;
+  int multiplier, h, w, out_h, out_w, padding_h, padding_w, splits;
+  int rows;  // of grad_output that a thread of a marching kernel takes
 };
 
 // Which of a window's rows or columns meet a tap of one of `outputs` outputs, as a bit mask. With a dilation most do
@@ -67,10 +83,14 @@ constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_
   return rows * columns;
 }
 
-// stream_nchw's smallest chunk fits this shared memory, which every architecture grants a block (sm_75: 64 KB).
-constexpr int kMaxStreamBytes = 60 << 10;
+// Shared memory that every architecture grants a block (sm_75: 64 KB); the smallest tile of a kernel fits it.
+constexpr int kSharedBytesEverywhere = 60 << 10;
 
-// Entry point of a compiled specialisation: serves every tile of its table.
-using Launcher = int (*)(const DirectArgs*, int tile_index, void* stream);
+// stream_nhwc: channels a thread, as many as leave room for their filters.
+constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h * kernel_w <= 9 ? 4 : 2; }
+
+// Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs or GradWeightArgs, as
+// its kernel takes.
+using Launcher = int (*)(const void* args, int tile_index, void* stream);
 
 }  // namespace depthwise

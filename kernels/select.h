@@ -9,9 +9,26 @@
 
 namespace depthwise {
 
-enum class Kernel : int { kGeneral, kDirectNchw, kDirectNhwc, kTiledNhwc, kStreamNchw };
-constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw, Kernel::kDirectNhwc, Kernel::kTiledNhwc,
-                                          Kernel::kStreamNchw};
+enum class Kernel : int {
+  kGeneral,
+  kDirectNchw,
+  kStreamNchw,
+  kDirectNhwc,
+  kTiledNhwc,
+  kStreamNhwc,
+  kGradWeightNchw,
+  kGradWeightNhwc,
+};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,    Kernel::kStreamNchw, Kernel::kDirectNhwc,
+                                          Kernel::kTiledNhwc,     Kernel::kStreamNhwc, Kernel::kGradWeightNchw,
+                                          Kernel::kGradWeightNhwc};
+
+inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || kernel == Kernel::kStreamNchw; }
+inline bool is_grad_weight_kernel(Kernel kernel) {
+  return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
+}
+// Grad-of-weight kernels that write the results themselves where there is one split.
+inline bool stores_grad_weight(Kernel kernel) { return is_grad_weight_kernel(kernel); }
 
 struct Config {
   Kernel kernel = Kernel::kGeneral;
@@ -28,15 +45,41 @@ constexpr Tile kStreamNchwTiles32[] = {
     {"stream_v4r8", 4, 8, 4}, {"stream_v4r4", 4, 4, 4}, {"stream_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kStreamNchwTiles16[] = {
     {"stream_v8r4", 8, 4, 8}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
-constexpr int kTilesPerKernel = 3;
+constexpr Tile kStreamNhwcTiles[] = {
+    {"stream_channels64", 4, 0, 64}, {"stream_channels48", 4, 0, 48}, {"stream_channels32", 4, 0, 32}};
+// Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
+// tile a specialisation: each is seconds of compilation.
+constexpr Tile kGradWeightNchwTiles32[] = {
+    {"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2}, {"weight_x2g2", 4, 0, 2, 2}, {"weight_x1g1", 4, 0, 1, 1}};
+constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
+                                           {"weight_x8g2", 8, 0, 8, 2},
+                                           {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x2g2", 4, 0, 2, 2},
+                                           {"weight_x1g1", 4, 0, 1, 1}};
+// Of few taps, a thread takes several channels.
+constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}};
 
-inline const Tile* tile_table(Kernel kernel, DType dtype) {
+struct TileTable {
+  const Tile* tiles;
+  int size;
+
+  template <int kSize>
+  constexpr TileTable(const Tile (&table)[kSize]) : tiles(table), size(kSize) {}
+  constexpr TileTable() : tiles(nullptr), size(0) {}
+  const Tile& operator[](int tile) const { return tiles[tile]; }
+};
+
+inline TileTable tile_table(Kernel kernel, DType dtype) {
+  const bool wide = dtype == DType::kFloat32;
   switch (kernel) {
-    case Kernel::kDirectNchw: return dtype == DType::kFloat32 ? kDirectNchwTiles32 : kDirectNchwTiles16;
+    case Kernel::kDirectNchw: return wide ? TileTable(kDirectNchwTiles32) : TileTable(kDirectNchwTiles16);
     case Kernel::kDirectNhwc: return kDirectNhwcTiles;
     case Kernel::kTiledNhwc: return kTiledNhwcTiles;
-    case Kernel::kStreamNchw: return dtype == DType::kFloat32 ? kStreamNchwTiles32 : kStreamNchwTiles16;
-    default: return nullptr;
+    case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
+    case Kernel::kStreamNhwc: return kStreamNhwcTiles;
+    case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
+    case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
+    default: return {};
   }
 }
 
@@ -44,8 +87,8 @@ inline const Tile* tile_table(Kernel kernel, DType dtype) {
 constexpr int kMaxRegisterTaps = 49;
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
-// Room for one thread tile's rectangle of tiled_nhwc on every architecture (sm_75: 64 KB a block).
-constexpr int kMaxTileBytes = 48 << 10;
+// stream_nhwc: filters, sums of the live rows and one row of the window.
+constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
 constexpr int kMaxSpan = 35;
 constexpr int64_t kInt32Max = 0x7fffffff;
@@ -68,10 +111,32 @@ inline DirectArgs direct_args(const Problem& p) {
 
 inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
+// Grad of weight: every tap is a register (11x11), and a dilated row of taps must leave room beside them.
+constexpr int kMaxGradWeightTaps = 121;
+constexpr int kMaxGradWeightSpan = 40;
+
+inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
+  if (is_grad_weight_kernel(kernel)) return false;  // the kernels follow
+  const bool channels_last = kernel == Kernel::kGradWeightNhwc;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || taps > kMaxGradWeightTaps) return false;
+  // Rows that are `dilation_h` apart are a problem of their own; with a stride they are not.
+  if (p.dilation_h > 1 && p.stride_h > 1) return false;
+  if (p.stride_h > 4 || p.stride_w > 4 || (p.kernel_w - 1) * p.dilation_w > kMaxGradWeightSpan) return false;
+  if (p.padding_w > 64 || p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n > kInt32Max / 64) return false;
+  if (channels_last)
+    return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) && taps * tile.vector <= 49 &&
+           p.h * p.w * p.c <= kInt32Max && p.out_h * p.out_w * p.c <= kInt32Max;
+  return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
+         p.out_w % tile.grad_vector == 0;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
-  if (p.dtype == DType::kFloat64 || p.direction == Direction::kGradWeight) return false;
+  if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
+    return false;
+  if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   // The grad of input is a flipped forward pass only where every output position has its own input position.
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1)) return false;
   const int64_t taps = p.kernel_h * p.kernel_w;
@@ -96,7 +161,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     const int64_t granule = 16 / element_size(p.dtype);
     const int64_t rows = (2 * t.rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1 +
                          (granule + args.w - 2) / args.w + (args.w % granule != 0 ? granule - 1 : 0);
-    return (rows * args.w + t.rows * args.out_w + 2 * granule) * element_size(p.dtype) <= kMaxStreamBytes;
+    return (rows * args.w + t.rows * args.out_w + 2 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
   }
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
@@ -107,18 +172,26 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kDirectNhwc)
     return aligned && p.c % t.vector == 0 && taps <= kMaxDirectNhwcTaps &&
            window_pixels(t.rows, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) <= kMaxWindowPixels;
-  const int in_rows = 3 * stride_h + (kernel_h - 1) * dilation_h + 1;
-  const int in_columns = 3 * stride_w + (kernel_w - 1) * dilation_w + 1;
+  const int in_rows = window_size(4, stride_h, kernel_h, dilation_h);
+  const int in_columns = window_size(4, stride_w, kernel_w, dilation_w);
+  if (kernel == Kernel::kStreamNhwc) {
+    const int vector = stream_nhwc_vector(kernel_h, kernel_w);
+    const int live_rows = ((kernel_h - 1) * dilation_h + stride_h) / stride_h;
+    const int stage_rows = (live_rows < 2 ? 2 : live_rows) * stride_h;
+    const int stage_bytes = stage_rows * in_columns * t.vector * element_size(p.dtype);
+    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && 2 * stage_bytes <= kSharedBytesEverywhere &&
+           static_cast<int>(taps) * vector + (4 * live_rows + in_columns) * vector <= kMaxStreamNhwcRegisters;
+  }
   const int pixel_bytes = (t.vector * 4 + 8) * element_size(p.dtype);
   return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
-         in_rows * in_columns * pixel_bytes + taps * t.vector * 16 <= kMaxTileBytes;
+         in_rows * in_columns * pixel_bytes + taps * t.vector * 16 <= kSharedBytesEverywhere;
 }
 
 // tiled_nhwc: the tile that wastes the fewest channels; of equals the widest (whole cache lines a pixel).
 inline int tiled_nhwc_tile(int64_t channels) {
   int best = 0;
   int64_t least = 0;
-  for (int tile = 0; tile < kTilesPerKernel; ++tile) {
+  for (int tile = 0; tile < TileTable(kTiledNhwcTiles).size; ++tile) {
     const int64_t block = kTiledNhwcTiles[tile].vector * 4;
     const int64_t padded = (channels + block - 1) / block * block;
     if (least == 0 || padded < least) least = padded, best = tile;
@@ -126,7 +199,17 @@ inline int tiled_nhwc_tile(int64_t channels) {
   return best;
 }
 
+// The first tile of a kernel's table that serves `p`, or the general kernel.
+inline Config first_that_serves(const Problem& p, Kernel kernel) {
+  for (int tile = 0; tile < tile_table(kernel, p.dtype).size; ++tile)
+    if (can_serve(p, kernel, tile)) return {kernel, tile};
+  return {};
+}
+
 inline Config select_config(const Problem& p) {
+  if (p.direction == Direction::kGradWeight)
+    return first_that_serves(p, p.layout == Layout::kNchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
+
   const DirectArgs args = direct_args(p);
   if (p.layout == Layout::kNchw) {
     if (p.dtype == DType::kFloat32) {
@@ -137,7 +220,7 @@ inline Config select_config(const Problem& p) {
     } else if (args.out_w > 4 && can_serve(p, Kernel::kDirectNchw, 0)) {
       return {Kernel::kDirectNchw, 0};
     }
-    for (int tile = 1; tile < kTilesPerKernel; ++tile)
+    for (int tile = 1; tile < tile_table(Kernel::kDirectNchw, p.dtype).size; ++tile)
       if (can_serve(p, Kernel::kDirectNchw, tile)) return {Kernel::kDirectNchw, tile};
     return {};
   }
@@ -149,8 +232,8 @@ inline Config select_config(const Problem& p) {
   if (large && p.stride_h == 1 && p.stride_w == 1 && can_serve(p, Kernel::kTiledNhwc, tiled))
     return {Kernel::kTiledNhwc, tiled};
   // Stride 2 reads 9x9 pixels for 4x4 outputs: too many registers (32x96x112x112 fp16, H100: q2r2 0.042 ms).
-  for (int tile = 0; tile < kTilesPerKernel; ++tile)
-    if (can_serve(p, Kernel::kDirectNhwc, tile)) return {Kernel::kDirectNhwc, tile};
+  const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
+  if (direct.kernel != Kernel::kGeneral) return direct;
   if (can_serve(p, Kernel::kTiledNhwc, tiled)) return {Kernel::kTiledNhwc, tiled};
   return {};
 }
@@ -161,11 +244,13 @@ struct Specialisation {
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   int padding_w;  // NCHW alone: it decides where aligned words lie
+  int tile;       // of a kernel that is compiled tile by tile, else 0
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
 
-inline Specialisation specialisation_of(const Problem& p, Kernel kernel) {
+inline Specialisation specialisation_of(const Problem& p, const Config& config) {
+  const Kernel kernel = config.kernel;
   return {kernel,
           p.dtype,
           static_cast<int>(p.kernel_h),
@@ -174,13 +259,15 @@ inline Specialisation specialisation_of(const Problem& p, Kernel kernel) {
           static_cast<int>(p.stride_w),
           static_cast<int>(p.dilation_h),
           static_cast<int>(p.dilation_w),
-          p.layout == Layout::kNchw ? direct_args(p).padding_w : 0};
+          is_direct_nchw(kernel)              ? direct_args(p).padding_w
+          : kernel == Kernel::kGradWeightNchw ? static_cast<int>(p.padding_w)
+                                              : 0,
+          is_grad_weight_kernel(kernel) ? config.tile : 0};
 }
 
-inline bool is_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || kernel == Kernel::kStreamNchw; }
-
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general", "direct_nchw", "direct_nhwc", "tiled_nhwc", "stream_nchw"};
+  constexpr const char* kNames[] = {"general",    "direct_nchw", "stream_nchw",      "direct_nhwc",
+                                    "tiled_nhwc", "stream_nhwc", "grad_weight_nchw", "grad_weight_nhwc"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -194,29 +281,38 @@ inline std::string specialisation_name(const Specialisation& s) {
   std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
-  return name;
+  std::string full = name;
+  if (is_grad_weight_kernel(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
+  return full;
 }
 
-// The CUDA source that compiles `s`: one exported function that serves every tile of its table.
+// The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
 inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
   const std::string kernel = kernel_name(s.kernel);
   char arguments[128];
   std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
-  std::string traits = std::string(is_nchw(s.kernel) ? "NchwTraits<" : "NhwcTraits<") + arguments;
-  if (is_nchw(s.kernel)) traits += ", " + std::to_string(s.padding_w);
+  std::string traits = std::string("NhwcTraits<") + arguments;
+  if (is_direct_nchw(s.kernel)) traits = std::string("NchwTraits<") + arguments + ", " + std::to_string(s.padding_w);
+  if (is_grad_weight_kernel(s.kernel)) {
+    const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+    traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
+             arguments + ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
+    if (s.kernel == Kernel::kGradWeightNchw)
+      traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w);
+  }
+  const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +
-         "extern \"C\" int depthwise_inline_launch(const depthwise::DirectArgs* args, int tile, void* stream) {\n" +
-         "  return depthwise::launch_" + kernel + "<depthwise::" + traits +
-         ">>(*args, tile, static_cast<cudaStream_t>(stream));\n}\n";
+         "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +
+         "  return depthwise::launch_" + kernel + "<depthwise::" + traits + ">>(*static_cast<const " + args +
+         "*>(args), tile, static_cast<cudaStream_t>(stream));\n}\n";
 }
 
 // "specialisation/tile", or "general".
 inline std::string variant_name(const Problem& p, const Config& config) {
   if (config.kernel == Kernel::kGeneral) return "general";
-  return specialisation_name(specialisation_of(p, config.kernel)) + "/" +
-         tile_table(config.kernel, p.dtype)[config.tile].name;
+  return specialisation_name(specialisation_of(p, config)) + "/" + tile_table(config.kernel, p.dtype)[config.tile].name;
 }
 
 // The config whose tile is called `name`; false where it cannot serve `p`.
@@ -226,7 +322,7 @@ inline bool forced_config(const Problem& p, const std::string& name, Config* con
     return true;
   }
   for (const Kernel kernel : kSpecialisedKernels)
-    for (int tile = 0; tile < kTilesPerKernel; ++tile)
+    for (int tile = 0; tile < tile_table(kernel, p.dtype).size; ++tile)
       if (name == tile_table(kernel, p.dtype)[tile].name && can_serve(p, kernel, tile)) {
         *config = {kernel, tile};
         return true;

@@ -176,7 +176,7 @@ StreamPlan plan_stream(const DirectArgs& args, const DeviceLimits& limits) {
   const int wanted_blocks = kBlocksPerMultiprocessor * limits.multiprocessors;
   const int slack = divide_up(kGranule - 1, args.w);  // rows that the last granule of a request reaches into
 
-  const int most_bytes = max_int(kMaxStreamBytes, limits.shared_bytes_for(3));
+  const int most_bytes = limits.shared_bytes_for(3);
   StreamPlan plan{};
   plan.staged = args.out_w % min_int(kColumns, kGranule) != 0 || reinterpret_cast<uintptr_t>(args.out) % 16 != 0;
   const auto fits = [&](int advance, int need, int out_rows) {

@@ -206,10 +206,10 @@ int launch_stream_nhwc(const DirectArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The tiles of select.h's table, in its order. Filters of more than 9 taps leave room for two channels a thread.
+// The tiles of select.h's table, in its order.
 template <class Traits>
 int launch_stream_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
-  constexpr int kVector = Traits::kKernelH * Traits::kKernelW <= 9 ? 4 : 2;
+  constexpr int kVector = stream_nhwc_vector(Traits::kKernelH, Traits::kKernelW);
   switch (tile) {
     case 0: return launch_stream_nhwc<Traits, 64 / kVector, kVector>(args, stream);
     case 1: return launch_stream_nhwc<Traits, 48 / kVector, kVector>(args, stream);

@@ -1,0 +1,70 @@
+// How a grad of weight is cut into splits: a pure function of the problem and its config. Every split of an output
+// channel (or of a block's channels) is a thread block that leaves its partial sums in the workspace.
+#pragma once
+
+#include "select.h"
+
+namespace depthwise {
+
+constexpr int64_t kMaxWorkspace = 16 << 20;  // bytes, unless one split needs more
+
+constexpr int kGeneralTapsPerBlock = 8;
+constexpr int64_t kGeneralBlocks = 2048;     // two waves of 8 blocks on each of an H100's 132 multiprocessors
+constexpr int64_t kGeneralPositions = 2048;  // a split worth its second pass
+
+constexpr int kGradWeightThreads = 128;             // a block, at most
+constexpr int kGradWeightLanes = 32;                // channels_last: threads along channels, at most
+constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
+
+struct GradWeightPlan {
+  int64_t splits;
+  int rows;  // of grad_output that a thread marches down, at most
+};
+
+inline int64_t divide_up64(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t grad_weight_split_bytes(const Problem& p) {
+  return p.out_c * (p.kernel_h * p.kernel_w + 1) * (p.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+inline int64_t bounded_splits(const Problem& p, int64_t wanted) {
+  const int64_t room = kMaxWorkspace / grad_weight_split_bytes(p);
+  const int64_t splits = wanted < room ? wanted : room;
+  return splits < 1 ? 1 : splits > 65535 ? 65535 : splits;
+}
+
+inline GradWeightPlan general_grad_weight_plan(const Problem& p) {
+  const int64_t channels = p.layout == Layout::kNhwc ? divide_up64(p.out_c, 32) : p.out_c;
+  const int64_t taps = p.kernel_h * divide_up64(p.kernel_w, kGeneralTapsPerBlock);
+  const int64_t splits = kGeneralBlocks / (channels * taps);
+  const int64_t worthwhile = p.n * p.out_h * p.out_w / kGeneralPositions;
+  return {bounded_splits(p, splits < worthwhile ? splits : worthwhile), 0};
+}
+
+// Marching kernels: a thread takes a strip of columns down `rows` rows. Rows are cut until there are threads enough,
+// but not so short that the kernel's own height of rows, which the next piece reads again, costs much.
+inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& tile) {
+  const int64_t rows = divide_up64(p.out_h, p.dilation_h);  // rows `dilation_h` apart are a problem of their own
+  const int64_t strips = p.n * p.dilation_h * divide_up64(p.out_w, tile.columns);  // of one channel
+  const bool channels_last = p.layout == Layout::kNhwc;
+  const int64_t lanes = channels_last ? p.c / tile.vector : p.out_c;
+  const int64_t fewest_rows = 3 * divide_up64(p.kernel_h, p.stride_h) < 8 ? 8 : 3 * divide_up64(p.kernel_h, p.stride_h);
+  int64_t pieces = 1;
+  while (strips * lanes * pieces < kGradWeightAllThreads && divide_up64(rows, 2 * pieces) >= fewest_rows) pieces *= 2;
+
+  const int64_t x = channels_last ? divide_up64(lanes, divide_up64(lanes, kGradWeightLanes)) : 1;
+  const int64_t threads = kGradWeightThreads / x;  // of a block, for one channel
+  const int64_t per_thread = strips * lanes * pieces / kGradWeightAllThreads;
+  const int64_t splits = divide_up64(strips * pieces, threads * (per_thread < 1 ? 1 : per_thread));
+  return {bounded_splits(p, splits), static_cast<int>(divide_up64(rows, pieces))};
+}
+
+inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
+  switch (config.kernel) {
+    case Kernel::kGradWeightNchw:
+    case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    default: return general_grad_weight_plan(p);
+  }
+}
+
+}  // namespace depthwise
