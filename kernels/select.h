@@ -42,7 +42,7 @@ constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
 constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
 constexpr Tile kStreamNchwTiles32[] = {
-    {"stream_v4r8", 4, 8, 4}, {"stream_v4r4", 4, 4, 4}, {"stream_v4r4_unaligned", 4, 4, 1}};
+    {"stream_v4r8", 4, 8, 4}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kStreamNchwTiles16[] = {
     {"stream_v8r4", 8, 4, 8}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kStreamNhwcTiles[] = {

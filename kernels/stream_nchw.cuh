@@ -42,9 +42,9 @@ struct StreamPlan {
   SmallDivider tiles_w, tiles_h;
 };
 
-// Two blocks a multiprocessor would spill the filters of more than 25 taps.
+// As many blocks a multiprocessor as the filter's registers allow without spills.
 template <class Traits, int kColumns, int kRows, int kVector>
-__global__ void __launch_bounds__(kStreamThreads, Traits::kTaps <= 25 ? 2 : 1)
+__global__ void __launch_bounds__(kStreamThreads, Traits::kTaps <= 9 ? 3 : Traits::kTaps <= 25 ? 2 : 1)
     stream_nchw_kernel(const DirectArgs args, const StreamPlan plan) {
   using T = typename Traits::T;
   using Row = NchwRow<Traits, kColumns, kVector>;
@@ -240,7 +240,7 @@ int launch_stream_nchw(const DirectArgs& args, int tile, cudaStream_t stream) {
   if constexpr (sizeof(typename Traits::T) == 4) {
     switch (tile) {
       case 0: return launch_stream_nchw<Traits, 4, 8, 4>(args, stream);
-      case 1: return launch_stream_nchw<Traits, 4, 4, 4>(args, stream);
+      case 1: return launch_stream_nchw<Traits, 4, 4, 2>(args, stream);
       case 2: return launch_stream_nchw<Traits, 4, 4, 1>(args, stream);
     }
   } else {
