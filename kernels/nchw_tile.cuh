@@ -5,6 +5,8 @@
 
 namespace depthwise {
 
+constexpr int kStreamThreads = 256;  // a block of stream_nchw and planes_nchw, at most
+
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
@@ -165,6 +167,67 @@ __device__ __forceinline__ void store_row(T* row, int column, int width, const f
       store_streaming(row + column + v, part);
     else
       *reinterpret_cast<Vector<T, kWidth>*>(row + column + v) = part;
+  }
+}
+
+// kColumns neighbouring outputs of every row that a thread walks down. An input row is read and converted once, and added
+// to all output rows that it meets: kLiveRows rows of sums, whose registers are fixed by unrolling a stage.
+template <class Traits, int kColumns, int kVector>
+struct RollingColumns : RollingShape<Traits> {
+  using T = typename Traits::T;
+  using Shape = RollingShape<Traits>;
+  using Row = NchwRow<Traits, kColumns, kVector>;
+
+  float weight[Traits::kTaps];
+  float bias;
+  float sum[Shape::kLiveRows][kColumns] = {};
+
+  __device__ __forceinline__ void load_channel(const DirectArgs& args, unsigned channel) {
+    load_filter<Traits>(weight, args, channel);
+    bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+  }
+
+  // load_row(window, r) reads input row r of the stage; store(o, sums) takes output row o, counted from the one whose
+  // first tap is the stage's first row: rows that earlier stages began are negative.
+  template <class LoadRow, class StoreRow>
+  __device__ __forceinline__ void stage(LoadRow&& load_row, StoreRow&& store) {
+#pragma unroll
+    for (int r = 0; r < Shape::kStageRows; ++r) {
+      T row[Row::kWindow];
+      load_row(row, r);
+      float window[Row::kWindow];
+#pragma unroll
+      for (int k = 0; k < Row::kWindow; ++k)
+        if (Row::kUsed >> k & 1) window[k] = to_float(row[k]);
+#pragma unroll
+      for (int i = 0; i < Traits::kKernelH; ++i) {
+        if (!Shape::meets(r, i)) continue;
+        const int o = Shape::output_row(r, i);
+        float (&row_sum)[kColumns] = sum[(o + Shape::kStageOutputs * Shape::kLiveRows) % Shape::kLiveRows];
+#pragma unroll
+        for (int j = 0; j < Traits::kKernelW; ++j)
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v)
+            row_sum[v] = fmaf(window[v * Traits::kStrideW + j * Traits::kDilationW], weight[i * Traits::kKernelW + j],
+                              i == 0 && j == 0 ? bias : row_sum[v]);
+        if (i == Traits::kKernelH - 1) store(o, row_sum);
+      }
+    }
+  }
+};
+
+// Outputs of several rows or planes are one run in memory: whole 16-byte granules but for the two ends. `staged` holds
+// the run [begin, end) with begin as far from a 16-byte boundary as `out` is.
+template <class T>
+__device__ __forceinline__ void store_run(T* out, const T* staged, int begin, int end) {
+  constexpr int kGranule = 16 / sizeof(T);
+  const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(out) % 16 / sizeof(T));
+  for (int k = threadIdx.x * kGranule; k < skew + end; k += blockDim.x * kGranule) {
+    if (k >= skew + begin && k + kGranule <= skew + end) {
+      store_streaming(out - skew + k, *reinterpret_cast<const Vector<T, kGranule>*>(staged - skew + k));
+    } else {
+      for (int e = max(k, skew + begin); e < min(k + kGranule, skew + end); ++e) out[e - skew] = staged[e - skew];
+    }
   }
 }
 

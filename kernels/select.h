@@ -13,19 +13,25 @@ enum class Kernel : int {
   kGeneral,
   kDirectNchw,
   kStreamNchw,
+  kPlanesNchw,
   kDirectNhwc,
   kTiledNhwc,
   kStreamNhwc,
   kGradWeightNchw,
   kGradWeightNhwc,
 };
-constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,    Kernel::kStreamNchw, Kernel::kDirectNhwc,
-                                          Kernel::kTiledNhwc,     Kernel::kStreamNhwc, Kernel::kGradWeightNchw,
-                                          Kernel::kGradWeightNhwc};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,     Kernel::kStreamNchw,    Kernel::kPlanesNchw,
+                                          Kernel::kDirectNhwc,     Kernel::kTiledNhwc,     Kernel::kStreamNhwc,
+                                          Kernel::kGradWeightNchw, Kernel::kGradWeightNhwc};
 
-inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || kernel == Kernel::kStreamNchw; }
+inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
+inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
+}
+// Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
+inline bool is_compiled_by_tile(Kernel kernel) {
+  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_grad_weight_kernel(kernel);
 }
 // Grad-of-weight kernels that write the results themselves where there is one split.
 inline bool stores_grad_weight(Kernel kernel) { return is_grad_weight_kernel(kernel); }
@@ -41,10 +47,10 @@ constexpr Tile kDirectNchwTiles32[] = {{"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v
 constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
 constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
-constexpr Tile kStreamNchwTiles32[] = {
-    {"stream_v4r8", 4, 8, 4}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
-constexpr Tile kStreamNchwTiles16[] = {
-    {"stream_v8r4", 8, 4, 8}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
+constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
+constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
+constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 constexpr Tile kStreamNhwcTiles[] = {
     {"stream_channels64", 4, 0, 64}, {"stream_channels48", 4, 0, 48}, {"stream_channels32", 4, 0, 32}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
@@ -76,6 +82,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kDirectNhwc: return kDirectNhwcTiles;
     case Kernel::kTiledNhwc: return kTiledNhwcTiles;
     case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
+    case Kernel::kPlanesNchw: return wide ? TileTable(kPlanesNchwTiles32) : TileTable(kPlanesNchwTiles16);
     case Kernel::kStreamNhwc: return kStreamNhwcTiles;
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
@@ -131,6 +138,35 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
          p.out_w % tile.grad_vector == 0;
 }
 
+// stream_nchw and planes_nchw: registers for the filter, the sums of the live rows and a row of the window, and the
+// multiply-adds of an unrolled stage, which are compile time.
+constexpr int kMaxRollingRegisters = 150;
+constexpr int kMaxRollingStage = 3000;
+constexpr int kMaxThreadsW = 256;
+
+inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, const Tile& tile) {
+  const bool aligned = p.aligned || tile.vector == 1;
+  if (p.layout != Layout::kNchw || p.multiplier != 1 || !aligned || args.w % tile.vector != 0 || args.padding_w < -64 ||
+      args.out_w > kMaxThreadsW * tile.columns)
+    return false;
+  const int taps = static_cast<int>(p.kernel_h * p.kernel_w);
+  const int live_rows =
+      rolling_live_rows(static_cast<int>(p.kernel_h), static_cast<int>(p.stride_h), static_cast<int>(p.dilation_h));
+  const int stage_rows = rolling_stage_outputs(live_rows) * static_cast<int>(p.stride_h);
+  const int window = window_size(tile.columns, static_cast<int>(p.stride_w), static_cast<int>(p.kernel_w),
+                                 static_cast<int>(p.dilation_w));
+  if (taps + live_rows * tile.columns + window > kMaxRollingRegisters ||
+      stage_rows * taps * tile.columns > kMaxRollingStage * static_cast<int>(p.stride_h))
+    return false;
+  // Shared memory for the smallest launch: one plane, or a ring of the fewest stages, and its outputs.
+  const int64_t granule = 16 / element_size(p.dtype);
+  const int64_t depth = args.w % granule == 0 ? 2 : 3 * granule;
+  const int64_t elements = kernel == Kernel::kPlanesNchw
+                               ? static_cast<int64_t>(args.h) * args.w + static_cast<int64_t>(args.out_h) * args.out_w
+                               : depth * stage_rows * args.w + rolling_stage_outputs(live_rows) * args.out_w;
+  return (elements + 4 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
@@ -140,8 +176,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   // The grad of input is a flipped forward pass only where every output position has its own input position.
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1)) return false;
   const int64_t taps = p.kernel_h * p.kernel_w;
-  if (taps > kMaxRegisterTaps || p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32)
-    return false;
+  if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;
   const int64_t span = (p.kernel_h - 1) * p.dilation_h > (p.kernel_w - 1) * p.dilation_w
                            ? (p.kernel_h - 1) * p.dilation_h
@@ -152,17 +187,10 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const DirectArgs args = direct_args(p);
   const Tile& t = tile_table(kernel, p.dtype)[tile];
   const bool aligned = p.aligned || t.vector == 1;
+  if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, t);
+  if (taps > kMaxRegisterTaps) return false;
   if (kernel == Kernel::kDirectNchw)
     return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
-  if (kernel == Kernel::kStreamNchw) {
-    if (p.layout != Layout::kNchw || p.multiplier != 1 || !aligned || args.w % t.vector != 0 || args.padding_w < -64)
-      return false;
-    // The ring of the smallest chunk, one row of thread tiles, as plan_stream cuts it.
-    const int64_t granule = 16 / element_size(p.dtype);
-    const int64_t rows = (2 * t.rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1 +
-                         (granule + args.w - 2) / args.w + (args.w % granule != 0 ? granule - 1 : 0);
-    return (rows * args.w + t.rows * args.out_w + 2 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
-  }
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
@@ -176,8 +204,8 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const int in_columns = window_size(4, stride_w, kernel_w, dilation_w);
   if (kernel == Kernel::kStreamNhwc) {
     const int vector = stream_nhwc_vector(kernel_h, kernel_w);
-    const int live_rows = ((kernel_h - 1) * dilation_h + stride_h) / stride_h;
-    const int stage_rows = (live_rows < 2 ? 2 : live_rows) * stride_h;
+    const int live_rows = rolling_live_rows(kernel_h, stride_h, dilation_h);
+    const int stage_rows = rolling_stage_outputs(live_rows) * stride_h;
     const int stage_bytes = stage_rows * in_columns * t.vector * element_size(p.dtype);
     return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && 2 * stage_bytes <= kSharedBytesEverywhere &&
            static_cast<int>(taps) * vector + (4 * live_rows + in_columns) * vector <= kMaxStreamNhwcRegisters;
@@ -262,11 +290,11 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
           is_direct_nchw(kernel)              ? direct_args(p).padding_w
           : kernel == Kernel::kGradWeightNchw ? static_cast<int>(p.padding_w)
                                               : 0,
-          is_grad_weight_kernel(kernel) ? config.tile : 0};
+          is_compiled_by_tile(kernel) ? config.tile : 0};
 }
 
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general",    "direct_nchw", "stream_nchw",      "direct_nhwc",
+  constexpr const char* kNames[] = {"general",    "direct_nchw", "stream_nchw",      "planes_nchw",     "direct_nhwc",
                                     "tiled_nhwc", "stream_nhwc", "grad_weight_nchw", "grad_weight_nhwc"};
   return kNames[static_cast<int>(kernel)];
 }
@@ -282,7 +310,7 @@ inline std::string specialisation_name(const Specialisation& s) {
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
   std::string full = name;
-  if (is_grad_weight_kernel(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
+  if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
 }
 
@@ -302,10 +330,14 @@ inline std::string specialisation_source(const Specialisation& s) {
     if (s.kernel == Kernel::kGradWeightNchw)
       traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w);
   }
+  traits += ">";
+  const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+  if (is_rolling_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
+  if (s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
   const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +
          "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +
-         "  return depthwise::launch_" + kernel + "<depthwise::" + traits + ">>(*static_cast<const " + args +
+         "  return depthwise::launch_" + kernel + "<depthwise::" + traits + ">(*static_cast<const " + args +
          "*>(args), tile, static_cast<cudaStream_t>(stream));\n}\n";
 }
 
