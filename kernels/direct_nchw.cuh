@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kDirectNchwThreads)
   const int first_row = row * Traits::kStrideH - args.padding_h;
   const auto load_row = [&](T(&window)[Row::kWindow], int r) {
     const int in_row = first_row + r;
-    Row::template load<GlobalMemory>(window, input + static_cast<int64_t>(in_row) * args.w, column * Traits::kStrideW,
-                                     args.w,
+    Row::template load<GlobalMemory>(window, input + static_cast<int64_t>(in_row) * args.w,
+                                     window_column<Traits>(args, column), args.w,
                                      num_rows > 0 && static_cast<unsigned>(in_row) < static_cast<unsigned>(args.h));
   };
   float weight[Traits::kTaps];

@@ -51,8 +51,7 @@ constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 
 constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
-constexpr Tile kStreamNhwcTiles[] = {
-    {"stream_channels64", 4, 0, 64}, {"stream_channels48", 4, 0, 48}, {"stream_channels32", 4, 0, 32}};
+constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
 // tile a specialisation: each is seconds of compilation.
 constexpr Tile kGradWeightNchwTiles32[] = {
@@ -271,11 +270,18 @@ struct Specialisation {
   Kernel kernel;
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-  int padding_w;  // NCHW alone: it decides where aligned words lie
+  int padding_w;  // NCHW alone: it decides where aligned words lie (of window_phase, but for the grad of weight)
   int tile;       // of a kernel that is compiled tile by tile, else 0
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
+
+// direct_nchw, stream_nchw, planes_nchw: where windows start within aligned words of input. A specialisation of
+// direct_nchw serves all tiles of its table, so its words are the widest.
+inline int window_phase(int padding_w, Kernel kernel, DType dtype, int tile) {
+  const int words = tile_table(kernel, dtype)[is_compiled_by_tile(kernel) ? tile : 0].vector;
+  return (padding_w % words + words) % words;
+}
 
 inline Specialisation specialisation_of(const Problem& p, const Config& config) {
   const Kernel kernel = config.kernel;
@@ -287,7 +293,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
           static_cast<int>(p.stride_w),
           static_cast<int>(p.dilation_h),
           static_cast<int>(p.dilation_w),
-          is_direct_nchw(kernel)              ? direct_args(p).padding_w
+          is_direct_nchw(kernel)              ? window_phase(direct_args(p).padding_w, kernel, p.dtype, config.tile)
           : kernel == Kernel::kGradWeightNchw ? static_cast<int>(p.padding_w)
                                               : 0,
           is_compiled_by_tile(kernel) ? config.tile : 0};

@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_nchw_kernel(const Direc
       rolling.stage(
           [&](T(&row)[Rolling::Row::kWindow], int r) {
             const int in_row = first_in_row + stage * kStageRows + r;
-            Rolling::Row::template load<SharedMemory>(row, window + (slot + r) * args.w, column * Traits::kStrideW,
-                                                      args.w,
+            Rolling::Row::template load<SharedMemory>(row, window + (slot + r) * args.w,
+                                                      window_column<Traits>(args, column), args.w,
                                                       static_cast<unsigned>(in_row) < static_cast<unsigned>(args.h));
           },
           [&](int o, float (&sum)[kColumns]) {
