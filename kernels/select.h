@@ -52,8 +52,8 @@ constexpr Tile kStreamNhwcTiles[] = {
 constexpr Tile kGradWeightNchwTiles32[] = {
     {"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2}, {"weight_x2g2", 4, 0, 2, 2}, {"weight_x1g1", 4, 0, 1, 1}};
 constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
-                                           {"weight_x8g2", 8, 0, 8, 2},
                                            {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x8g2", 8, 0, 8, 2},
                                            {"weight_x2g2", 4, 0, 2, 2},
                                            {"weight_x1g1", 4, 0, 1, 1}};
 // Of few taps, a thread takes several channels.
@@ -114,19 +114,24 @@ inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dty
 // Grad of weight: every tap is a register (11x11), and a dilated row of taps must leave room beside them.
 constexpr int kMaxGradWeightTaps = 121;
 constexpr int kMaxGradWeightSpan = 40;
+constexpr int kMaxGradWeightSums = 50;  // channels_last, where a thread takes several channels
+constexpr int kMaxWideStripTaps = 25;   // NCHW, strips of eight columns
 
 inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
-  if (is_grad_weight_kernel(kernel)) return false;  // the kernels follow
   const bool channels_last = kernel == Kernel::kGradWeightNhwc;
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || taps > kMaxGradWeightTaps) return false;
   // Rows that are `dilation_h` apart are a problem of their own; with a stride they are not.
   if (p.dilation_h > 1 && p.stride_h > 1) return false;
-  if (p.stride_h > 4 || p.stride_w > 4 || (p.kernel_w - 1) * p.dilation_w > kMaxGradWeightSpan) return false;
-  if (p.padding_w > 64 || p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n > kInt32Max / 64) return false;
+  if (p.stride_h > 2 || p.stride_w > 2 || (p.kernel_w - 1) * p.dilation_w > kMaxGradWeightSpan) return false;
+  // Rows of grad_output that meet padding alone would be missed.
+  if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > 64) return false;
+  if (p.h * p.w > kInt32Max || p.n * p.out_h * p.out_w > kInt32Max) return false;
   if (channels_last)
-    return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) && taps * tile.vector <= 49 &&
-           p.h * p.w * p.c <= kInt32Max && p.out_h * p.out_w * p.c <= kInt32Max;
+    return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) &&
+           (tile.vector == 1 || taps * tile.vector <= kMaxGradWeightSums) && p.h * p.w * p.c <= kInt32Max &&
+           p.out_h * p.out_w * p.c <= kInt32Max;
+  if (tile.columns == 8 && taps > kMaxWideStripTaps) return false;
   return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
          p.out_w % tile.grad_vector == 0;
 }
