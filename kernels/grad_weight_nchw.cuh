@@ -11,7 +11,7 @@
 // Chosen  wherever it serves (select.h).
 #pragma once
 
-#include "direct_nchw.cuh"
+#include "nchw_tile.cuh"
 #include "grad_weight_march.cuh"
 
 namespace depthwise {
