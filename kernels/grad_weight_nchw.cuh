@@ -11,8 +11,8 @@
 // Chosen  wherever it serves (select.h).
 #pragma once
 
-#include "nchw_tile.cuh"
 #include "grad_weight_march.cuh"
+#include "nchw_tile.cuh"
 
 namespace depthwise {
 

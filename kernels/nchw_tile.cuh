@@ -5,8 +5,6 @@
 
 namespace depthwise {
 
-constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
           int kPaddingW_>
 struct NchwTraits {

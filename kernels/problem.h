@@ -89,6 +89,10 @@ constexpr int kSharedBytesEverywhere = 60 << 10;
 // stream_nhwc: channels a thread, as many as leave room for their filters.
 constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h * kernel_w <= 9 ? 4 : 2; }
 
+// grad_input_nhwc: taps up to which a thread takes four channels, or two: their filters are registers.
+constexpr int kGradInputNhwcTaps4 = 9;
+constexpr int kGradInputNhwcTaps2 = 25;
+
 // Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs or GradWeightArgs, as
 // its kernel takes.
 using Launcher = int (*)(const void* args, int tile_index, void* stream);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -16,16 +17,22 @@ enum class Kernel : int {
   kDirectNhwc,
   kTiledNhwc,
   kStreamNhwc,
+  kGradInputNchw,
+  kGradInputNhwc,
   kGradWeightNchw,
   kGradWeightNhwc,
 };
-constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,    Kernel::kStreamNchw, Kernel::kDirectNhwc,
-                                          Kernel::kTiledNhwc,     Kernel::kStreamNhwc, Kernel::kGradWeightNchw,
-                                          Kernel::kGradWeightNhwc};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,    Kernel::kStreamNchw,     Kernel::kDirectNhwc,
+                                          Kernel::kTiledNhwc,     Kernel::kStreamNhwc,     Kernel::kGradInputNchw,
+                                          Kernel::kGradInputNhwc, Kernel::kGradWeightNchw, Kernel::kGradWeightNhwc};
 
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || kernel == Kernel::kStreamNchw; }
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
+}
+// Kernels for the grad of input alone; their padding is compile-time.
+inline bool is_grad_input_kernel(Kernel kernel) {
+  return kernel == Kernel::kGradInputNchw || kernel == Kernel::kGradInputNhwc;
 }
 // Grad-of-weight kernels that write the results themselves where there is one split.
 inline bool stores_grad_weight(Kernel kernel) { return is_grad_weight_kernel(kernel); }
@@ -47,6 +54,9 @@ constexpr Tile kStreamNchwTiles16[] = {
     {"stream_v8r4", 8, 4, 8}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kStreamNhwcTiles[] = {
     {"stream_channels64", 4, 0, 64}, {"stream_channels48", 4, 0, 48}, {"stream_channels32", 4, 0, 32}};
+constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
 // tile a specialisation: each is seconds of compilation.
 constexpr Tile kGradWeightNchwTiles32[] = {
@@ -77,6 +87,8 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kTiledNhwc: return kTiledNhwcTiles;
     case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
     case Kernel::kStreamNhwc: return kStreamNhwcTiles;
+    case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
+    case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     default: return {};
@@ -87,6 +99,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
 constexpr int kMaxRegisterTaps = 49;
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
+constexpr int kMaxGradInputRegisters = 128;
 // stream_nhwc: filters, sums of the live rows and one row of the window.
 constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
@@ -142,8 +155,12 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
     return false;
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
+  const bool grad_input_kernel = is_grad_input_kernel(kernel);
+  if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
   // The grad of input is a flipped forward pass only where every output position has its own input position.
-  if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1)) return false;
+  const bool strided = p.stride_h != 1 || p.stride_w != 1;
+  if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
+  if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (taps > kMaxRegisterTaps || p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32)
     return false;
@@ -157,6 +174,12 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const DirectArgs args = direct_args(p);
   const Tile& t = tile_table(kernel, p.dtype)[tile];
   const bool aligned = p.aligned || t.vector == 1;
+  // The window of grad_output that a tile of grad_input reads; it and the filter are registers.
+  const int64_t window = ((t.rows - 1 + (p.kernel_h - 1) * p.dilation_h) / p.stride_h + 1) *
+                         ((t.columns - 1 + (p.kernel_w - 1) * p.dilation_w) / p.stride_w + 1);
+  if (kernel == Kernel::kGradInputNchw)
+    return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64 &&
+           window + taps <= kMaxGradInputRegisters;
   if (kernel == Kernel::kDirectNchw)
     return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
   if (kernel == Kernel::kStreamNchw) {
@@ -171,6 +194,9 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
+  if (kernel == Kernel::kGradInputNhwc)
+    return aligned && p.c % t.vector == 0 && (window + taps) * t.vector <= kMaxGradInputRegisters &&
+           (t.vector < 4 || taps <= kGradInputNhwcTaps4) && (t.vector < 2 || taps <= kGradInputNhwcTaps2);
   const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
   const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
   const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
@@ -215,6 +241,9 @@ inline Config select_config(const Problem& p) {
   if (p.direction == Direction::kGradWeight)
     return first_that_serves(p, p.layout == Layout::kNchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
 
+  if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
+    return first_that_serves(p, p.layout == Layout::kNchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
+
   const DirectArgs args = direct_args(p);
   if (p.layout == Layout::kNchw) {
     if (p.dtype == DType::kFloat32) {
@@ -248,7 +277,8 @@ struct Specialisation {
   Kernel kernel;
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-  int padding_w;  // NCHW alone: it decides where aligned words lie
+  int padding_w;  // NCHW and grad of input: it decides where aligned words lie, and which taps meet
+  int padding_h;  // grad of input alone
   int tile;       // of a kernel that is compiled tile by tile, else 0
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
@@ -264,15 +294,17 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
           static_cast<int>(p.stride_w),
           static_cast<int>(p.dilation_h),
           static_cast<int>(p.dilation_w),
-          is_direct_nchw(kernel)              ? direct_args(p).padding_w
-          : kernel == Kernel::kGradWeightNchw ? static_cast<int>(p.padding_w)
-                                              : 0,
+          is_direct_nchw(kernel) || is_grad_input_kernel(kernel) ? direct_args(p).padding_w
+          : kernel == Kernel::kGradWeightNchw                    ? static_cast<int>(p.padding_w)
+                                                                 : 0,
+          is_grad_input_kernel(kernel) ? direct_args(p).padding_h : 0,
           is_grad_weight_kernel(kernel) ? config.tile : 0};
 }
 
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general",    "direct_nchw", "stream_nchw",      "direct_nhwc",
-                                    "tiled_nhwc", "stream_nhwc", "grad_weight_nchw", "grad_weight_nhwc"};
+  constexpr const char* kNames[] = {"general",          "direct_nchw",     "stream_nchw",     "direct_nhwc",
+                                    "tiled_nhwc",       "stream_nhwc",     "grad_input_nchw", "grad_input_nhwc",
+                                    "grad_weight_nchw", "grad_weight_nhwc"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -287,6 +319,7 @@ inline std::string specialisation_name(const Specialisation& s) {
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
   std::string full = name;
+  if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
   if (is_grad_weight_kernel(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
 }
@@ -300,6 +333,9 @@ inline std::string specialisation_source(const Specialisation& s) {
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
   std::string traits = std::string("NhwcTraits<") + arguments;
   if (is_direct_nchw(s.kernel)) traits = std::string("NchwTraits<") + arguments + ", " + std::to_string(s.padding_w);
+  if (is_grad_input_kernel(s.kernel))
+    traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
+             ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
   if (is_grad_weight_kernel(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
