@@ -10,14 +10,16 @@
 // are not finite are computed anew, pair by pair (`sum_of_pairs`).
 #pragma once
 
+#include <type_traits>
+
 #include "direct.cuh"
 #include "grad_weight_plan.h"
 
 namespace depthwise {
 
-// kColumns of grad_output a strip, kChannels a thread.
+// kColumns of grad_output a strip, kChannels a thread, kLoad elements a load.
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
-          int kColumns_, int kChannels_>
+          int kColumns_, int kChannels_, int kLoad>
 struct MarchTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, kStrideW_, kDilationH_, kDilationW_> {
   static_assert(kDilationH_ == 1 || kStrideH_ == 1);
   static constexpr int kColumns = kColumns_, kChannels = kChannels_;
@@ -40,15 +42,17 @@ struct MarchTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, kStrideW_, 
   }
 
   // Steps whose loads are in flight: about 40 registers of them.
-  static constexpr int kUsedColumns = window_pixels(kColumns, 1, kKernelW_, 1, kStrideW_, 1, kDilationW_);
-  static constexpr int kStepRegisters = (kStrideH_ * kUsedColumns + kColumns) * kChannels * sizeof(T_) / 4;
-  static constexpr int kAhead = max_int(1, min_int(kTaps* kChannels <= 36 ? 3 : 2, 40 / max_int(1, kStepRegisters)));
+  static constexpr MarchRegisters kRegisters =
+      march_registers(kKernelH_, kKernelW_, kStrideH_, kStrideW_, kDilationW_, kColumns, kChannels, kLoad, sizeof(T_));
+  static constexpr int kAhead = max_int(1, min_int(kTaps* kChannels <= 36 ? 3 : 2, 40 / max_int(1, kRegisters.step)));
 
-  // Blocks a multiprocessor that the registers suffice for: what a thread keeps, and addresses and the like.
-  static constexpr int kRegisters =
-      (kTaps + kGradRows * kColumns + kStrideH_ * kUsedColumns) * kChannels + kAhead * kStepRegisters + 60;
-  static constexpr int kBlocks = max_int(1, (64 << 10) / (kGradWeightThreads * kRegisters));
+  // Blocks a multiprocessor that the registers suffice for; addresses and the like take up to 80.
+  static constexpr int kThreadRegisters = kRegisters.kept + kAhead * kRegisters.step + 80;
+  static constexpr int kBlocks = max_int(1, (64 << 10) / (kGradWeightThreads * kThreadRegisters));
 };
+
+template <int kBits>
+using StripMask = std::conditional_t<(kBits <= 32), uint32_t, uint64_t>;
 
 // Rows of grad_output `residue` + dilation * [begin, end), of one image.
 struct Piece {

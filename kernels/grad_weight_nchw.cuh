@@ -18,8 +18,8 @@ namespace depthwise {
 
 template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kColumns,
           int kVector_, int kGradVector_, int kPaddingW_>
-struct GradWeightNchwTraits
-    : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, 1> {
+struct GradWeightNchwTraits : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns,
+                                          1, min_int(kVector_, kGradVector_)> {
   static constexpr int kVector = kVector_, kGradVector = kGradVector_, kPaddingW = kPaddingW_;
 };
 
@@ -28,33 +28,52 @@ template <class Traits>
 struct NchwStrip {
   using T = typename Traits::T;
   using Row = NchwRow<Traits, Traits::kColumns, Traits::kVector>;
-  int grad_columns, input_column, input_columns;  // columns of grad_output from the strip's first on; of input
+  static constexpr int start(int word) {
+    return (Row::kFirstWord + word) * Traits::kVector + Row::low(word) / Row::load_width(word) * Row::load_width(word);
+  }
+  // Which words lie inside the image, as bits: one register instead of a predicate a word.
+  StripMask<Row::kWords> grad_mask = 0, input_mask = 0;
+
+  __device__ __forceinline__ NchwStrip(int grad_columns, int input_column, int input_columns) {
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
+      if (v < grad_columns) grad_mask |= 1u << v;
+#pragma unroll
+    for (int word = 0; word < Row::kWords; ++word)
+      if (Row::low(word) < Row::high(word) &&
+          static_cast<unsigned>(input_column + start(word)) < static_cast<unsigned>(input_columns))
+        input_mask |= StripMask<Row::kWords>{1} << word;
+  }
 
   __device__ __forceinline__ void grad(const T* row, bool in_bounds, T (&registers)[Traits::kColumns][1]) const {
     constexpr int kVector = Traits::kGradVector;
+    const auto mask = in_bounds ? grad_mask : 0;
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; v += kVector) {
-      const auto word = load_or_zero<kVector>(row + v, in_bounds && (v == 0 || v < grad_columns));
+      const auto word = load_or_zero<kVector>(row + v, mask >> v & 1);
 #pragma unroll
       for (int k = 0; k < kVector; ++k) registers[v + k][0] = word.value[k];
     }
   }
 
-  template <int kWord = 0>
   __device__ __forceinline__ void input(const T* row, bool in_bounds, T (&registers)[Traits::kWindow][1]) const {
+    load_words(row, in_bounds ? input_mask : 0, registers);
+  }
+  template <int kWord = 0>
+  __device__ __forceinline__ void load_words(const T* row, StripMask<Row::kWords> mask,
+                                             T (&registers)[Traits::kWindow][1]) const {
     if constexpr (kWord < Row::kWords) {
       if constexpr (Row::low(kWord) < Row::high(kWord)) {
         constexpr int kWidth = Row::load_width(kWord);
-        constexpr int kStart = (Row::kFirstWord + kWord) * Traits::kVector + Row::low(kWord) / kWidth * kWidth;
-        const auto word = load_or_zero<kWidth>(row + kStart, in_bounds && static_cast<unsigned>(input_column + kStart) <
-                                                                              static_cast<unsigned>(input_columns));
+        constexpr int kStart = start(kWord);
+        const auto word = load_or_zero<kWidth>(row + kStart, mask >> kWord & 1);
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
           constexpr int kBase = kStart + Traits::kPaddingW;
           if (kBase + k >= 0 && kBase + k < Traits::kWindow) registers[kBase + k][0] = word.value[k];
         }
       }
-      input<kWord + 1>(row, in_bounds, registers);
+      load_words<kWord + 1>(row, mask, registers);
     }
   }
 };
@@ -102,7 +121,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
   for (int index = first_piece; index < pieces.per_channel; index += piece_step) {
     const Piece piece = piece_at<Traits>(args, pieces, index);
     const int column = piece.column * Traits::kStrideW;
-    const NchwStrip<Traits> strip{args.out_w - piece.column, column, args.w};
+    const NchwStrip<Traits> strip(args.out_w - piece.column, column, args.w);
     march<Traits>(args, piece, strip, grad_plane(piece.image) + piece.column, input_plane(piece.image) + column,
                   args.out_w, args.w, sum, bias, bias_part);
     bias[0] += bias_part[0];

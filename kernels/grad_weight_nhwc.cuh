@@ -17,7 +17,7 @@ namespace depthwise {
 template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kColumns,
           int kChannels>
 struct GradWeightNhwcTraits
-    : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels> {
+    : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels> {
   static constexpr int kBatch = 16 / kChannels;  // taps that are reduced together: 8 KB of shared memory
 };
 
@@ -26,8 +26,20 @@ template <class Traits>
 struct NhwcStrip {
   using T = typename Traits::T;
   static constexpr int kChannels = Traits::kChannels;
-  int pixel;                                      // elements from one pixel to the next
-  int grad_columns, input_column, input_columns;  // columns of grad_output from the strip's first on; of input
+  int pixel;  // elements from one pixel to the next
+  // Which columns lie inside the image, as bits: one register instead of a predicate a column.
+  StripMask<Traits::kWindow> grad_mask = 0, input_mask = 0;
+
+  __device__ __forceinline__ NhwcStrip(int pixel, int grad_columns, int input_column, int input_columns)
+      : pixel(pixel) {
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; ++v)
+      if (v < grad_columns) grad_mask |= 1u << v;
+#pragma unroll
+    for (int k = 0; k < Traits::kWindow; ++k)
+      if (static_cast<unsigned>(input_column + k) < static_cast<unsigned>(input_columns))
+        input_mask |= StripMask<Traits::kWindow>{1} << k;
+  }
 
   __device__ __forceinline__ void load(const T* pointer, bool in_bounds, T (&registers)[kChannels]) const {
     const auto word = load_or_zero<kChannels>(pointer, in_bounds);
@@ -36,17 +48,16 @@ struct NhwcStrip {
   }
   __device__ __forceinline__ void grad(const T* row, bool in_bounds,
                                        T (&registers)[Traits::kColumns][kChannels]) const {
+    const auto mask = in_bounds ? grad_mask : 0;
 #pragma unroll
-    for (int v = 0; v < Traits::kColumns; ++v)
-      load(row + v * pixel, in_bounds && (v == 0 || v < grad_columns), registers[v]);
+    for (int v = 0; v < Traits::kColumns; ++v) load(row + v * pixel, mask >> v & 1, registers[v]);
   }
   __device__ __forceinline__ void input(const T* row, bool in_bounds,
                                         T (&registers)[Traits::kWindow][kChannels]) const {
+    const auto mask = in_bounds ? input_mask : 0;
 #pragma unroll
     for (int k = 0; k < Traits::kWindow; ++k)
-      if (Traits::kUsed >> k & 1)
-        load(row + k * pixel,
-             in_bounds && static_cast<unsigned>(input_column + k) < static_cast<unsigned>(input_columns), registers[k]);
+      if (Traits::kUsed >> k & 1) load(row + k * pixel, mask >> k & 1, registers[k]);
   }
 };
 
@@ -73,7 +84,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     for (int index = first_piece; index < pieces.per_channel; index += piece_step) {
       const Piece piece = piece_at<Traits>(args, pieces, index);
       const int column = piece.column * Traits::kStrideW - args.padding_w;
-      const NhwcStrip<Traits> strip{out_c, args.out_w - piece.column, column, args.w};
+      const NhwcStrip<Traits> strip(out_c, args.out_w - piece.column, column, args.w);
       march<Traits>(args, piece, strip, grad_plane(piece.image) + static_cast<int64_t>(piece.column) * out_c,
                     input_plane(piece.image) + static_cast<int64_t>(column) * out_c, args.out_w * out_c, args.w * out_c,
                     sum, bias, bias_part);

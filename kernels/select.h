@@ -127,8 +127,10 @@ inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dty
 // Grad of weight: every tap is a register (11x11), and a dilated row of taps must leave room beside them.
 constexpr int kMaxGradWeightTaps = 121;
 constexpr int kMaxGradWeightSpan = 40;
-constexpr int kMaxGradWeightSums = 50;  // channels_last, where a thread takes several channels
-constexpr int kMaxWideStripTaps = 25;   // NCHW, strips of eight columns
+// Beyond these, registers spill: a thread of channels_last has an address for each load as well.
+constexpr int kMaxMarchRegisters = 200;
+constexpr int kMaxMarchRegistersNhwc = 235;
+constexpr int kMaxWideStripTaps = 25;  // NCHW, strips of eight columns
 
 inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
   const bool channels_last = kernel == Kernel::kGradWeightNhwc;
@@ -140,10 +142,19 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
   // Rows of grad_output that meet padding alone would be missed.
   if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > 64) return false;
   if (p.h * p.w > kInt32Max || p.n * p.out_h * p.out_w > kInt32Max) return false;
-  if (channels_last)
+  const int load = channels_last || tile.vector < tile.grad_vector ? tile.vector : tile.grad_vector;
+  const MarchRegisters registers =
+      march_registers(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                      static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
+                      channels_last ? tile.vector : 1, load, element_size(p.dtype));
+  if (channels_last) {
+    const int loads = registers.step * 4 / (tile.vector * (load == 1 ? 4 : element_size(p.dtype)));
+    const int limit = tile.vector == 1 ? kMaxMarchRegistersNhwc : kMaxMarchRegisters;
     return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) &&
-           (tile.vector == 1 || taps * tile.vector <= kMaxGradWeightSums) && p.h * p.w * p.c <= kInt32Max &&
+           registers.kept + registers.step + 2 * loads <= limit && p.h * p.w * p.c <= kInt32Max &&
            p.out_h * p.out_w * p.c <= kInt32Max;
+  }
+  if (registers.kept + registers.step > kMaxMarchRegisters) return false;
   if (tile.columns == 8 && taps > kMaxWideStripTaps) return false;
   return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
          p.out_w % tile.grad_vector == 0;
