@@ -9,6 +9,8 @@ namespace depthwise {
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
 constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
+constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
 template <class Int>
 constexpr Int divide_up(Int a, Int b) {
   return (a + b - 1) / b;

@@ -144,9 +144,8 @@ template <class Traits>
 int launch_direct_nchw(const DirectArgs& args, int tile, cudaStream_t stream) {
   if constexpr (sizeof(typename Traits::T) == 4) {
     switch (tile) {
-      case 0: return launch_direct_nchw<Traits, 4, 8, 4>(args, stream);
-      case 1: return launch_direct_nchw<Traits, 4, 4, 4>(args, stream);
-      case 2: return launch_direct_nchw<Traits, 4, 4, 1>(args, stream);
+      case 0: return launch_direct_nchw<Traits, 4, 4, 4>(args, stream);
+      case 1: return launch_direct_nchw<Traits, 4, 4, 1>(args, stream);
     }
   } else {
     switch (tile) {
