@@ -291,9 +291,11 @@ inline Config select_nchw(const Problem& p) {
     // Rows that fill a warp at least, where a thread saves instructions by rolling down them: 16-bit (3x3, 16x64x512x512:
     // 0.31, direct 0.44) and larger filters (3x7, 128x128x256: 0.31 / 0.24, direct 0.39 / 0.29), not 3x1 (64x8x512x512:
     // 0.28 / 0.15, direct 0.26 / 0.13) nor 3x3 in fp32 (16x64x512x512: 0.60, direct 0.58).
-    const bool fills_warps = args.out_w * element_size(p.dtype) >= 30 * 16;
-    const bool saves = taps > 9 || (taps > 3 && p.dtype != DType::kFloat32);
-    if (p.stride_h == 1 && p.stride_w == 1 && p.kernel_h > 1 && fills_warps && saves) {
+    // Rows off the boundaries of words: shared memory is where they cost little.
+    const bool fills_warps = args.out_w * element_size(p.dtype) >= 28 * 16;
+    const bool saves = p.kernel_h > 1 && (taps > 9 || (taps > 3 && p.dtype != DType::kFloat32));
+    const bool unaligned = !p.aligned || args.w % 4 != 0;
+    if (p.stride_h == 1 && p.stride_w == 1 && fills_warps && (saves || unaligned)) {
       const Config stream = first_that_serves(p, Kernel::kStreamNchw);
       if (stream.kernel != Kernel::kGeneral) return stream;
     }
