@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -28,7 +27,6 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -1315,65 +1313,6 @@ def status() -> Status:
         library=str(_library_path or "not loaded"),
         specialisations=tuple(sorted(_specialisations)),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The compiler's report, for tests and for machines without a GPU
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _KernelReport:
-    name: str
-    registers: int
-    shared_bytes: int
-    spill_stores: int
-    spill_loads: int
-
-
-@dataclass(frozen=True)
-class _CompilerReport:
-    architecture: str
-    seconds: float
-    kernels: tuple[_KernelReport, ...]
-
-
-def _compiler_report(source: str | None = None, architecture: str = "sm_90") -> _CompilerReport:
-    """Compile CUDA text for one architecture and report what each kernel takes; None means stage 1's text."""
-    compiler = _find_compiler()
-    text = "\n".join(_stage1_sources()[1]) if source is None else source
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.cu"
-        file.write_text(text)
-        command = [compiler.nvcc, *_NVCC_FLAGS, "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
-        command += ["-I", _kernels_folder(), "-o", file.with_suffix(".cubin"), file]
-        started = time.perf_counter()
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        seconds = time.perf_counter() - started
-    if done.returncode != 0:
-        raise BuildError(f"depthwise_inline: compiling for {architecture} failed:\n{done.stdout}")
-    kernels = []
-    for block in re.split(r"Compiling entry function ", done.stdout)[1:]:
-        shared = re.search(r"(\d+) bytes smem", block)
-        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
-        registers = re.search(r"Used (\d+) registers", block)
-        name = re.match(r"'([^']+)'", block)
-        kernels.append(
-            _KernelReport(name[1], int(registers[1]), int(shared[1]) if shared else 0, int(spills[1]), int(spills[2]))
-        )
-    names = _demangle([kernel.name for kernel in kernels])
-    kernels = [dataclasses.replace(kernel, name=name) for kernel, name in zip(kernels, names, strict=True)]
-    return _CompilerReport(architecture, seconds, tuple(kernels))
-
-
-def _demangle(names: list[str]) -> list[str]:
-    """C++ names in words, where a tool for that is installed."""
-    tool = shutil.which("cu++filt") or shutil.which("c++filt")
-    if tool is None or not names:
-        return names
-    done = subprocess.run([tool], input="\n".join(names), stdout=subprocess.PIPE, text=True)
-    found = done.stdout.splitlines()
-    return found if len(found) == len(names) else names
 
 
 # ---------------------------------------------------------------------------------------------------------------------

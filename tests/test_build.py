@@ -5,6 +5,7 @@ of its own with TORCH_CUDA_ARCH_LIST set, so that none of this needs a GPU.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,11 +13,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench_report
+import compiler_report
 import depthwise_inline
 from depthwise_inline import BuildError
 
@@ -25,6 +29,7 @@ KERNELS = MODULE.parent / "kernels"
 
 # Budgets of DESIGN for two cores, in seconds; SLACK is for machines that do other things at the same time.
 COLD, WARM, SPECIALISATION, SLACK = 15, 0.5, 4, 2
+SAMPLE = 16  # compiling a specialisation takes a core one second to three
 
 STAND_IN = {
     "operators.cpp": """
@@ -94,9 +99,12 @@ needs_compiler = pytest.mark.skipif(buildable() is not None, reason=str(buildabl
 class Project:
     """A folder with the module and a stand-in for kernels/, used by processes of their own."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, shipped=False):
         self.folder, self.kernels, self.cache = folder, folder / "kernels", folder / "cache"
         shutil.copy(MODULE, folder)
+        if shipped:
+            shutil.copytree(KERNELS, self.kernels)
+            return
         self.kernels.mkdir()
         for name, text in STAND_IN.items():
             (self.kernels / name).write_text(textwrap.dedent(text).lstrip())
@@ -130,6 +138,12 @@ def project(tmp_path):
     return Project(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The module with the real kernels; its cache lives as long as these tests."""
+    return Project(tmp_path_factory.mktemp("shipped"), shipped=True)
+
+
 USE = """
     import torch, depthwise_inline
     library = depthwise_inline._load_library()
@@ -142,10 +156,8 @@ USE = """
 
 
 @needs_compiler
-def test_two_stages_of_the_shipped_kernels(project):
+def test_two_stages_of_the_shipped_kernels(shipped):
     """Cold and warm, within the budgets, with the real sources."""
-    shutil.rmtree(project.kernels)
-    shutil.copytree(KERNELS, project.kernels)
     code = """
         import sys, time, torch
         start = time.perf_counter()
@@ -157,7 +169,7 @@ def test_two_stages_of_the_shipped_kernels(project):
         print(len(depthwise_inline._specialisations), time.perf_counter() - start)
         print("torch.utils.cpp_extension" in sys.modules, torch.cuda.is_initialized())
     """
-    out, err = project.run(code)
+    out, err = shipped.run(code)
     cold, _, second, modules = out.splitlines()
     lines = [line for line in err.splitlines() if line.startswith("depthwise_inline: compiling")]
     assert re.fullmatch(r"depthwise_inline: compiling the operators for sm_90, once; cached in .*", lines[0])
@@ -166,10 +178,54 @@ def test_two_stages_of_the_shipped_kernels(project):
     assert float(cold) < COLD * SLACK and seconds < SPECIALISATION * SLACK
     print(f"cold {cold} s, specialisation {seconds} s")
 
-    out, err = project.run(code)
+    out, err = shipped.run(code)
     warm, _, _, modules = out.splitlines()
     assert "compiling" not in err and modules == "False False"
     assert float(warm) < WARM * SLACK
+
+
+def usual_problems():
+    """The kernels that networks use most, on large, small and ragged images."""
+    for kernel_h, kernel_w in ((3, 3), (3, 1), (1, 3), (3, 7), (7, 3), (5, 5), (7, 7)):
+        padding = kernel_h // 2, kernel_w // 2
+        for stride in (1, 2):
+            for n, c, h, w in ((32, 64, 224, 224), (32, 96, 56, 56), (32, 192, 14, 14), (2, 3, 33, 47)):
+                yield (n, c, 1, h, w, kernel_h, kernel_w, stride, stride, *padding, 1, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def specialisations(shipped):
+    """The sources of all that bench.py's cases need, as the selection says, and of what the usual problems add."""
+    problems = [case.sizes() for case in bench_report.load_cases().values()], list(usual_problems())
+    (shipped.folder / "problems.json").write_text(json.dumps(problems))
+    code = """
+        import itertools, json, torch, depthwise_inline
+        where = depthwise_inline._DIRECTIONS, depthwise_inline._DTYPES, (False, True)
+        for problems in json.load(open("problems.json")):
+            sources = {depthwise_inline._select(*problem)[1] for problem in itertools.product(*where, problems)}
+            print(json.dumps(sorted(sources - {""})))
+    """
+    cases, usual = map(json.loads, shipped.run(code)[0].splitlines())
+    return cases, [source for source in usual if source not in cases]
+
+
+@needs_compiler
+@pytest.mark.parametrize("architecture", (75, 80, 90, 100, 120))
+def test_no_shipped_kernel_spills(architecture, specialisations, request):
+    """Stage 1 and, on sm_90, all that bench.py measures; of the rest every SAMPLEth, or with --all-instances all."""
+    if architecture not in depthwise_inline._find_compiler().known:
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
+    cases, usual = specialisations
+    sample = 1 if request.config.getoption("--all-instances") else SAMPLE
+    sources = cases[:: 1 if architecture == 90 else sample] + usual[::sample]
+    assert len(cases) > SAMPLE and len(usual) > SAMPLE
+    parts = [None, *(sources[i :: os.cpu_count()] for i in range(min(os.cpu_count(), len(sources))))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = list(pool.map(lambda part: compiler_report.compile_for(f"sm_{architecture}", part), parts))
+    assert all(report.kernels for report in reports)
+    kernels = [kernel for report in reports for kernel in report.kernels]
+    bad = [f"{k.spill_bytes} spilled, {k.stack_bytes} on the stack: {k.name}" for k in kernels if k.stack_bytes]
+    assert not bad, f"{len(bad)} of {len(kernels)} kernels:\n" + "\n".join(bad)
 
 
 @needs_compiler
@@ -250,10 +306,9 @@ def test_without_gpu_nothing_is_built(project):
 
 
 @pytest.mark.gpu
-def test_import_leaves_cuda_to_forked_processes(project):
+def test_import_leaves_cuda_to_forked_processes(tmp_path):
     """A cold and a warm import, each followed by a fork whose child uses the GPU."""
-    shutil.rmtree(project.kernels)
-    shutil.copytree(KERNELS, project.kernels)
+    project = Project(tmp_path, shipped=True)
     code = """
         import os, torch, depthwise_inline
         assert depthwise_inline._library is not None and not torch.cuda.is_initialized()
