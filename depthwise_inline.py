@@ -207,20 +207,21 @@ def _check_flat(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Se
     check_arguments(input, weight, bias, geometry[0:2], geometry[2:4], geometry[4:6])
 
 
+def _out_size(image: Sequence[int], kernel: Sequence[int], geometry: Sequence[int]) -> list[int]:
+    """Rows and columns of the output."""
+    axes = zip(image, kernel, geometry[0:2], geometry[2:4], geometry[4:6], strict=True)
+    return [(size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in axes]
+
+
 def _check_gradient(
-    grad_output: Tensor, input_size: Sequence[int], kernel_size: Sequence[int], geometry: Sequence[int]
+    grad_output: Tensor, input_size: Sequence[int], kernel: Sequence[int], geometry: Sequence[int]
 ) -> None:
     """The gradient of an output must have that output's size."""
-    sizes = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(
-            input_size[2:], kernel_size, geometry[0:2], geometry[2:4], geometry[4:6], strict=True
-        )
-    ]
-    if grad_output.dim() != 4 or grad_output.size(0) != input_size[0] or list(grad_output.shape[2:]) != sizes:
+    height, width = _out_size(input_size[2:], kernel, geometry)
+    if grad_output.dim() != 4 or grad_output.size(0) != input_size[0] or grad_output.shape[2:] != (height, width):
         raise RuntimeError(
-            f"expected grad_output of size [{input_size[0]}, C * m, {sizes[0]}, {sizes[1]}], but got grad_output of "
-            f"size: {list(grad_output.shape)}"
+            f"expected grad_output of size [{input_size[0]}, C * m, {height}, {width}], but got grad_output of size: "
+            f"{list(grad_output.shape)}"
         )
 
 
@@ -245,9 +246,8 @@ def _forward_composite(input: Tensor, weight: Tensor, bias: Tensor | None, *geom
 def _grad_input_composite(grad_output: Tensor, weight: Tensor, height: int, width: int, *rest: int | bool) -> Tensor:
     if _lazy_cuda("grad_input", grad_output):
         return _OPS.grad_input.default(grad_output, weight, height, width, *rest)
-    geometry, (channels_last, multiplier) = rest[:6], _with_default(rest[6:])
-    size = _input_size(grad_output, weight, height, width, geometry, multiplier)
-    grad = nn.grad.conv2d_input(size, weight, grad_output, geometry[0:2], geometry[2:4], geometry[4:6], groups=size[1])
+    size, channels_last = _input_size(grad_output, weight, height, width, *rest)
+    grad = nn.grad.conv2d_input(size, weight, grad_output, rest[0:2], rest[2:4], rest[4:6], groups=size[1])
     return grad.contiguous(memory_format=_memory_format(channels_last))
 
 
@@ -266,15 +266,11 @@ def _grad_weight_composite(
     return grad.contiguous(), grad_bias
 
 
-def _with_default(flags: Sequence[int | bool]) -> tuple[bool, int]:
-    """channels_last and multiplier, which callers leave out when it is 1."""
-    return bool(flags[0]), int(flags[1]) if len(flags) > 1 else 1
-
-
 def _input_size(
-    grad_output: Tensor, weight: Tensor, height: int, width: int, geometry: Sequence[int], multiplier: int
-) -> tuple[int, int, int, int]:
-    """The size of the input whose gradient is asked for."""
+    grad_output: Tensor, weight: Tensor, height: int, width: int, *rest: int | bool
+) -> tuple[tuple[int, int, int, int], bool]:
+    """The size of the input whose gradient is asked for, and whether it is to be in channels_last."""
+    geometry, channels_last, multiplier = rest[:6], rest[6], rest[7] if len(rest) > 7 else 1
     if multiplier < 1 or grad_output.size(1) != weight.size(0) or weight.size(0) % multiplier != 0:
         raise RuntimeError(
             f"expected grad_output and weight with the same number of output channels, a multiple of "
@@ -283,31 +279,19 @@ def _input_size(
         )
     size = (grad_output.size(0), weight.size(0) // multiplier, height, width)
     _check_gradient(grad_output, size, weight.shape[2:], geometry)
-    return size
+    return size, bool(channels_last)
 
 
 def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: int) -> Tensor:
     _check_flat(input, weight, bias, geometry)
-    spatial = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(
-            input.shape[2:], weight.shape[2:], geometry[0:2], geometry[2:4], geometry[4:6], strict=True
-        )
-    ]
-    return torch.empty(
-        (input.size(0), weight.size(0), *spatial),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=_memory_format(_wants_channels_last(input, weight)),
-    )
+    size = (input.size(0), weight.size(0), *_out_size(input.shape[2:], weight.shape[2:], geometry))
+    channels_last = _wants_channels_last(input, weight)
+    return input.new_empty(size).contiguous(memory_format=_memory_format(channels_last))
 
 
 def _grad_input_fake(grad_output: Tensor, weight: Tensor, height: int, width: int, *rest: int | bool) -> Tensor:
-    geometry, (channels_last, multiplier) = rest[:6], _with_default(rest[6:])
-    size = _input_size(grad_output, weight, height, width, geometry, multiplier)
-    return torch.empty(
-        size, dtype=grad_output.dtype, device=grad_output.device, memory_format=_memory_format(channels_last)
-    )
+    size, channels_last = _input_size(grad_output, weight, height, width, *rest)
+    return grad_output.new_empty(size).contiguous(memory_format=_memory_format(channels_last))
 
 
 def _grad_weight_fake(
@@ -350,7 +334,7 @@ def _forward_backward(ctx, grad_output):
 def _grad_input_setup(ctx, inputs, output) -> None:
     grad_output, weight, _, _, *rest = inputs
     ctx.save_for_backward(grad_output, weight)
-    ctx.geometry, (ctx.channels_last, _) = rest[:6], _with_default(rest[6:])
+    ctx.geometry, ctx.channels_last = rest[:6], rest[6]
 
 
 def _grad_input_backward(ctx, grad):
