@@ -5,7 +5,9 @@ the depthwise convolutions of a whole network, ``depthwise_conv2d`` is the funct
 run the CUDA kernels of ``kernels/``, which are compiled when first needed and kept on disk; on any other device they
 call ``F.conv2d``. ``print(depthwise_inline.status())`` says which of the two is live, and why.
 
-This file, from top to bottom: argument checks, operators, functions and modules, and the build.
+``python depthwise_inline.py doctor`` says what a machine lacks; ``clean`` empties the cache of compiled kernels.
+
+This file, from top to bottom: argument checks, operators, functions and modules, the build, the command line.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -656,6 +659,8 @@ def _new_instance(cls: type[nn.Conv2d]) -> nn.Conv2d:
 _NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 _CXX_FLAGS = ("-O2",)
 _SYSTEM_CUDA = Path("/usr/local/cuda")
+_SET_CACHE = "To mend it: set TORCH_EXTENSIONS_DIR to a folder that you can write"
+_SEE_GPU = "To mend it: see nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
 class BuildError(RuntimeError):
@@ -903,11 +908,6 @@ class _CacheUnusable(Exception):
     """A cache folder that cannot be written, or must not be trusted."""
 
 
-def _trusted(root: Path) -> bool:
-    """Whether libraries in this folder are this user's own, or the administrator's."""
-    return root.stat().st_uid in (os.getuid(), 0)
-
-
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[bool]:
     """Hold a lock among processes; yields False where the file system has no locks."""
@@ -986,41 +986,38 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
 def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) -> Path:
     """The library of a cache entry, built by build(folder) unless it is there."""
     library = root / entry / "library.so"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not _trusted(root):
-            raise _CacheUnusable(f"{root} belongs to another user")
-        with _exclusive(root / f"{entry}.lock") as locked:
-            if library.is_file():
-                return library
-            if locked:  # what a killed builder left
-                for rest in (*root.glob(f"{entry}.tmp*"), library.parent):
-                    shutil.rmtree(rest, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix=f"{entry}.tmp", dir=root))
+    root.mkdir(parents=True, exist_ok=True)
+    if root.stat().st_uid not in (os.getuid(), 0):  # a library in there would run as this user
+        raise _CacheUnusable(f"{root} belongs to another user")
+    if library.is_file():
+        return library
+    with _exclusive(root / f"{entry}.lock") as locked:
+        if library.is_file():
+            return library
+        if locked:  # what a killed builder left
+            for rest in (*root.glob(f"{entry}.tmp*"), library.parent):
+                shutil.rmtree(rest, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{entry}.tmp", dir=root))
+        print(f"depthwise_inline: compiling {what}, once; cached in {library.parent}", file=sys.stderr, flush=True)
+        try:
+            build(folder)
             try:
-                line = f"depthwise_inline: compiling {what}, once; cached in {library.parent}"
-                print(line, file=sys.stderr, flush=True)
-                build(folder)
-                try:
-                    folder.rename(library.parent)
-                except OSError:  # without locks another builder may have been faster
-                    if not library.is_file():
-                        raise
-            except RuntimeError as error:
-                if isinstance(error, BuildError):
+                folder.rename(library.parent)
+            except OSError:  # without locks another builder may have been faster
+                if not library.is_file():
                     raise
-                if "No space left on device" in str(error):
-                    raise _CacheUnusable(f"{root}: no space left on device") from None
-                log = root / f"{entry}.log"
-                log.write_text(str(error))
-                raise BuildError(
-                    f"depthwise_inline: compiling {what} failed:\n"
-                    f"{_first_error(str(error))}\nThe whole output is in {log}"
-                ) from None
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise _CacheUnusable(str(error)) from error
+        except BuildError:
+            raise
+        except RuntimeError as error:
+            if "No space left on device" in str(error):
+                raise _CacheUnusable(f"{root}: no space left on device") from None
+            log = root / f"{entry}.log"
+            log.write_text(str(error))
+            raise BuildError(
+                f"depthwise_inline: compiling {what} failed:\n{_first_error(str(error))}\nThe whole output is in {log}"
+            ) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return library
 
 
@@ -1042,24 +1039,19 @@ def _obtain(name: str, what: str, cpp: Sequence[str], cuda: Sequence[str]) -> Pa
     def build(folder: Path) -> None:
         _compile(folder, compiler, flags, cpp, cuda)
 
-    root = _cache_root()
-    with contextlib.suppress(OSError):
-        if (root / entry / "library.so").is_file() and _trusted(root):
-            return root / entry / "library.so"
     try:
-        return _build_in(root, entry, what, build)
-    except _CacheUnusable as problem:
+        return _build_in(_cache_root(), entry, what, build)
+    except (_CacheUnusable, OSError) as problem:
         warnings.warn(
             f"depthwise_inline: the cache cannot be used ({problem}); compiling in a temporary folder, for this "
-            "process alone. To mend it: set TORCH_EXTENSIONS_DIR to a folder that you can write",
+            f"process alone. {_SET_CACHE}",
             stacklevel=2,
         )
     try:
         return _build_in(_private_root(), entry, what, build)
     except (_CacheUnusable, OSError) as problem:
         raise BuildError(
-            f"depthwise_inline: neither {root} nor a temporary folder can be used ({problem}). To mend it: set "
-            "TORCH_EXTENSIONS_DIR to a folder that you can write"
+            f"depthwise_inline: neither {_cache_root()} nor a temporary folder can be used ({problem}). {_SET_CACHE}"
         ) from None
 
 
@@ -1221,11 +1213,7 @@ def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[int, .
         geometry = (*kernel, *module.stride, *padding, *module.dilation)
         problems.append((batch, module.in_channels, multiplier, height, width, *geometry, 1))
 
-    meta = {
-        name: tensor.to("meta")
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-    }
+    meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)
     hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, DepthwiseConv2d)]
     try:
@@ -1300,6 +1288,66 @@ def status() -> Status:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _doctor() -> int:
+    """Print what was found, and what to do about each thing that is wrong; returns how many things are."""
+
+    def expect(condition: object, found: str, problem: str) -> str:
+        if not condition:
+            raise BuildError(problem)
+        return found
+
+    def cache() -> str:
+        root = _cache_root()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+        except OSError as error:
+            raise BuildError(f"cannot be written ({error}). {_SET_CACHE}") from None
+        times = [path.stat().st_mtime for path in root.glob("*/library.so")]
+        return f"{root}, {len(times)} libraries{f', last built {time.ctime(max(times))}' if times else ''}"
+
+    _on_import()
+    version, gpus = torch.__version__, ", ".join(map(str, _gpus()))
+    driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0]
+    checks = {
+        "torch": lambda: expect(_CUDA_BUILD, version, f"{version} is built without CUDA. To mend it: install one with"),
+        "GPU": lambda: expect(gpus, f"{gpus}; driver {driver}", f"none is visible to this process. {_SEE_GPU}"),
+        "nvcc": lambda: f"{_find_compiler().version} in {_find_compiler().root}",
+        "C++ compiler": lambda: _output([*_cxx_command(), "--version"]).partition("\n")[0],
+        "ninja": lambda: f"in {_ninja_folder()}",
+        "sources": lambda: str(_kernels_folder()),
+        "cache": cache,
+        "kernels": lambda: expect(status().path != "error", status().reason, status().reason),
+    }
+    wrong = 0
+    for name, check in checks.items():
+        try:
+            print(f"ok     {name:<13}{check()}")
+        except BuildError as error:
+            print(f"WRONG  {name:<13}{str(error).removeprefix('depthwise_inline: ')}")
+            wrong += 1
+    return wrong
+
+
+def _clean() -> int:
+    """Empty the cache; what is needed again is built again."""
+    root = _cache_root()
+    print(f"removing {len(list(root.glob('*/library.so')))} libraries in {root}")
+    if root.exists():
+        shutil.rmtree(root)
+    return 0
+
+
+def _is_script() -> bool:
+    """Whether this file was started as a command; pasted into a notebook, it is __main__ as well."""
+    return __name__ == "__main__" and os.path.abspath(sys.argv[0]) == os.path.abspath(globals().get("__file__", ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Import
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1318,4 +1366,12 @@ def _on_import() -> None:
         _library_error = error
 
 
+if _is_script():
+    commands = {"doctor": _doctor, "clean": _clean}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(
+            "usage: python depthwise_inline.py doctor   what is found on this machine, and how to mend what is wrong"
+            "\n       python depthwise_inline.py clean    empty the cache of compiled kernels"
+        )
+    sys.exit(1 if commands[sys.argv[1]]() else 0)
 _on_import()
