@@ -12,6 +12,7 @@ Grids, and what each would catch:
 """
 
 import itertools
+import os
 import random
 from dataclasses import replace
 
@@ -20,6 +21,8 @@ import reference
 import torch
 from reference import DTYPES, HALF_AND_SINGLE, LAYOUTS, Expected, Failures, Problem
 from torch.nn import functional as F
+
+import depthwise_inline
 
 pytestmark = pytest.mark.gpu
 
@@ -140,8 +143,11 @@ def check_all(problems, layout, dtype, **options):
 
 
 @pytest.fixture(scope="session")
-def compiled():
-    """All specialisations that the grids need, built in parallel instead of one by one at first use."""
+def compiled(tmp_path_factory):
+    """All specialisations that the grids need, built in parallel instead of one by one at first use.
+
+    Under pytest-xdist by the first worker that comes; the others wait.
+    """
     sources = {}
 
     def add(problem, layout, dtype):
@@ -156,7 +162,12 @@ def compiled():
             add(problem, layout, dtype)
     for (layout, dtype), problem in itertools.product(ALL, EDGES):
         add(problem, layout, dtype)
-    reference.compile_ahead(sources)
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with depthwise_inline._exclusive(shared / "compile_ahead.lock"):
+        if not (shared / "compiled_ahead").exists():
+            reference.compile_ahead(sources)
+            (shared / "compiled_ahead").touch()
 
 
 # ---- Shapes ---------------------------------------------------------------------------------------------------------
