@@ -150,18 +150,21 @@ def compiled(tmp_path_factory):
     """
     sources = {}
 
-    def add(problem, layout, dtype):
-        for direction, aligned in itertools.product(reference.DIRECTIONS, (True, False)):
-            name, source = reference.select(direction, problem, dtype, layout, aligned)
-            if source:
-                sources[name.rpartition("/")[0]] = source
+    def add(problems, layout, dtype):
+        for problem, direction, aligned in itertools.product(problems, reference.DIRECTIONS, (True, False)):
+            for variant in reference.all_variants(direction, problem, dtype, layout, aligned):
+                with reference.forced(variant):
+                    name, source = reference.select(direction, problem, dtype, layout, aligned)
+                if source:
+                    sources[name.rpartition("/")[0]] = source
 
     for case in specialised_cases():
         *shape, layout, dtype = case.values
-        for problem in shape_problems(*shape):
-            add(problem, layout, dtype)
-    for (layout, dtype), problem in itertools.product(ALL, EDGES):
-        add(problem, layout, dtype)
+        add(shape_problems(*shape), layout, dtype)
+    for layout, dtype in ALL:
+        add(EDGES, layout, dtype)
+        for kernel, stride in USUAL:
+            add((*width_problems(kernel, stride), *channel_problems(kernel, stride)), layout, dtype)
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with depthwise_inline._exclusive(shared / "compile_ahead.lock"):
