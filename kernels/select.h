@@ -189,7 +189,7 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
     return false;
   // Shared memory for the smallest launch: one plane, or a ring of the fewest stages, and its outputs.
   const int64_t granule = 16 / element_size(p.dtype);
-  const int64_t depth = args.w % granule == 0 ? 2 : 3 * granule;
+  const int64_t depth = stream_depth(args.w % granule == 0 && p.aligned ? 2 : 3, stage_rows * args.w, granule);
   const int64_t elements = kernel == Kernel::kPlanesNchw
                                ? static_cast<int64_t>(args.h) * args.w + static_cast<int64_t>(args.out_h) * args.out_w
                                : depth * stage_rows * args.w + rolling_stage_outputs(live_rows) * args.out_w;
