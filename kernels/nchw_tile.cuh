@@ -7,8 +7,6 @@ namespace depthwise {
 
 constexpr int kStreamThreads = 256;  // a block of stream_nchw and planes_nchw, at most
 
-constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
           int kPaddingW_>
 struct NchwTraits {
