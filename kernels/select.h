@@ -33,8 +33,7 @@ inline bool is_grad_weight_kernel(Kernel kernel) {
 }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
-  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_grad_weight_kernel(kernel) ||
-         kernel == Kernel::kToeplitz;
+  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_grad_weight_kernel(kernel);
 }
 // Grad-of-weight kernels that write the results themselves where there is one split.
 inline bool stores_grad_weight(Kernel kernel) { return is_grad_weight_kernel(kernel); }
@@ -68,9 +67,7 @@ constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
 // Of few taps, a thread takes several channels.
 constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}};
 
-// Rows of a warp.
-constexpr Tile kToeplitzTiles[] = {{"band_rows16", 64, 16, 8}, {"band_rows32", 64, 32, 8}, {"band_rows64", 64, 64, 8}};
-
+constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
 
 struct TileTable {
@@ -139,6 +136,7 @@ struct Band {
   int origin;        // where the chunks of output column 0 begin
   int tiles_w;       // columns of a block, in eights
   int image_chunks;  // of an input row; 0: outputs are too wide for one block
+  int tiles_h;       // rows of a warp, in sixteens
 
   int chunks_in(int stride_w) const { return (tiles_w - 1) * stride_w + chunks; }
 };
@@ -152,6 +150,15 @@ inline Band band_of(const Problem& p) {
   band.image_chunks = floor_divide(args.w + 7, 8);
   band.tiles_w = floor_divide(args.out_w + 7, 8);
   const int stride = static_cast<int>(p.stride_w);
+  // A warp's rows: many where a block holds many small images or, in channels_last, lays out the weights of eight
+  // channels; few where shared memory bounds the rows (channels_last; 32x128x56x56, 31x31, fp16, H200: 0.48 ms with 16
+  // rows, 0.54 with 32; 32x256x28x28, 29x29: 0.34 and 0.14 with 64; NCHW: 0.156 ms with 16, 0.112 with 32;
+  // 32x512x14x14, 27x27: 0.106 with 16, 0.044 with 64).
+  const auto rows_of = [&](int tiles_w) {
+    if (p.layout == Layout::kNhwc) return tiles_w > 4 ? 1 : 4;
+    return tiles_w > 2 ? 2 : 4;
+  };
+  band.tiles_h = rows_of(band.tiles_w);
   const bool meets_image = band.origin < band.image_chunks && band.origin + band.chunks_in(stride) > 0;
   if (band.tiles_w <= 8 && band.image_chunks <= 16 && meets_image) return band;
   // The width that wastes the fewest columns; of equals the widest.
@@ -162,6 +169,7 @@ inline Band band_of(const Problem& p) {
     if (floor_divide(all + tiles - 1, tiles) * tiles <
         floor_divide(all + band.tiles_w - 1, band.tiles_w) * band.tiles_w)
       band.tiles_w = tiles;
+  band.tiles_h = rows_of(band.tiles_w);
   return band;
 }
 
@@ -382,7 +390,6 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   if (kernel == Kernel::kToeplitz || kernel == Kernel::kBlocked) s.channels_last = p.layout == Layout::kNhwc;
   if (kernel == Kernel::kToeplitz) {
     s.band = band_of(p);
-    s.tile = config.tile;
     return s;
   }
   if (kernel != Kernel::kBlocked) s.kernel_h = static_cast<int>(p.kernel_h);
@@ -419,7 +426,7 @@ inline std::string specialisation_name(const Specialisation& s) {
     std::snprintf(name, sizeof(name), "toeplitz_%s_%s_b%d_s%d_o%s%d_i%d_t%d", s.channels_last ? "nhwc" : "nchw",
                   dtype_name(s.dtype), s.band.chunks, s.stride_w, s.band.origin < 0 ? "m" : "",
                   s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
-    return std::string(name) + "_" + kToeplitzTiles[s.tile].name;
+    return name;
   }
   std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
@@ -446,8 +453,8 @@ inline std::string specialisation_source(const Specialisation& s) {
       traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w);
   }
   if (s.kernel == Kernel::kToeplitz) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
-                  s.band.chunks, s.stride_w, s.band.origin, s.band.image_chunks, s.band.tiles_w,
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
+                  s.band.chunks, s.stride_w, s.band.origin, s.band.image_chunks, s.band.tiles_w, s.band.tiles_h,
                   s.channels_last ? "true" : "false");
     traits = std::string("ToeplitzTraits<") + arguments;
   }
@@ -460,7 +467,6 @@ inline std::string specialisation_source(const Specialisation& s) {
   const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
   if (is_rolling_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
   if (s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
-  if (s.kernel == Kernel::kToeplitz) traits += ", " + std::to_string(tile.rows / 16);
   const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +
          "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +

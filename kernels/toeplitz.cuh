@@ -32,14 +32,18 @@ constexpr int kOutside = -(1 << 30);
 // kOrigin: chunk of the input that the first chunk of a block's band lies in, for the block of output column 0.
 // kImageChunks: chunks of an image row, where one block spans it and what lies outside is left out at compile time; 0:
 // any width. kTilesW: a block's columns, in eights.
-template <class T_, int kChunks_, int kStrideW_, int kOrigin_, int kImageChunks_, int kTilesW_, bool kChannelsLast_>
+template <class T_, int kChunks_, int kStrideW_, int kOrigin_, int kImageChunks_, int kTilesW_, int kTilesH_,
+          bool kChannelsLast_>
 struct ToeplitzTraits {
   using T = T_;
-  static constexpr int kChunks = kChunks_, kStrideW = kStrideW_, kOrigin = kOrigin_, kTilesW = kTilesW_;
+  static constexpr int kChunks = kChunks_, kStrideW = kStrideW_, kOrigin = kOrigin_, kTilesW = kTilesW_,
+                       kTilesH = kTilesH_;
   static constexpr bool kChannelsLast = kChannelsLast_, kWholeRows = kImageChunks_ != 0;
   static constexpr int kColumns = kTilesW * kChunk;                    // of a block
   static constexpr int kChannels = kChannelsLast ? kChannelsNhwc : 1;  // of a block
-  static constexpr int kWarps = kChannelsLast ? kChannelsNhwc : 4;
+  // Large blocks, as each has to lay out its channel's weights (32x128x56x56, 31x31, fp16, H200: 0.112 ms with eight
+  // warps, 0.129 with four); but two a multiprocessor, and the widest take more than 128 registers a thread.
+  static constexpr int kWarps = kChannelsLast ? kChannelsNhwc : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;
@@ -100,30 +104,42 @@ struct ToeplitzBlock {
   }
 };
 
-template <int kCount, class T>
-__device__ __forceinline__ void copy_elements(T* shared, const T* global) {
-  if constexpr (kCount == 1)
-    shared->bits = __ldg(&global->bits);
-  else
-    copy_async<kCount * sizeof(T)>(shared, global);
-}
-
 // The input of an NCHW block, kVector elements a copy; rows start on a kVector boundary.
 template <int kVector, class Traits>
 __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const DirectArgs& args,
                                           const ToeplitzBlock<Traits>& block) {
+  using T = typename Traits::T;
   if (block.in_columns == 0 || block.in_rows == 0) return;
   const int64_t plane = static_cast<int64_t>(args.h) * args.w;
   const int64_t in_c = args.out_c / args.multiplier;
-  const auto* input = static_cast<const typename Traits::T*>(args.input) +
-                      (block.image * in_c + block.channel / args.multiplier) * plane +
-                      static_cast<int64_t>(block.in_row) * args.w + block.in_column;
+  const T* input = static_cast<const T*>(args.input) + (block.image * in_c + block.channel / args.multiplier) * plane +
+                   static_cast<int64_t>(block.in_row) * args.w + block.in_column;
   tile += block.offset;
-  for (Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, kVector), block.in_rows);
-       at.outer < block.images; at.advance())
-    copy_elements<kVector>(
-        tile + (at.outer * block.in_rows + at.middle) * Traits::kPitch * kChunk + at.inner * kVector,
-        input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kVector);
+  const auto to = [&](const Walk& at) {
+    return tile + (at.outer * block.in_rows + at.middle) * Traits::kPitch * kChunk + at.inner * kVector;
+  };
+  const auto from = [&](const Walk& at) {
+    return input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kVector;
+  };
+  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, kVector), block.in_rows);
+  if constexpr (kVector > 1) {
+    for (; at.outer < block.images; at.advance()) copy_async<kVector * sizeof(T)>(to(at), from(at));
+  } else {
+    // No asynchronous copy is that narrow: several loads on their way at a time.
+    constexpr int kAhead = 8;
+    while (at.outer < block.images) {
+      T value[kAhead];
+      T* target[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k, at.advance()) {
+        target[k] = at.outer < block.images ? to(at) : nullptr;
+        value[k] = load_or_zero<1>(from(at), target[k] != nullptr).value[0];
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+        if (target[k] != nullptr) *target[k] = value[k];
+    }
+  }
 }
 
 // The input of a channels_last block: a thread turns two neighbouring pixels of eight channels.
@@ -138,26 +154,35 @@ __device__ __forceinline__ void load_nhwc(typename Traits::T* tile, const Direct
                    (static_cast<int64_t>(block.in_row) * args.w + block.in_column) * pixel + block.channel;
   tile += block.offset;
   const int channel_step = block.images * block.in_rows * Traits::kPitch * kChunk;
-  for (Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, 2), block.in_rows); at.outer < block.images;
-       at.advance()) {
-    const T* from = input + at.outer * image + (static_cast<int64_t>(at.middle) * args.w + 2 * at.inner) * pixel;
-    const bool both = 2 * at.inner + 1 < block.in_columns;
-    Pixel left, right;
-    if (vectors) {
-      left = load_or_zero<kChannelsNhwc>(from, true);
-      right = load_or_zero<kChannelsNhwc>(from + pixel, both);
-    } else {
+  constexpr int kAhead = 2;
+  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, 2), block.in_rows);
+  while (at.outer < block.images) {
+    Pixel left[kAhead], right[kAhead];
+    T* target[kAhead];
 #pragma unroll
-      for (int e = 0; e < kChannelsNhwc; ++e) {
-        left.value[e] = load_or_zero<1>(from + e, e < block.channels).value[0];
-        right.value[e] = load_or_zero<1>(from + pixel + e, both && e < block.channels).value[0];
+    for (int k = 0; k < kAhead; ++k, at.advance()) {
+      const T* from = input + at.outer * image + (static_cast<int64_t>(at.middle) * args.w + 2 * at.inner) * pixel;
+      const bool exists = at.outer < block.images, both = exists && 2 * at.inner + 1 < block.in_columns;
+      target[k] =
+          exists ? tile + (at.outer * block.in_rows + at.middle) * Traits::kPitch * kChunk + 2 * at.inner : nullptr;
+      if (vectors) {
+        left[k] = load_or_zero<kChannelsNhwc>(from, exists);
+        right[k] = load_or_zero<kChannelsNhwc>(from + pixel, both);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kChannelsNhwc; ++e) {
+          left[k].value[e] = load_or_zero<1>(from + e, exists && e < block.channels).value[0];
+          right[k].value[e] = load_or_zero<1>(from + pixel + e, both && e < block.channels).value[0];
+        }
       }
     }
-    T* to = tile + (at.outer * block.in_rows + at.middle) * Traits::kPitch * kChunk + 2 * at.inner;
 #pragma unroll
-    for (int e = 0; e < kChannelsNhwc; ++e)
-      *reinterpret_cast<unsigned*>(to + e * channel_step) =
-          left.value[e].bits | static_cast<unsigned>(right.value[e].bits) << 16;
+    for (int k = 0; k < kAhead; ++k)
+      if (target[k] != nullptr)
+#pragma unroll
+        for (int e = 0; e < kChannelsNhwc; ++e)
+          *reinterpret_cast<unsigned*>(target[k] + e * channel_step) =
+              left[k].value[e].bits | static_cast<unsigned>(right[k].value[e].bits) << 16;
   }
 }
 
@@ -251,28 +276,35 @@ __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& 
   using T = typename Traits::T;
   const int taps = args.kernel_h * args.kernel_w;
   const int shift = kChunk * Traits::kOrigin + args.padding_w;
-  const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(block.channel) * taps;
-  const int rows = block.channels * args.kernel_h;
-  for (int row = threadIdx.x / 32; row < rows; row += Traits::kWarps) {
+  const int warp = threadIdx.x / 32, channel = Traits::kChannelsLast ? warp : 0;
+  if (channel >= block.channels) return;
+  const T* filter = static_cast<const T*>(args.weight) + static_cast<int64_t>(block.channel + channel) * taps;
+  pairs += channel * args.kernel_h * Traits::kBand;
+  // No branches around the loads: all of an unrolled step are on their way together.
+  const int inverse = (1 << 16) / args.dilation_w + 1;  // exact quotients: offset * dilation_w < 2^16
+#pragma unroll 4
+  for (int i = Traits::kChannelsLast ? 0 : warp; i < args.kernel_h; i += Traits::kChannelsLast ? 1 : Traits::kWarps) {
     const auto tap_at = [&](int offset) -> unsigned {  // columns from the output's first
-      const int j = offset / args.dilation_w;
-      if (offset < 0 || j >= args.kernel_w || j * args.dilation_w != offset) return 0;
-      const int channel = row / args.kernel_h;
-      const int tap = (row - channel * args.kernel_h) * args.kernel_w + j;
-      return __ldg(&weight[channel * taps + (args.flip ? taps - 1 - tap : tap)].bits);
+      const int j = max(offset, 0) * inverse >> 16;
+      const bool exists = offset >= 0 && j < args.kernel_w && j * args.dilation_w == offset;
+      const int tap = exists ? i * args.kernel_w + j : 0;
+      const unsigned bits = __ldg(&filter[args.flip ? taps - 1 - tap : tap].bits);
+      return exists ? bits : 0;
     };
-    for (int y = threadIdx.x % 32; y < Traits::kBand; y += 32) {
-      const int offset = y - (kChunk - 1) * Traits::kStrideW + shift;
-      pairs[row * Traits::kBand + y] = tap_at(offset) | tap_at(offset + 1) << 16;
+#pragma unroll
+    for (int k = 0; k < Traits::kBand; k += 32) {
+      const int y = k + threadIdx.x % 32, offset = y - (kChunk - 1) * Traits::kStrideW + shift;
+      if (y < Traits::kBand) pairs[i * Traits::kBand + y] = tap_at(offset) | tap_at(offset + 1) << 16;
     }
   }
 }
 
-template <class Traits, int kTilesH>
+template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     toeplitz_kernel(const __grid_constant__ DirectArgs args, const ToeplitzTiling tiling) {
   using T = typename Traits::T;
-  constexpr int kTilesW = Traits::kTilesW, kChunks = Traits::kChunks, kStrideW = Traits::kStrideW;
+  constexpr int kTilesW = Traits::kTilesW, kTilesH = Traits::kTilesH, kChunks = Traits::kChunks,
+                kStrideW = Traits::kStrideW;
   const ToeplitzBlock<Traits> block(args, tiling);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
@@ -412,9 +444,9 @@ inline int copy_width(const void* pointer, int64_t row) {
   return width;
 }
 
-template <class Traits, int kTilesH>
+template <class Traits>
 int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
-  constexpr int kFlatRows = (Traits::kChannelsLast ? 1 : Traits::kWarps) * kTilesH * kTileRows;
+  constexpr int kFlatRows = (Traits::kChannelsLast ? 1 : Traits::kWarps) * Traits::kTilesH * kTileRows;
   const DeviceLimits& device = device_limits();
   ToeplitzTiling tiling{};
   tiling.tiles_w = divide_up(args.out_w, Traits::kColumns);
@@ -434,7 +466,7 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
   const int images = static_cast<int>(args.n);
   tiling.rows = divide_up(args.out_h, divide_up(args.out_h, kFlatRows));
   tiling.images = max_int(1, min_int(images, kFlatRows / args.out_h));
-  const int roomy = min_int(device.shared_bytes_block, 100 << 10) / (Traits::kChannelsLast ? 1 : 2);
+  const int roomy = device.shared_bytes_for(2);
   while (tiling.images > 1 && (shared_bytes() > roomy || channels * divide_up(images, tiling.images) * tiling.tiles_w <
                                                              2 * device.multiprocessors))
     tiling.images = divide_up(tiling.images, 2);
@@ -444,7 +476,7 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
 
   const int bytes = shared_bytes();
   if (bytes > device.shared_bytes_block) return kTooLittleSharedMemory;
-  const auto kernel = toeplitz_kernel<Traits, kTilesH>;
+  const auto kernel = toeplitz_kernel<Traits>;
   if (const int error = allow_shared_bytes(kernel, bytes)) return error;
   const int64_t blocks = channels * divide_up(images, tiling.images) * tiling.tiles_w * tiling.tiles_h;
   kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes, stream>>>(args, tiling);
