@@ -8,13 +8,14 @@ namespace depthwise {
 constexpr int kStreamThreads = 256;  // a block of stream_nchw and planes_nchw, at most
 
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
-          int kPaddingW_>
+          int kPhase_>
 struct NchwTraits {
   using T = T_;
   static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_;
   static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_;
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
-  static constexpr int kPaddingW = kPaddingW_;
+  // Where a window starts within an aligned word of input: the horizontal padding but for whole words.
+  static constexpr int kPhase = kPhase_;
   static constexpr int kTaps = kKernelH * kKernelW;
 };
 
@@ -25,9 +26,9 @@ struct NchwRow {
   static constexpr int kWindow = window_size(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
   static constexpr uint64_t kUsed = window_mask(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
   static_assert(kWindow <= 64);
-  // The window starts kPaddingW left of a column that is a multiple of kVector.
-  static constexpr int kFirstWord = floor_divide(-Traits::kPaddingW, kVector);
-  static constexpr int kWords = floor_divide(kWindow - 1 - Traits::kPaddingW, kVector) - kFirstWord + 1;
+  // The window starts kPhase left of a column that is a multiple of kVector.
+  static constexpr int kFirstWord = floor_divide(-Traits::kPhase, kVector);
+  static constexpr int kWords = floor_divide(kWindow - 1 - Traits::kPhase, kVector) - kFirstWord + 1;
   static_assert(kColumns * Traits::kStrideW % kVector == 0, "a thread's window must start on a load boundary");
 
   // The part [low, high) of word `word` that the window uses; low == high: none.
@@ -42,7 +43,7 @@ struct NchwRow {
     return 0;
   }
   static constexpr bool used(int word, int k) {
-    const int offset = (kFirstWord + word) * kVector + k + Traits::kPaddingW;
+    const int offset = (kFirstWord + word) * kVector + k + Traits::kPhase;
     return offset >= 0 && offset < kWindow && (kUsed >> offset & 1);
   }
   // The smallest aligned power of two that covers the used part: an edge word that gives one column is a narrow load.
@@ -52,7 +53,8 @@ struct NchwRow {
     return width;
   }
 
-  // The row as it lies in memory; unused elements never become registers. `Memory` loads words, or zeros.
+  // The row as it lies in memory, its phase at `column`; unused elements never become registers. `Memory` loads
+  // words, or zeros.
   template <class Memory, int kWord = 0>
   __device__ __forceinline__ static void load(T (&window)[kWindow], const T* row, int column, int width,
                                               bool row_in_bounds) {
@@ -66,7 +68,7 @@ struct NchwRow {
             row + start, row_in_bounds && static_cast<unsigned>(start) < static_cast<unsigned>(width));
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          constexpr int kBase = kStart + Traits::kPaddingW;
+          constexpr int kBase = kStart + Traits::kPhase;
           if (kBase + k >= 0 && kBase + k < kWindow) window[kBase + k] = words.value[k];
         }
       }
@@ -74,6 +76,12 @@ struct NchwRow {
     }
   }
 };
+
+// The input column of a window's phase, for outputs from `column` on.
+template <class Traits>
+__device__ __forceinline__ int window_column(const DirectArgs& args, int column) {
+  return column * Traits::kStrideW - (args.padding_w - Traits::kPhase);
+}
 
 struct GlobalMemory {
   template <int kCount, class T>

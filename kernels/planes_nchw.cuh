@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kStreamThreads) planes_nchw_kernel(const Direc
       rolling.stage(
           [&](T(&row)[Rolling::Row::kWindow], int r) {
             Rolling::Row::template load<SharedMemory>(
-                row, window + (in_row + r) * args.w, column * Traits::kStrideW, args.w,
+                row, window + (in_row + r) * args.w, window_column<Traits>(args, column), args.w,
                 static_cast<unsigned>(in_row + r) < static_cast<unsigned>(args.h));
           },
           [&](int o, float (&sum)[kColumns]) {

@@ -86,6 +86,27 @@ constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_
   return rows * columns;
 }
 
+constexpr int count_bits(uint64_t mask) {
+  int bits = 0;
+  for (; mask != 0; mask >>= 1) bits += mask & 1;
+  return bits;
+}
+
+// Registers of a thread of a marching grad-of-weight kernel: the sums, the live rows of grad_output and a step's window
+// of input; and what a step's loads take while they are under way.
+struct MarchRegisters {
+  int kept, step;
+};
+
+// `load`: elements a load, of which 16-bit ones share registers.
+constexpr MarchRegisters march_registers(int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_w,
+                                         int columns, int channels, int load, int element_bytes) {
+  const int window = stride_h * count_bits(window_mask(columns, stride_w, kernel_w, dilation_w));
+  const int live_rows = (kernel_h + stride_h - 1) / stride_h;
+  return {(kernel_h * kernel_w + live_rows * columns + window) * channels,
+          (window + columns) * channels * (load == 1 ? 4 : element_bytes) / 4};
+}
+
 // Shared memory that every architecture grants a block (sm_75: 64 KB); the smallest tile of a kernel fits it.
 constexpr int kSharedBytesEverywhere = 60 << 10;
 
@@ -95,8 +116,18 @@ constexpr int rolling_live_rows(int kernel_h, int stride_h, int dilation_h) {
 }
 constexpr int rolling_stage_outputs(int live_rows) { return live_rows < 2 ? 2 : live_rows; }
 
+// stream_nchw: the fewest stages of at least `least` in a ring that ends on a 16-byte boundary.
+constexpr int64_t stream_depth(int64_t least, int64_t stage_elements, int64_t granule) {
+  while (least * stage_elements % granule != 0) ++least;
+  return least;
+}
+
 // stream_nhwc: channels a thread, as many as leave room for their filters.
 constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h * kernel_w <= 9 ? 4 : 2; }
+
+// grad_input_nhwc: taps up to which a thread takes four channels, or two: their filters are registers.
+constexpr int kGradInputNhwcTaps4 = 9;
+constexpr int kGradInputNhwcTaps2 = 25;
 
 // What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.
 constexpr int kTooLittleSharedMemory = -1;

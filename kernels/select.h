@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -17,14 +18,17 @@ enum class Kernel : int {
   kDirectNhwc,
   kTiledNhwc,
   kStreamNhwc,
+  kGradInputNchw,
+  kGradInputNhwc,
   kGradWeightNchw,
   kGradWeightNhwc,
   kToeplitz,
   kBlocked,
 };
-constexpr Kernel kSpecialisedKernels[] = {
-    Kernel::kDirectNchw, Kernel::kStreamNchw,     Kernel::kPlanesNchw,     Kernel::kDirectNhwc, Kernel::kTiledNhwc,
-    Kernel::kStreamNhwc, Kernel::kGradWeightNchw, Kernel::kGradWeightNhwc, Kernel::kToeplitz,   Kernel::kBlocked};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,     Kernel::kStreamNchw,    Kernel::kPlanesNchw,
+                                          Kernel::kDirectNhwc,     Kernel::kTiledNhwc,     Kernel::kStreamNhwc,
+                                          Kernel::kGradInputNchw,  Kernel::kGradInputNhwc, Kernel::kGradWeightNchw,
+                                          Kernel::kGradWeightNhwc, Kernel::kToeplitz,      Kernel::kBlocked};
 
 inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
@@ -34,6 +38,10 @@ inline bool is_grad_weight_kernel(Kernel kernel) {
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_grad_weight_kernel(kernel);
+}
+// Kernels for the grad of input alone; their padding is compile-time.
+inline bool is_grad_input_kernel(Kernel kernel) {
+  return kernel == Kernel::kGradInputNchw || kernel == Kernel::kGradInputNhwc;
 }
 // Grad-of-weight kernels that write the results themselves where there is one split.
 inline bool stores_grad_weight(Kernel kernel) { return is_grad_weight_kernel(kernel); }
@@ -45,7 +53,7 @@ struct Config {
 
 // Tile tables; the launchers' switches follow their order. The last tile of a direct kernel reads element by element
 // and serves every alignment.
-constexpr Tile kDirectNchwTiles32[] = {{"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles32[] = {{"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
 constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
@@ -53,15 +61,17 @@ constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 
 constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
-constexpr Tile kStreamNhwcTiles[] = {
-    {"stream_channels64", 4, 0, 64}, {"stream_channels48", 4, 0, 48}, {"stream_channels32", 4, 0, 32}};
+constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32}};
+constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
 // tile a specialisation: each is seconds of compilation.
 constexpr Tile kGradWeightNchwTiles32[] = {
     {"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2}, {"weight_x2g2", 4, 0, 2, 2}, {"weight_x1g1", 4, 0, 1, 1}};
 constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
-                                           {"weight_x8g2", 8, 0, 8, 2},
                                            {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x8g2", 8, 0, 8, 2},
                                            {"weight_x2g2", 4, 0, 2, 2},
                                            {"weight_x1g1", 4, 0, 1, 1}};
 // Of few taps, a thread takes several channels.
@@ -89,6 +99,8 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
     case Kernel::kPlanesNchw: return wide ? TileTable(kPlanesNchwTiles32) : TileTable(kPlanesNchwTiles16);
     case Kernel::kStreamNhwc: return kStreamNhwcTiles;
+    case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
+    case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
@@ -101,6 +113,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
 constexpr int kMaxRegisterTaps = 49;
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
+constexpr int kMaxGradInputRegisters = 128;
 // stream_nhwc: filters, sums of the live rows and one row of the window.
 constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
@@ -177,7 +190,11 @@ inline Band band_of(const Problem& p) {
 constexpr int64_t kMaxBandBytes = 160 << 10;
 constexpr int kMaxBandChunks = 12;
 
+// toeplitz, blocked: filters of fewer taps are for the other kernels.
+constexpr int kMinLargeTaps = 25;
+
 inline bool can_serve_toeplitz(const Problem& p) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return false;
   const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
   if (p.stride_h > 4 || p.stride_w > 2 || span_h > 512 || span_w > 96) return false;
@@ -199,6 +216,7 @@ inline bool can_serve_toeplitz(const Problem& p) {
 constexpr int kMaxBlockedWindow = 80;
 
 inline bool can_serve_blocked(const Problem& p) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
   const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
   if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w > 64 || span_h > 512) return false;
   if (6 * p.stride_w + span_w >= kMaxBlockedWindow) return false;
@@ -209,26 +227,45 @@ inline bool can_serve_blocked(const Problem& p) {
   if (channels_last && p.multiplier != 1) return false;
   // Weights, and what a block one thread wide and high reads.
   const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = 3 * p.stride_h + span_h + 1;
-  const int64_t floats = p.kernel_h * (p.kernel_w + 3) + (rows < in_h ? rows : in_h) * (6 * p.stride_w + span_w + 1);
-  return floats * 4 * (channels_last ? 16 / element_size(p.dtype) : 1) <= kMaxBandBytes;
+  const int64_t channels = channels_last ? 16 / element_size(p.dtype) : 1;
+  const int64_t weight_bytes = p.kernel_h * (p.kernel_w + 3) * 4 * channels;
+  const int64_t in_bytes = (rows < in_h ? rows : in_h) * (6 * p.stride_w + span_w + 1) * 4 * channels;
+  // The weights of many channels leave room for few threads (8x64x128x128, 63x63, fp32, channels_last, H200: 67 ms).
+  return weight_bytes + in_bytes <= kSharedBytesEverywhere && (!channels_last || weight_bytes <= 24 << 10);
 }
 
 // Grad of weight: every tap is a register (11x11), and a dilated row of taps must leave room beside them.
 constexpr int kMaxGradWeightTaps = 121;
 constexpr int kMaxGradWeightSpan = 40;
+// Beyond these, registers spill: a thread of channels_last has an address for each load as well.
+constexpr int kMaxMarchRegisters = 200;
+constexpr int kMaxMarchRegistersNhwc = 235;
+constexpr int kMaxWideStripTaps = 25;  // NCHW, strips of eight columns
 
 inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
-  if (is_grad_weight_kernel(kernel)) return false;  // the kernels follow
   const bool channels_last = kernel == Kernel::kGradWeightNhwc;
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || taps > kMaxGradWeightTaps) return false;
   // Rows that are `dilation_h` apart are a problem of their own; with a stride they are not.
   if (p.dilation_h > 1 && p.stride_h > 1) return false;
-  if (p.stride_h > 4 || p.stride_w > 4 || (p.kernel_w - 1) * p.dilation_w > kMaxGradWeightSpan) return false;
-  if (p.padding_w > 64 || p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n > kInt32Max / 64) return false;
-  if (channels_last)
-    return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) && taps * tile.vector <= 49 &&
-           p.h * p.w * p.c <= kInt32Max && p.out_h * p.out_w * p.c <= kInt32Max;
+  if (p.stride_h > 2 || p.stride_w > 2 || (p.kernel_w - 1) * p.dilation_w > kMaxGradWeightSpan) return false;
+  // Rows of grad_output that meet padding alone would be missed.
+  if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > 64) return false;
+  if (p.h * p.w > kInt32Max || p.n * p.out_h * p.out_w > kInt32Max) return false;
+  const int load = channels_last || tile.vector < tile.grad_vector ? tile.vector : tile.grad_vector;
+  const MarchRegisters registers =
+      march_registers(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                      static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
+                      channels_last ? tile.vector : 1, load, element_size(p.dtype));
+  if (channels_last) {
+    const int loads = registers.step * 4 / (tile.vector * (load == 1 ? 4 : element_size(p.dtype)));
+    const int limit = tile.vector == 1 ? kMaxMarchRegistersNhwc : kMaxMarchRegisters;
+    return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) &&
+           registers.kept + registers.step + 2 * loads <= limit && p.h * p.w * p.c <= kInt32Max &&
+           p.out_h * p.out_w * p.c <= kInt32Max;
+  }
+  if (registers.kept + registers.step > kMaxMarchRegisters) return false;
+  if (tile.columns == 8 && taps > kMaxWideStripTaps) return false;
   return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
          p.out_w % tile.grad_vector == 0;
 }
@@ -255,7 +292,7 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
     return false;
   // Shared memory for the smallest launch: one plane, or a ring of the fewest stages, and its outputs.
   const int64_t granule = 16 / element_size(p.dtype);
-  const int64_t depth = args.w % granule == 0 ? 2 : 3 * granule;
+  const int64_t depth = stream_depth(args.w % granule == 0 && p.aligned ? 2 : 3, stage_rows * args.w, granule);
   const int64_t elements = kernel == Kernel::kPlanesNchw
                                ? static_cast<int64_t>(args.h) * args.w + static_cast<int64_t>(args.out_h) * args.out_w
                                : depth * stage_rows * args.w + rolling_stage_outputs(live_rows) * args.out_w;
@@ -268,8 +305,12 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
     return false;
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
+  const bool grad_input_kernel = is_grad_input_kernel(kernel);
+  if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
   // The grad of input is a flipped forward pass only where every output position has its own input position.
-  if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1)) return false;
+  const bool strided = p.stride_h != 1 || p.stride_w != 1;
+  if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
+  if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   if (kernel == Kernel::kToeplitz) return can_serve_toeplitz(p);
   if (kernel == Kernel::kBlocked) return can_serve_blocked(p);
   const int64_t taps = p.kernel_h * p.kernel_w;
@@ -285,12 +326,21 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const Tile& t = tile_table(kernel, p.dtype)[tile];
   const bool aligned = p.aligned || t.vector == 1;
   if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, t);
+  // The window of grad_output that a tile of grad_input reads; it and the filter are registers.
+  const int64_t window = ((t.rows - 1 + (p.kernel_h - 1) * p.dilation_h) / p.stride_h + 1) *
+                         ((t.columns - 1 + (p.kernel_w - 1) * p.dilation_w) / p.stride_w + 1);
+  if (kernel == Kernel::kGradInputNchw)
+    return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64 &&
+           window + taps <= kMaxGradInputRegisters;
   if (taps > kMaxRegisterTaps) return false;
   if (kernel == Kernel::kDirectNchw)
     return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
+  if (kernel == Kernel::kGradInputNhwc)
+    return aligned && p.c % t.vector == 0 && (window + taps) * t.vector <= kMaxGradInputRegisters &&
+           (t.vector < 4 || taps <= kGradInputNhwcTaps4) && (t.vector < 2 || taps <= kGradInputNhwcTaps2);
   const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
   const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
   const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
@@ -331,41 +381,86 @@ inline Config first_that_serves(const Problem& p, Kernel kernel) {
   return {};
 }
 
-inline Config select_config(const Problem& p) {
-  if (p.direction == Direction::kGradWeight)
-    return first_that_serves(p, p.layout == Layout::kNchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
-
+// toeplitz and blocked, where they are the fastest; else the general kernel, which stands for none. H200, 32 images, ms.
+inline Config select_large(const Problem& p) {
   const DirectArgs args = direct_args(p);
-  if (p.kernel_h * p.kernel_w > kMaxRegisterTaps) {
-    if (can_serve(p, Kernel::kToeplitz, 0)) return {Kernel::kToeplitz, 0};
-    if (can_serve(p, Kernel::kBlocked, 0)) return {Kernel::kBlocked, 0};
-    return {};
+  const bool nchw = p.layout == Layout::kNchw, dilated = p.dilation_h > 1 || p.dilation_w > 1;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (can_serve(p, Kernel::kToeplitz, 0)) {
+    // 9x9 on 768x32x32: 0.077, planes 0.158.
+    if (taps > kMaxRegisterTaps) return {Kernel::kToeplitz, 0};
+    // 7x7. NCHW: 96x56x56: 0.031, planes 0.046; 192x28x28: 0.024, 0.030; 384x14x14: 0.019, 0.019; 768x7x7: 0.019, 0.014.
+    // channels_last: 96x56x56: 0.060, tiled 0.053; 192x28x28: 0.036, 0.039; 384x14x14: 0.021, 0.027.
+    // Dilation 3, 8x64x56x56: NCHW 0.012, direct 0.016; channels_last 0.021. 5x5 on 240x28x28: 0.027, planes 0.024.
+    const bool fits = nchw ? args.out_w > 14 : args.out_w <= 28;
+    if (taps == kMaxRegisterTaps && (dilated || fits)) return {Kernel::kToeplitz, 0};
   }
-  if (p.layout == Layout::kNchw) {
-    if (p.dtype == DType::kFloat32) {
-      // Eight rows re-read less of the halo (3x7, 32x128x128x256 fp32, H100: 0.37 ms against 0.41 with four), once
-      // there are blocks enough to fill the device twice.
-      const int64_t threads = p.n * p.out_c * ((args.out_w + 3) / 4) * ((args.out_h + 7) / 8);
-      if (threads >= 1 << 19 && can_serve(p, Kernel::kDirectNchw, 0)) return {Kernel::kDirectNchw, 0};
-    } else if (args.out_w > 4 && can_serve(p, Kernel::kDirectNchw, 0)) {
-      return {Kernel::kDirectNchw, 0};
-    }
-    for (int tile = 1; tile < tile_table(Kernel::kDirectNchw, p.dtype).size; ++tile)
-      if (can_serve(p, Kernel::kDirectNchw, tile)) return {Kernel::kDirectNchw, tile};
-    return {};
-  }
+  // fp32 9x9 on 768x32x32: NCHW 0.345, planes 0.163; channels_last 0.325.
+  const int64_t few = nchw && !dilated ? 81 : kMaxRegisterTaps;
+  if (taps > few && can_serve(p, Kernel::kBlocked, 0)) return {Kernel::kBlocked, 0};
+  return {};
+}
 
-  // 16-bit 3x3 on large images computes as long as it reads: shared memory frees registers, so that more blocks overlap
-  // the two (16x64x512x512 fp16, H100: tiled 0.377 ms, direct 0.405; 32x144x56x56: tiled 0.037, direct 0.032).
-  const int tiled = tiled_nhwc_tile(p.c);
-  const bool large = p.dtype != DType::kFloat32 && p.n * p.c * p.h * p.w >= int64_t{64} << 20;
-  if (large && p.stride_h == 1 && p.stride_w == 1 && can_serve(p, Kernel::kTiledNhwc, tiled))
-    return {Kernel::kTiledNhwc, tiled};
-  // Stride 2 reads 9x9 pixels for 4x4 outputs: too many registers (32x96x112x112 fp16, H100: q2r2 0.042 ms).
+// Forward, and grad of input at stride 1. Times are of 32 images on an H200, ms, fp32 / fp16 where nothing else is said.
+inline Config select_nchw(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (p.dilation_h == 1 && p.dilation_w == 1) {
+    // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.016 / 0.014), and
+    // filters that cost registers or loads elsewhere (7x7, 96x56x56: 0.048 / 0.046, direct 0.064 / 0.058). Larger planes
+    // of few taps are read faster without the detour (3x3, 144x56x56: 0.037 / 0.029, direct 0.036 / 0.026).
+    if (args.h * args.w <= 32 * 32 || taps >= 25) {
+      const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
+      if (planes.kernel != Kernel::kGeneral) return planes;
+    }
+    // Rows that fill a warp at least, where a thread saves instructions by rolling down them: 16-bit (3x3, 16x64x512x512:
+    // 0.31, direct 0.44) and larger filters (3x7, 128x128x256: 0.31 / 0.24, direct 0.39 / 0.29), not 3x1 (64x8x512x512:
+    // 0.28 / 0.15, direct 0.26 / 0.13) nor 3x3 in fp32 (16x64x512x512: 0.60, direct 0.58).
+    // Rows off the boundaries of words: shared memory is where they cost little.
+    const bool fills_warps = args.out_w * element_size(p.dtype) >= 28 * 16;
+    const bool saves = p.kernel_h > 1 && (taps > 9 || (taps > 3 && p.dtype != DType::kFloat32));
+    const bool unaligned = !p.aligned || args.w % 4 != 0;
+    if (p.stride_h == 1 && p.stride_w == 1 && fills_warps && (saves || unaligned)) {
+      const Config stream = first_that_serves(p, Kernel::kStreamNchw);
+      if (stream.kernel != Kernel::kGeneral) return stream;
+    }
+  }
+  for (const Kernel kernel : {Kernel::kDirectNchw, Kernel::kPlanesNchw, Kernel::kStreamNchw}) {
+    const Config config = first_that_serves(p, kernel);
+    if (config.kernel != Kernel::kGeneral) return config;
+  }
+  return {};
+}
+
+inline Config select_nhwc(const Problem& p) {
+  // Wide pixels are whole cache lines (3x3, 16x64x512x512: 64 channels 0.57 / 0.30, 32 channels 0.64 / 0.37), unless
+  // channels beyond the last are wasted (144x56x56: 0.043 / 0.032 against 0.040 / 0.029). At stride 2 they win all the
+  // same (96x112x112: 0.058 / 0.038 against 0.063 / 0.043).
+  const auto padded = [&](int64_t block) { return (p.c + block - 1) / block * block; };
+  const bool narrow = padded(32) < padded(64) && (p.stride_w == 1 || p.c < 64);
+  for (const int tile : {narrow ? 1 : 0, narrow ? 0 : 1})
+    if (can_serve(p, Kernel::kStreamNhwc, tile)) return {Kernel::kStreamNhwc, tile};
+  // Dilated kernels of few taps, and what is not aligned.
   const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
   if (direct.kernel != Kernel::kGeneral) return direct;
+  const int tiled = tiled_nhwc_tile(p.c);
   if (can_serve(p, Kernel::kTiledNhwc, tiled)) return {Kernel::kTiledNhwc, tiled};
   return {};
+}
+
+inline Config select_config(const Problem& p) {
+  const bool nchw = p.layout == Layout::kNchw;
+  if (p.direction == Direction::kGradWeight)
+    return first_that_serves(p, nchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
+  if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
+    return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
+  const Config large = select_large(p);
+  if (large.kernel != Kernel::kGeneral) return large;
+  const Config config = nchw ? select_nchw(p) : select_nhwc(p);
+  if (config.kernel != Kernel::kGeneral) return config;
+  // What needs too many registers or too much shared memory elsewhere, such as 7x7 with dilation 3 in channels_last.
+  const Config toeplitz = first_that_serves(p, Kernel::kToeplitz);
+  return toeplitz.kernel != Kernel::kGeneral ? toeplitz : first_that_serves(p, Kernel::kBlocked);
 }
 
 // What a specialisation is compiled for: the compile-time part of a problem.
@@ -373,13 +468,21 @@ struct Specialisation {
   Kernel kernel;
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-  int padding_w;      // NCHW alone: it decides where aligned words lie
+  int padding_w;      // NCHW and grad of input: where aligned words lie (window_phase), and which taps meet
+  int padding_h;      // grad of input alone
   int tile;           // of a kernel that is compiled tile by tile, else 0
   int channels_last;  // toeplitz, blocked
   Band band;          // toeplitz, which takes the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
+
+// direct_nchw, stream_nchw, planes_nchw: where windows start within aligned words of input. A specialisation of
+// direct_nchw serves all tiles of its table, so its words are the widest.
+inline int window_phase(int padding_w, Kernel kernel, DType dtype, int tile) {
+  const int words = tile_table(kernel, dtype)[is_compiled_by_tile(kernel) ? tile : 0].vector;
+  return (padding_w % words + words) % words;
+}
 
 inline Specialisation specialisation_of(const Problem& p, const Config& config) {
   const Kernel kernel = config.kernel;
@@ -397,16 +500,21 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   s.stride_h = static_cast<int>(p.stride_h);
   s.dilation_h = static_cast<int>(p.dilation_h);
   s.dilation_w = static_cast<int>(p.dilation_w);
-  if (is_direct_nchw(kernel)) s.padding_w = direct_args(p).padding_w;
+  if (is_direct_nchw(kernel)) s.padding_w = window_phase(direct_args(p).padding_w, kernel, p.dtype, config.tile);
+  if (is_grad_input_kernel(kernel)) {
+    s.padding_w = direct_args(p).padding_w;
+    s.padding_h = direct_args(p).padding_h;
+  }
   if (kernel == Kernel::kGradWeightNchw) s.padding_w = static_cast<int>(p.padding_w);
   if (is_compiled_by_tile(kernel)) s.tile = config.tile;
   return s;
 }
 
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general",          "direct_nchw", "stream_nchw", "planes_nchw",
-                                    "direct_nhwc",      "tiled_nhwc",  "stream_nhwc", "grad_weight_nchw",
-                                    "grad_weight_nhwc", "toeplitz",    "blocked"};
+  constexpr const char* kNames[] = {"general",         "direct_nchw",      "stream_nchw",      "planes_nchw",
+                                    "direct_nhwc",     "tiled_nhwc",       "stream_nhwc",      "grad_input_nchw",
+                                    "grad_input_nhwc", "grad_weight_nchw", "grad_weight_nhwc", "toeplitz",
+                                    "blocked"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -432,6 +540,7 @@ inline std::string specialisation_name(const Specialisation& s) {
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
   std::string full = name;
+  if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
   if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
 }
@@ -445,6 +554,9 @@ inline std::string specialisation_source(const Specialisation& s) {
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
   std::string traits = std::string("NhwcTraits<") + arguments;
   if (is_direct_nchw(s.kernel)) traits = std::string("NchwTraits<") + arguments + ", " + std::to_string(s.padding_w);
+  if (is_grad_input_kernel(s.kernel))
+    traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
+             ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
   if (is_grad_weight_kernel(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +

@@ -96,8 +96,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_nchw_kernel(const Direc
       rolling.stage(
           [&](T(&row)[Rolling::Row::kWindow], int r) {
             const int in_row = first_in_row + stage * kStageRows + r;
-            Rolling::Row::template load<SharedMemory>(row, window + (slot + r) * args.w, column * Traits::kStrideW,
-                                                      args.w,
+            Rolling::Row::template load<SharedMemory>(row, window + (slot + r) * args.w,
+                                                      window_column<Traits>(args, column), args.w,
                                                       static_cast<unsigned>(in_row) < static_cast<unsigned>(args.h));
           },
           [&](int o, float (&sum)[kColumns]) {
@@ -132,15 +132,13 @@ StreamPlan plan_stream(const DirectArgs& args, const DeviceLimits& limits) {
   // Rows off the granules' boundaries share granules with the stage before: its ring slot must not be in use.
   const bool shares_granules = args.w % kGranule != 0 || reinterpret_cast<uintptr_t>(args.input) % 16 != 0;
   const int64_t stage_elements = static_cast<int64_t>(Shape::kStageRows) * args.w;
-  plan.depth = 4;
-  while (plan.depth * stage_elements % kGranule != 0) ++plan.depth;
+  plan.depth = static_cast<int>(stream_depth(4, stage_elements, kGranule));
   const auto bytes = [&] {
     const int64_t outputs = plan.staged ? static_cast<int64_t>(Shape::kStageOutputs) * args.out_w + kGranule : 0;
     return (plan.depth * stage_elements + kGranule + outputs) * static_cast<int64_t>(sizeof(T));
   };
-  if (bytes() > limits.shared_bytes_for(2) && plan.depth == 4 && 2 * stage_elements % kGranule == 0)
-    plan.depth = shares_granules ? 3 : 2;
-  while (plan.depth * stage_elements % kGranule != 0) ++plan.depth;
+  if (bytes() > limits.shared_bytes_for(2))
+    plan.depth = static_cast<int>(stream_depth(shares_granules ? 3 : 2, stage_elements, kGranule));
   if (bytes() > limits.shared_bytes_for(2)) return StreamPlan{};
   plan.shared_bytes = static_cast<int>(bytes());
   plan.ahead = min_int(3, plan.depth - (shares_granules ? 2 : 1));

@@ -1,0 +1,153 @@
+// Grad of weight and bias, channels_last.
+//
+// Serves  up to 11x11 taps (1xk, kx1 up to 41), strides 1 and 2, dilation (not with a vertical stride); fp32, fp16,
+// bf16;
+//         any number of channels (a tile of one channel a thread), multiplier 1; bias from the same pass.
+// Owns    a block: up to 32 threads along channels, kChannels each, so that a warp reads whole lines; the other threads
+//         take pieces (image, rows, strip of kColumns columns) of one split.
+// Reduces the block's pieces in order through shared memory, kBatch sums at a time, then the splits in order
+//         (grad_weight.cu). No atomics: results repeat bit for bit.
+// Chosen  wherever it serves (select.h).
+#pragma once
+
+#include "grad_weight_march.cuh"
+
+namespace depthwise {
+
+template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kColumns,
+          int kChannels>
+struct GradWeightNhwcTraits
+    : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels> {
+  static constexpr int kBatch = 16 / kChannels;  // taps that are reduced together: 8 KB of shared memory
+};
+
+// Loads a piece's rows.
+template <class Traits>
+struct NhwcStrip {
+  using T = typename Traits::T;
+  static constexpr int kChannels = Traits::kChannels;
+  int pixel;  // elements from one pixel to the next
+  // Which columns lie inside the image, as bits: one register instead of a predicate a column.
+  StripMask<Traits::kWindow> grad_mask = 0, input_mask = 0;
+
+  __device__ __forceinline__ NhwcStrip(int pixel, int grad_columns, int input_column, int input_columns)
+      : pixel(pixel) {
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; ++v)
+      if (v < grad_columns) grad_mask |= 1u << v;
+#pragma unroll
+    for (int k = 0; k < Traits::kWindow; ++k)
+      if (static_cast<unsigned>(input_column + k) < static_cast<unsigned>(input_columns))
+        input_mask |= StripMask<Traits::kWindow>{1} << k;
+  }
+
+  __device__ __forceinline__ void load(const T* pointer, bool in_bounds, T (&registers)[kChannels]) const {
+    const auto word = load_or_zero<kChannels>(pointer, in_bounds);
+#pragma unroll
+    for (int e = 0; e < kChannels; ++e) registers[e] = word.value[e];
+  }
+  __device__ __forceinline__ void grad(const T* row, bool in_bounds,
+                                       T (&registers)[Traits::kColumns][kChannels]) const {
+    const auto mask = in_bounds ? grad_mask : 0;
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; ++v) load(row + v * pixel, mask >> v & 1, registers[v]);
+  }
+  __device__ __forceinline__ void input(const T* row, bool in_bounds,
+                                        T (&registers)[Traits::kWindow][kChannels]) const {
+    const auto mask = in_bounds ? input_mask : 0;
+#pragma unroll
+    for (int k = 0; k < Traits::kWindow; ++k)
+      if (Traits::kUsed >> k & 1) load(row + k * pixel, mask >> k & 1, registers[k]);
+  }
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
+    grad_weight_nhwc_kernel(const GradWeightArgs args, const Pieces pieces) {
+  using T = typename Traits::T;
+  constexpr int kTaps = Traits::kTaps, kChannels = Traits::kChannels, kBatch = Traits::kBatch;
+  const int out_c = static_cast<int>(args.out_c);
+  const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
+  const int first_piece = blockIdx.y * blockDim.y + threadIdx.y;
+  const int piece_step = args.splits * blockDim.y;
+  const auto grad_plane = [&](int image) {
+    return static_cast<const T*>(args.grad_output) + static_cast<int64_t>(image) * args.out_h * args.out_w * out_c +
+           channel;
+  };
+  const auto input_plane = [&](int image) {
+    return static_cast<const T*>(args.input) + static_cast<int64_t>(image) * args.h * args.w * out_c + channel;
+  };
+
+  float sum[kTaps][kChannels] = {};
+  float bias[kChannels] = {}, bias_part[kChannels] = {};
+  if (channel < out_c) {
+    for (int index = first_piece; index < pieces.per_channel; index += piece_step) {
+      const Piece piece = piece_at<Traits>(args, pieces, index);
+      const int column = piece.column * Traits::kStrideW - args.padding_w;
+      const NhwcStrip<Traits> strip(out_c, args.out_w - piece.column, column, args.w);
+      march<Traits>(args, piece, strip, grad_plane(piece.image) + static_cast<int64_t>(piece.column) * out_c,
+                    input_plane(piece.image) + static_cast<int64_t>(column) * out_c, args.out_w * out_c, args.w * out_c,
+                    sum, bias, bias_part);
+#pragma unroll
+      for (int e = 0; e < kChannels; ++e) bias[e] += bias_part[e], bias_part[e] = 0;
+    }
+  }
+
+  __shared__ float shared[kBatch * kChannels][kGradWeightThreads];
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, num_threads = blockDim.x * blockDim.y;
+  // Adds what the block's threads left in `slots` slots of shared memory for their channels, and stores it.
+  const auto store_slots = [&](int first_tap, int slots) {
+    bool finite = true;
+    __syncthreads();
+    for (int k = thread; k < slots * kChannels * static_cast<int>(blockDim.x); k += num_threads) {
+      const int lane = k % blockDim.x, slot = k / blockDim.x;
+      const int of_channel = (blockIdx.x * blockDim.x + lane) * kChannels + slot % kChannels;
+      if (of_channel >= out_c) continue;
+      float total = shared[slot][lane];
+      for (int y = 1; y < blockDim.y; ++y) total += shared[slot][y * blockDim.x + lane];
+      store_sum<Traits>(args, blockIdx.y, of_channel, first_tap + slot / kChannels, total);
+      finite = finite && isfinite(total);
+    }
+    return __syncthreads_and(finite) != 0;
+  };
+
+  bool finite = true;
+#pragma unroll
+  for (int first_tap = 0; first_tap <= kTaps; first_tap += kBatch) {
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k)
+#pragma unroll
+      for (int e = 0; e < kChannels; ++e)
+        if (first_tap + k <= kTaps)
+          shared[k * kChannels + e][thread] =
+              first_tap + k < kTaps ? sum[min_int(first_tap + k, kTaps - 1)][e] : bias[e];
+    finite = store_slots(first_tap, min_int(kBatch, kTaps + 1 - first_tap)) && finite;
+  }
+  if (finite) return;
+
+  for (int tap = 0; tap < kTaps; ++tap) {
+    for (int e = 0; e < kChannels; ++e) {
+      float total = 0;
+      for (int index = first_piece; index < pieces.per_channel && channel < out_c; index += piece_step) {
+        const Piece piece = piece_at<Traits>(args, pieces, index);
+        total +=
+            sum_of_pairs<Traits>(args, piece, tap, grad_plane(piece.image) + e, input_plane(piece.image) + e, out_c);
+      }
+      shared[e][thread] = total;
+    }
+    store_slots(tap, 1);
+  }
+}
+
+template <class Traits>
+int launch_grad_weight_nhwc(const GradWeightArgs& args, int, cudaStream_t stream) {
+  const Pieces pieces = count_pieces<Traits>(args);
+  const int lanes = static_cast<int>(args.out_c) / Traits::kChannels;
+  const int blocks_c = divide_up(lanes, kGradWeightLanes);
+  const int x = divide_up(lanes, blocks_c);
+  const int y = min_int(kGradWeightThreads / x, divide_up(pieces.per_channel, args.splits));
+  grad_weight_nhwc_kernel<Traits><<<dim3(blocks_c, args.splits), dim3(x, y), 0, stream>>>(args, pieces);
+  return cudaGetLastError();
+}
+
+}  // namespace depthwise
