@@ -32,6 +32,8 @@ struct Tile {
   int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
 };
 
+constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
 // A direct convolution with its direction taken out: the grad of input at stride 1 is the forward pass over
 // grad_output with the filter flipped and padding dilation * (kernel - 1) - padding.
 struct DirectArgs {
@@ -41,6 +43,7 @@ struct DirectArgs {
   void* out;
   int64_t n, out_c;
   int multiplier, h, w, out_h, out_w, padding_h, padding_w;
+  int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
 };
 
@@ -125,6 +128,9 @@ constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h *
 // grad_input_nhwc: taps up to which a thread takes four channels, or two: their filters are registers.
 constexpr int kGradInputNhwcTaps4 = 9;
 constexpr int kGradInputNhwcTaps2 = 25;
+
+// What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.
+constexpr int kTooLittleSharedMemory = -1;
 
 // Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs or GradWeightArgs, as
 // its kernel takes.
