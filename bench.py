@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bench_report as report
+import compiler_report
 import depthwise_inline
 from bench_report import DIRECTIONS, LOSS, Case
 
@@ -538,11 +539,11 @@ def print_compiler_report(cases: Sequence[Case], args: argparse.Namespace) -> in
                     sources.setdefault(name.rpartition("/")[0], source)
         print(f"compiling for {architecture}; registers and bytes of each kernel:")
         for name, source in sources.items():
-            result = depthwise_inline._compiler_report(source, architecture)
+            result = compiler_report.compile_for(architecture, None if source is None else [source])
             print(f"{name}: {len(result.kernels)} kernels in {result.seconds:.1f} s")
             for kernel in result.kernels:
                 print(
-                    f"  {kernel.registers:>4} registers {kernel.spill_stores + kernel.spill_loads:>5} spilled "
+                    f"  {kernel.registers:>4} registers {kernel.spill_bytes:>5} spilled "
                     f"{kernel.shared_bytes:>6} shared  {kernel.name}",
                     flush=True,
                 )

@@ -5,7 +5,9 @@ the depthwise convolutions of a whole network, ``depthwise_conv2d`` is the funct
 run the CUDA kernels of ``kernels/``, which are compiled when first needed and kept on disk; on any other device they
 call ``F.conv2d``. ``print(depthwise_inline.status())`` says which of the two is live, and why.
 
-This file, from top to bottom: argument checks, operators, functions and modules, and the build.
+``python depthwise_inline.py doctor`` says what a machine lacks; ``clean`` empties the cache of compiled kernels.
+
+This file, from top to bottom: argument checks, operators, functions and modules, the build, the command line.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -209,20 +210,21 @@ def _check_flat(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Se
     check_arguments(input, weight, bias, geometry[0:2], geometry[2:4], geometry[4:6])
 
 
+def _out_size(image: Sequence[int], kernel: Sequence[int], geometry: Sequence[int]) -> list[int]:
+    """Rows and columns of the output."""
+    axes = zip(image, kernel, geometry[0:2], geometry[2:4], geometry[4:6], strict=True)
+    return [(size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size, k, stride, pad, dilation in axes]
+
+
 def _check_gradient(
-    grad_output: Tensor, input_size: Sequence[int], kernel_size: Sequence[int], geometry: Sequence[int]
+    grad_output: Tensor, input_size: Sequence[int], kernel: Sequence[int], geometry: Sequence[int]
 ) -> None:
     """The gradient of an output must have that output's size."""
-    sizes = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(
-            input_size[2:], kernel_size, geometry[0:2], geometry[2:4], geometry[4:6], strict=True
-        )
-    ]
-    if grad_output.dim() != 4 or grad_output.size(0) != input_size[0] or list(grad_output.shape[2:]) != sizes:
+    height, width = _out_size(input_size[2:], kernel, geometry)
+    if grad_output.dim() != 4 or grad_output.size(0) != input_size[0] or grad_output.shape[2:] != (height, width):
         raise RuntimeError(
-            f"expected grad_output of size [{input_size[0]}, C * m, {sizes[0]}, {sizes[1]}], but got grad_output of "
-            f"size: {list(grad_output.shape)}"
+            f"expected grad_output of size [{input_size[0]}, C * m, {height}, {width}], but got grad_output of size: "
+            f"{list(grad_output.shape)}"
         )
 
 
@@ -247,9 +249,8 @@ def _forward_composite(input: Tensor, weight: Tensor, bias: Tensor | None, *geom
 def _grad_input_composite(grad_output: Tensor, weight: Tensor, height: int, width: int, *rest: int | bool) -> Tensor:
     if _lazy_cuda("grad_input", grad_output):
         return _OPS.grad_input.default(grad_output, weight, height, width, *rest)
-    geometry, (channels_last, multiplier) = rest[:6], _with_default(rest[6:])
-    size = _input_size(grad_output, weight, height, width, geometry, multiplier)
-    grad = nn.grad.conv2d_input(size, weight, grad_output, geometry[0:2], geometry[2:4], geometry[4:6], groups=size[1])
+    size, channels_last = _input_size(grad_output, weight, height, width, *rest)
+    grad = nn.grad.conv2d_input(size, weight, grad_output, rest[0:2], rest[2:4], rest[4:6], groups=size[1])
     return grad.contiguous(memory_format=_memory_format(channels_last))
 
 
@@ -268,15 +269,11 @@ def _grad_weight_composite(
     return grad.contiguous(), grad_bias
 
 
-def _with_default(flags: Sequence[int | bool]) -> tuple[bool, int]:
-    """channels_last and multiplier, which callers leave out when it is 1."""
-    return bool(flags[0]), int(flags[1]) if len(flags) > 1 else 1
-
-
 def _input_size(
-    grad_output: Tensor, weight: Tensor, height: int, width: int, geometry: Sequence[int], multiplier: int
-) -> tuple[int, int, int, int]:
-    """The size of the input whose gradient is asked for."""
+    grad_output: Tensor, weight: Tensor, height: int, width: int, *rest: int | bool
+) -> tuple[tuple[int, int, int, int], bool]:
+    """The size of the input whose gradient is asked for, and whether it is to be in channels_last."""
+    geometry, channels_last, multiplier = rest[:6], rest[6], rest[7] if len(rest) > 7 else 1
     if multiplier < 1 or grad_output.size(1) != weight.size(0) or weight.size(0) % multiplier != 0:
         raise RuntimeError(
             f"expected grad_output and weight with the same number of output channels, a multiple of "
@@ -285,31 +282,19 @@ def _input_size(
         )
     size = (grad_output.size(0), weight.size(0) // multiplier, height, width)
     _check_gradient(grad_output, size, weight.shape[2:], geometry)
-    return size
+    return size, bool(channels_last)
 
 
 def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: int) -> Tensor:
     _check_flat(input, weight, bias, geometry)
-    spatial = [
-        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for size, kernel, stride, padding, dilation in zip(
-            input.shape[2:], weight.shape[2:], geometry[0:2], geometry[2:4], geometry[4:6], strict=True
-        )
-    ]
-    return torch.empty(
-        (input.size(0), weight.size(0), *spatial),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=_memory_format(_wants_channels_last(input, weight)),
-    )
+    size = (input.size(0), weight.size(0), *_out_size(input.shape[2:], weight.shape[2:], geometry))
+    channels_last = _wants_channels_last(input, weight)
+    return input.new_empty(size).contiguous(memory_format=_memory_format(channels_last))
 
 
 def _grad_input_fake(grad_output: Tensor, weight: Tensor, height: int, width: int, *rest: int | bool) -> Tensor:
-    geometry, (channels_last, multiplier) = rest[:6], _with_default(rest[6:])
-    size = _input_size(grad_output, weight, height, width, geometry, multiplier)
-    return torch.empty(
-        size, dtype=grad_output.dtype, device=grad_output.device, memory_format=_memory_format(channels_last)
-    )
+    size, channels_last = _input_size(grad_output, weight, height, width, *rest)
+    return grad_output.new_empty(size).contiguous(memory_format=_memory_format(channels_last))
 
 
 def _grad_weight_fake(
@@ -352,7 +337,7 @@ def _forward_backward(ctx, grad_output):
 def _grad_input_setup(ctx, inputs, output) -> None:
     grad_output, weight, _, _, *rest = inputs
     ctx.save_for_backward(grad_output, weight)
-    ctx.geometry, (ctx.channels_last, _) = rest[:6], _with_default(rest[6:])
+    ctx.geometry, ctx.channels_last = rest[:6], rest[6]
 
 
 def _grad_input_backward(ctx, grad):
@@ -674,6 +659,8 @@ def _new_instance(cls: type[nn.Conv2d]) -> nn.Conv2d:
 _NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 _CXX_FLAGS = ("-O2",)
 _SYSTEM_CUDA = Path("/usr/local/cuda")
+_SET_CACHE = "To mend it: set TORCH_EXTENSIONS_DIR to a folder that you can write"
+_SEE_GPU = "To mend it: see nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
 class BuildError(RuntimeError):
@@ -921,11 +908,6 @@ class _CacheUnusable(Exception):
     """A cache folder that cannot be written, or must not be trusted."""
 
 
-def _trusted(root: Path) -> bool:
-    """Whether libraries in this folder are this user's own, or the administrator's."""
-    return root.stat().st_uid in (os.getuid(), 0)
-
-
 @contextlib.contextmanager
 def _exclusive(path: Path) -> Iterator[bool]:
     """Hold a lock among processes; yields False where the file system has no locks."""
@@ -1004,41 +986,38 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
 def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) -> Path:
     """The library of a cache entry, built by build(folder) unless it is there."""
     library = root / entry / "library.so"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if not _trusted(root):
-            raise _CacheUnusable(f"{root} belongs to another user")
-        with _exclusive(root / f"{entry}.lock") as locked:
-            if library.is_file():
-                return library
-            if locked:  # what a killed builder left
-                for rest in (*root.glob(f"{entry}.tmp*"), library.parent):
-                    shutil.rmtree(rest, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix=f"{entry}.tmp", dir=root))
+    root.mkdir(parents=True, exist_ok=True)
+    if root.stat().st_uid not in (os.getuid(), 0):  # a library in there would run as this user
+        raise _CacheUnusable(f"{root} belongs to another user")
+    if library.is_file():
+        return library
+    with _exclusive(root / f"{entry}.lock") as locked:
+        if library.is_file():
+            return library
+        if locked:  # what a killed builder left
+            for rest in (*root.glob(f"{entry}.tmp*"), library.parent):
+                shutil.rmtree(rest, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{entry}.tmp", dir=root))
+        print(f"depthwise_inline: compiling {what}, once; cached in {library.parent}", file=sys.stderr, flush=True)
+        try:
+            build(folder)
             try:
-                line = f"depthwise_inline: compiling {what}, once; cached in {library.parent}"
-                print(line, file=sys.stderr, flush=True)
-                build(folder)
-                try:
-                    folder.rename(library.parent)
-                except OSError:  # without locks another builder may have been faster
-                    if not library.is_file():
-                        raise
-            except RuntimeError as error:
-                if isinstance(error, BuildError):
+                folder.rename(library.parent)
+            except OSError:  # without locks another builder may have been faster
+                if not library.is_file():
                     raise
-                if "No space left on device" in str(error):
-                    raise _CacheUnusable(f"{root}: no space left on device") from None
-                log = root / f"{entry}.log"
-                log.write_text(str(error))
-                raise BuildError(
-                    f"depthwise_inline: compiling {what} failed:\n"
-                    f"{_first_error(str(error))}\nThe whole output is in {log}"
-                ) from None
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    except OSError as error:
-        raise _CacheUnusable(str(error)) from error
+        except BuildError:
+            raise
+        except RuntimeError as error:
+            if "No space left on device" in str(error):
+                raise _CacheUnusable(f"{root}: no space left on device") from None
+            log = root / f"{entry}.log"
+            log.write_text(str(error))
+            raise BuildError(
+                f"depthwise_inline: compiling {what} failed:\n{_first_error(str(error))}\nThe whole output is in {log}"
+            ) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return library
 
 
@@ -1060,24 +1039,19 @@ def _obtain(name: str, what: str, cpp: Sequence[str], cuda: Sequence[str]) -> Pa
     def build(folder: Path) -> None:
         _compile(folder, compiler, flags, cpp, cuda)
 
-    root = _cache_root()
-    with contextlib.suppress(OSError):
-        if (root / entry / "library.so").is_file() and _trusted(root):
-            return root / entry / "library.so"
     try:
-        return _build_in(root, entry, what, build)
-    except _CacheUnusable as problem:
+        return _build_in(_cache_root(), entry, what, build)
+    except (_CacheUnusable, OSError) as problem:
         warnings.warn(
             f"depthwise_inline: the cache cannot be used ({problem}); compiling in a temporary folder, for this "
-            "process alone. To mend it: set TORCH_EXTENSIONS_DIR to a folder that you can write",
+            f"process alone. {_SET_CACHE}",
             stacklevel=2,
         )
     try:
         return _build_in(_private_root(), entry, what, build)
     except (_CacheUnusable, OSError) as problem:
         raise BuildError(
-            f"depthwise_inline: neither {root} nor a temporary folder can be used ({problem}). To mend it: set "
-            "TORCH_EXTENSIONS_DIR to a folder that you can write"
+            f"depthwise_inline: neither {_cache_root()} nor a temporary folder can be used ({problem}). {_SET_CACHE}"
         ) from None
 
 
@@ -1239,11 +1213,7 @@ def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[int, .
         geometry = (*kernel, *module.stride, *padding, *module.dilation)
         problems.append((batch, module.in_channels, multiplier, height, width, *geometry, 1))
 
-    meta = {
-        name: tensor.to("meta")
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-    }
+    meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)
     hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, DepthwiseConv2d)]
     try:
@@ -1318,62 +1288,63 @@ def status() -> Status:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The compiler's report, for tests and for machines without a GPU
+# Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _KernelReport:
-    name: str
-    registers: int
-    shared_bytes: int
-    spill_stores: int
-    spill_loads: int
+def _doctor() -> int:
+    """Print what was found, and what to do about each thing that is wrong; returns how many things are."""
+
+    def expect(condition: object, found: str, problem: str) -> str:
+        if not condition:
+            raise BuildError(problem)
+        return found
+
+    def cache() -> str:
+        root = _cache_root()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=root).close()
+        except OSError as error:
+            raise BuildError(f"cannot be written ({error}). {_SET_CACHE}") from None
+        times = [path.stat().st_mtime for path in root.glob("*/library.so")]
+        return f"{root}, {len(times)} libraries{f', last built {time.ctime(max(times))}' if times else ''}"
+
+    _on_import()
+    version, gpus = torch.__version__, ", ".join(map(str, _gpus()))
+    driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0]
+    checks = {
+        "torch": lambda: expect(_CUDA_BUILD, version, f"{version} is built without CUDA. To mend it: install one with"),
+        "GPU": lambda: expect(gpus, f"{gpus}; driver {driver}", f"none is visible to this process. {_SEE_GPU}"),
+        "nvcc": lambda: f"{_find_compiler().version} in {_find_compiler().root}",
+        "C++ compiler": lambda: _output([*_cxx_command(), "--version"]).partition("\n")[0],
+        "ninja": lambda: f"in {_ninja_folder()}",
+        "sources": lambda: str(_kernels_folder()),
+        "cache": cache,
+        "kernels": lambda: expect(status().path != "error", status().reason, status().reason),
+    }
+    wrong = 0
+    for name, check in checks.items():
+        try:
+            print(f"ok     {name:<13}{check()}")
+        except BuildError as error:
+            print(f"WRONG  {name:<13}{str(error).removeprefix('depthwise_inline: ')}")
+            wrong += 1
+    return wrong
 
 
-@dataclass(frozen=True)
-class _CompilerReport:
-    architecture: str
-    seconds: float
-    kernels: tuple[_KernelReport, ...]
+def _clean() -> int:
+    """Empty the cache; what is needed again is built again."""
+    root = _cache_root()
+    print(f"removing {len(list(root.glob('*/library.so')))} libraries in {root}")
+    if root.exists():
+        shutil.rmtree(root)
+    return 0
 
 
-def _compiler_report(source: str | None = None, architecture: str = "sm_90") -> _CompilerReport:
-    """Compile CUDA text for one architecture and report what each kernel takes; None means stage 1's text."""
-    compiler = _find_compiler()
-    text = "\n".join(_stage1_sources()[1]) if source is None else source
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.cu"
-        file.write_text(text)
-        command = [compiler.nvcc, *_NVCC_FLAGS, "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
-        command += ["-I", _kernels_folder(), "-o", file.with_suffix(".cubin"), file]
-        started = time.perf_counter()
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        seconds = time.perf_counter() - started
-    if done.returncode != 0:
-        raise BuildError(f"depthwise_inline: compiling for {architecture} failed:\n{done.stdout}")
-    kernels = []
-    for block in re.split(r"Compiling entry function ", done.stdout)[1:]:
-        shared = re.search(r"(\d+) bytes smem", block)
-        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", block)
-        registers = re.search(r"Used (\d+) registers", block)
-        name = re.match(r"'([^']+)'", block)
-        kernels.append(
-            _KernelReport(name[1], int(registers[1]), int(shared[1]) if shared else 0, int(spills[1]), int(spills[2]))
-        )
-    names = _demangle([kernel.name for kernel in kernels])
-    kernels = [dataclasses.replace(kernel, name=name) for kernel, name in zip(kernels, names, strict=True)]
-    return _CompilerReport(architecture, seconds, tuple(kernels))
-
-
-def _demangle(names: list[str]) -> list[str]:
-    """C++ names in words, where a tool for that is installed."""
-    tool = shutil.which("cu++filt") or shutil.which("c++filt")
-    if tool is None or not names:
-        return names
-    done = subprocess.run([tool], input="\n".join(names), stdout=subprocess.PIPE, text=True)
-    found = done.stdout.splitlines()
-    return found if len(found) == len(names) else names
+def _is_script() -> bool:
+    """Whether this file was started as a command; pasted into a notebook, it is __main__ as well."""
+    return __name__ == "__main__" and os.path.abspath(sys.argv[0]) == os.path.abspath(globals().get("__file__", ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1395,4 +1366,12 @@ def _on_import() -> None:
         _library_error = error
 
 
+if _is_script():
+    commands = {"doctor": _doctor, "clean": _clean}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(
+            "usage: python depthwise_inline.py doctor   what is found on this machine, and how to mend what is wrong"
+            "\n       python depthwise_inline.py clean    empty the cache of compiled kernels"
+        )
+    sys.exit(1 if commands[sys.argv[1]]() else 0)
 _on_import()

@@ -43,4 +43,14 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Waits for the oldest of `ahead` committed groups, 1 to 3.
+__device__ __forceinline__ void wait_for_stage(int ahead) {
+  if (ahead == 3)
+    wait_for_copies<2>();
+  else if (ahead == 2)
+    wait_for_copies<1>();
+  else
+    wait_for_copies<0>();
+}
+
 }  // namespace depthwise

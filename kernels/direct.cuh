@@ -54,6 +54,38 @@ struct NhwcTraits {
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
 };
 
+// Into how many strips to cut each of `count` images of `rows` rows, when `concurrent` blocks run at once and a strip
+// costs `overhead` rows beside its own: waves of blocks that leave few multiprocessors idle at the end.
+inline int best_strips(int64_t count, int concurrent, int rows, int min_rows, int overhead) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int strips = 1; strips <= max_int(1, min_int(64, rows / min_rows)); ++strips) {
+    const int64_t waves = divide_up<int64_t>(count * strips, max_int(1, concurrent));
+    const int64_t cost = waves * (divide_up(rows, strips) + overhead);
+    if (cost < least) least = cost, best = strips;
+  }
+  return best;
+}
+
+// How a thread rolls down the rows of its columns: a stage is as many input rows as begin kStageOutputs output rows.
+template <class Traits>
+struct RollingShape {
+  static constexpr int kSpan = (Traits::kKernelH - 1) * Traits::kDilationH + 1;
+  // Output rows that one input row may meet. A stage is a multiple of them, so that its sums' registers are fixed.
+  static constexpr int kLiveRows = rolling_live_rows(Traits::kKernelH, Traits::kStrideH, Traits::kDilationH);
+  static constexpr int kStageOutputs = rolling_stage_outputs(kLiveRows);
+  static constexpr int kStageRows = kStageOutputs * Traits::kStrideH;
+  static constexpr int kLag = kLiveRows - 1;  // output rows that a stage begins and does not complete
+
+  // Whether row r of a stage meets tap row i of an output row, and of which, counted from the stage's first.
+  static constexpr bool meets(int r, int i) {
+    return (r - i * Traits::kDilationH + Traits::kStrideH * kSpan) % Traits::kStrideH == 0;
+  }
+  static constexpr int output_row(int r, int i) {
+    return (r - i * Traits::kDilationH + Traits::kStrideH * kSpan) / Traits::kStrideH - kSpan;
+  }
+};
+
 // Filters are [channel][tap] in memory: those of a thread's kVector channels are contiguous.
 template <class Traits, int kVector>
 __device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * Traits::kKernelW][kVector],

@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(kDirectNchwThreads)
   const int first_row = row * Traits::kStrideH - args.padding_h;
   const auto load_row = [&](T(&window)[Row::kWindow], int r) {
     const int in_row = first_row + r;
-    Row::template load<GlobalMemory>(window, input + static_cast<int64_t>(in_row) * args.w, column * Traits::kStrideW,
-                                     args.w,
+    Row::template load<GlobalMemory>(window, input + static_cast<int64_t>(in_row) * args.w,
+                                     window_column<Traits>(args, column), args.w,
                                      num_rows > 0 && static_cast<unsigned>(in_row) < static_cast<unsigned>(args.h));
   };
   float weight[Traits::kTaps];
@@ -144,9 +144,8 @@ template <class Traits>
 int launch_direct_nchw(const DirectArgs& args, int tile, cudaStream_t stream) {
   if constexpr (sizeof(typename Traits::T) == 4) {
     switch (tile) {
-      case 0: return launch_direct_nchw<Traits, 4, 8, 4>(args, stream);
-      case 1: return launch_direct_nchw<Traits, 4, 4, 4>(args, stream);
-      case 2: return launch_direct_nchw<Traits, 4, 4, 1>(args, stream);
+      case 0: return launch_direct_nchw<Traits, 4, 4, 4>(args, stream);
+      case 1: return launch_direct_nchw<Traits, 4, 4, 1>(args, stream);
     }
   } else {
     switch (tile) {

@@ -52,29 +52,28 @@ inline unsigned general_blocks(int64_t threads) {
   return static_cast<unsigned>(blocks);
 }
 
-// The specialisation of a config, built if need be. Null: the general kernel has to serve.
-inline Launcher obtain_launcher(const Problem& p, const Config& config, cudaStream_t stream) {
-  if (config.kernel == Kernel::kGeneral) return nullptr;
-  const Specialisation specialisation = specialisation_of(p, config);
-  if (const Launcher launcher = find_launcher(specialisation)) return launcher;
+// The launcher of a choice, built if need be. Null: the general kernel has to serve.
+inline Launcher obtain_launcher(const Problem& p, const Choice& choice, cudaStream_t stream) {
+  if (choice.launcher || choice.config.kernel == Kernel::kGeneral) return choice.launcher;
   // Nothing is built while a CUDA graph is being captured: compiling takes seconds and loading may synchronise.
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusNone;
   cudaStreamIsCapturing(stream, &capturing);
-  return capturing == cudaStreamCaptureStatusNone ? find_or_build_launcher(specialisation) : nullptr;
+  return capturing == cudaStreamCaptureStatusNone ? find_or_build_launcher(specialisation_of(p, choice.config))
+                                                  : nullptr;
 }
 
 // Runs the specialisation that `p` deserves. False: the general kernel has to serve.
 inline bool launch_specialised(const Problem& p, const void* input, const void* weight, const void* bias, void* out,
                                cudaStream_t stream) {
-  const Config config = config_for(p);
-  const Launcher launcher = obtain_launcher(p, config, stream);
+  const Choice choice = choose(p);
+  const Launcher launcher = obtain_launcher(p, choice, stream);
   if (launcher == nullptr) return false;
   DirectArgs args = direct_args(p);
   args.input = input;
   args.weight = weight;
   args.bias = bias;
   args.out = out;
-  check_launch(launcher(&args, config.tile, stream));
+  check_launch(launcher(&args, choice.config.tile, stream));
   return true;
 }
 

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kGradInputNchwThreads)
     grad_input_nchw_kernel(const DirectArgs args, const unsigned tiles_w, const unsigned tiles_h,
                            const int store_width) {
   using T = typename Traits::T;
-  using Columns = GradWindow<kColumns, Traits::kKernelW, Traits::kStrideW, Traits::kDilationW, Traits::kPaddingW>;
+  using Columns = GradWindow<kColumns, Traits::kKernelW, Traits::kStrideW, Traits::kDilationW, Traits::kPhase>;
   using Rows = GradWindow<kRows, Traits::kKernelH, Traits::kStrideH, Traits::kDilationH, Traits::kPaddingH>;
   // A row of the window is that of kSteps outputs at stride 1.
   using Row = NchwRow<NchwTraits<T, 1, Columns::kSize - Columns::kSteps + 1, 1, 1, 1, 1, -Columns::kFirst>,

@@ -27,15 +27,16 @@ void launch_general(const Problem& p, int splits, const void* grad_output, const
 
 // Room for the general kernel too: it serves where a specialisation is missing while a CUDA graph is captured.
 int64_t grad_weight_workspace(const Problem& p) {
-  const int64_t general = general_grad_weight_plan(p).splits, chosen = grad_weight_plan(p, config_for(p)).splits;
+  const int64_t general = general_grad_weight_plan(p).splits, chosen = grad_weight_plan(p, choose(p).config).splits;
   return (general > chosen ? general : chosen) * grad_weight_split_bytes(p);
 }
 
 void launch_grad_weight(const Problem& p, const void* grad_output, const void* input, void* grad_weight,
                         void* grad_bias, void* workspace, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const Config config = config_for(p);
-  const Launcher launcher = obtain_launcher(p, config, cuda_stream);
+  const Choice choice = choose(p);
+  const Config& config = choice.config;
+  const Launcher launcher = obtain_launcher(p, choice, cuda_stream);
   const GradWeightPlan plan = launcher ? grad_weight_plan(p, config) : general_grad_weight_plan(p);
   const int splits = static_cast<int>(plan.splits);
   with_type(p.dtype, [&](auto tag) {

@@ -5,14 +5,17 @@
 
 namespace depthwise {
 
+constexpr int kStreamThreads = 256;  // a block of stream_nchw and planes_nchw, at most
+
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_,
-          int kPaddingW_>
+          int kPhase_>
 struct NchwTraits {
   using T = T_;
   static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_;
   static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_;
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
-  static constexpr int kPaddingW = kPaddingW_;
+  // Where a window starts within an aligned word of input: the horizontal padding but for whole words.
+  static constexpr int kPhase = kPhase_;
   static constexpr int kTaps = kKernelH * kKernelW;
 };
 
@@ -23,9 +26,9 @@ struct NchwRow {
   static constexpr int kWindow = window_size(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
   static constexpr uint64_t kUsed = window_mask(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
   static_assert(kWindow <= 64);
-  // The window starts kPaddingW left of a column that is a multiple of kVector.
-  static constexpr int kFirstWord = floor_divide(-Traits::kPaddingW, kVector);
-  static constexpr int kWords = floor_divide(kWindow - 1 - Traits::kPaddingW, kVector) - kFirstWord + 1;
+  // The window starts kPhase left of a column that is a multiple of kVector.
+  static constexpr int kFirstWord = floor_divide(-Traits::kPhase, kVector);
+  static constexpr int kWords = floor_divide(kWindow - 1 - Traits::kPhase, kVector) - kFirstWord + 1;
   static_assert(kColumns * Traits::kStrideW % kVector == 0, "a thread's window must start on a load boundary");
 
   // The part [low, high) of word `word` that the window uses; low == high: none.
@@ -40,7 +43,7 @@ struct NchwRow {
     return 0;
   }
   static constexpr bool used(int word, int k) {
-    const int offset = (kFirstWord + word) * kVector + k + Traits::kPaddingW;
+    const int offset = (kFirstWord + word) * kVector + k + Traits::kPhase;
     return offset >= 0 && offset < kWindow && (kUsed >> offset & 1);
   }
   // The smallest aligned power of two that covers the used part: an edge word that gives one column is a narrow load.
@@ -50,7 +53,8 @@ struct NchwRow {
     return width;
   }
 
-  // The row as it lies in memory; unused elements never become registers. `Memory` loads words, or zeros.
+  // The row as it lies in memory, its phase at `column`; unused elements never become registers. `Memory` loads
+  // words, or zeros.
   template <class Memory, int kWord = 0>
   __device__ __forceinline__ static void load(T (&window)[kWindow], const T* row, int column, int width,
                                               bool row_in_bounds) {
@@ -64,7 +68,7 @@ struct NchwRow {
             row + start, row_in_bounds && static_cast<unsigned>(start) < static_cast<unsigned>(width));
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          constexpr int kBase = kStart + Traits::kPaddingW;
+          constexpr int kBase = kStart + Traits::kPhase;
           if (kBase + k >= 0 && kBase + k < kWindow) window[kBase + k] = words.value[k];
         }
       }
@@ -72,6 +76,12 @@ struct NchwRow {
     }
   }
 };
+
+// The input column of a window's phase, for outputs from `column` on.
+template <class Traits>
+__device__ __forceinline__ int window_column(const DirectArgs& args, int column) {
+  return column * Traits::kStrideW - (args.padding_w - Traits::kPhase);
+}
 
 struct GlobalMemory {
   template <int kCount, class T>
@@ -163,6 +173,67 @@ __device__ __forceinline__ void store_row(T* row, int column, int width, const f
       store_streaming(row + column + v, part);
     else
       *reinterpret_cast<Vector<T, kWidth>*>(row + column + v) = part;
+  }
+}
+
+// kColumns neighbouring outputs of every row that a thread walks down. An input row is read and converted once, and added
+// to all output rows that it meets: kLiveRows rows of sums, whose registers are fixed by unrolling a stage.
+template <class Traits, int kColumns, int kVector>
+struct RollingColumns : RollingShape<Traits> {
+  using T = typename Traits::T;
+  using Shape = RollingShape<Traits>;
+  using Row = NchwRow<Traits, kColumns, kVector>;
+
+  float weight[Traits::kTaps];
+  float bias;
+  float sum[Shape::kLiveRows][kColumns] = {};
+
+  __device__ __forceinline__ void load_channel(const DirectArgs& args, unsigned channel) {
+    load_filter<Traits>(weight, args, channel);
+    bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+  }
+
+  // load_row(window, r) reads input row r of the stage; store(o, sums) takes output row o, counted from the one whose
+  // first tap is the stage's first row: rows that earlier stages began are negative.
+  template <class LoadRow, class StoreRow>
+  __device__ __forceinline__ void stage(LoadRow&& load_row, StoreRow&& store) {
+#pragma unroll
+    for (int r = 0; r < Shape::kStageRows; ++r) {
+      T row[Row::kWindow];
+      load_row(row, r);
+      float window[Row::kWindow];
+#pragma unroll
+      for (int k = 0; k < Row::kWindow; ++k)
+        if (Row::kUsed >> k & 1) window[k] = to_float(row[k]);
+#pragma unroll
+      for (int i = 0; i < Traits::kKernelH; ++i) {
+        if (!Shape::meets(r, i)) continue;
+        const int o = Shape::output_row(r, i);
+        float (&row_sum)[kColumns] = sum[(o + Shape::kStageOutputs * Shape::kLiveRows) % Shape::kLiveRows];
+#pragma unroll
+        for (int j = 0; j < Traits::kKernelW; ++j)
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v)
+            row_sum[v] = fmaf(window[v * Traits::kStrideW + j * Traits::kDilationW], weight[i * Traits::kKernelW + j],
+                              i == 0 && j == 0 ? bias : row_sum[v]);
+        if (i == Traits::kKernelH - 1) store(o, row_sum);
+      }
+    }
+  }
+};
+
+// Outputs of several rows or planes are one run in memory: whole 16-byte granules but for the two ends. `staged` holds
+// the run [begin, end) with begin as far from a 16-byte boundary as `out` is.
+template <class T>
+__device__ __forceinline__ void store_run(T* out, const T* staged, int begin, int end) {
+  constexpr int kGranule = 16 / sizeof(T);
+  const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(out) % 16 / sizeof(T));
+  for (int k = threadIdx.x * kGranule; k < skew + end; k += blockDim.x * kGranule) {
+    if (k >= skew + begin && k + kGranule <= skew + end) {
+      store_streaming(out - skew + k, *reinterpret_cast<const Vector<T, kGranule>*>(staged - skew + k));
+    } else {
+      for (int e = max(k, skew + begin); e < min(k + kGranule, skew + end); ++e) out[e - skew] = staged[e - skew];
+    }
   }
 }
 

@@ -377,11 +377,11 @@ void depthwise_inline_force_variant(const char* variant) { depthwise::force_vari
 int depthwise_inline_select(int direction, int dtype, int layout, const int64_t* sizes, char* name, int name_capacity,
                             char* source, int source_capacity) try {
   const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
-  const depthwise::Config config = depthwise::config_for(p);
-  const auto specialisation = depthwise::specialisation_of(p, config);
-  const bool to_build = config.kernel != depthwise::Kernel::kGeneral && !depthwise::is_built_in(specialisation);
+  const depthwise::Config config = depthwise::choose(p).config;
+  const bool to_build = config.kernel != depthwise::Kernel::kGeneral;
   return copy_text(depthwise::variant_name(p, config), name, name_capacity) &&
-                 copy_text(to_build ? depthwise::specialisation_source(specialisation) : "", source, source_capacity)
+                 copy_text(to_build ? depthwise::specialisation_source(depthwise::specialisation_of(p, config)) : "",
+                           source, source_capacity)
              ? 0
              : -1;
 } catch (...) {

@@ -107,6 +107,18 @@ constexpr MarchRegisters march_registers(int kernel_h, int kernel_w, int stride_
 // Shared memory that every architecture grants a block (sm_75: 64 KB); the smallest tile of a kernel fits it.
 constexpr int kSharedBytesEverywhere = 60 << 10;
 
+// Output rows that one input row may meet, and those that a stage of the rolling kernels begins (see RollingShape).
+constexpr int rolling_live_rows(int kernel_h, int stride_h, int dilation_h) {
+  return ((kernel_h - 1) * dilation_h + stride_h) / stride_h;
+}
+constexpr int rolling_stage_outputs(int live_rows) { return live_rows < 2 ? 2 : live_rows; }
+
+// stream_nchw: the fewest stages of at least `least` in a ring that ends on a 16-byte boundary.
+constexpr int64_t stream_depth(int64_t least, int64_t stage_elements, int64_t granule) {
+  while (least * stage_elements % granule != 0) ++least;
+  return least;
+}
+
 // stream_nhwc: channels a thread, as many as leave room for their filters.
 constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h * kernel_w <= 9 ? 4 : 2; }
 

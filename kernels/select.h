@@ -14,6 +14,7 @@ enum class Kernel : int {
   kGeneral,
   kDirectNchw,
   kStreamNchw,
+  kPlanesNchw,
   kDirectNhwc,
   kTiledNhwc,
   kStreamNhwc,
@@ -22,13 +23,19 @@ enum class Kernel : int {
   kGradWeightNchw,
   kGradWeightNhwc,
 };
-constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,    Kernel::kStreamNchw,     Kernel::kDirectNhwc,
-                                          Kernel::kTiledNhwc,     Kernel::kStreamNhwc,     Kernel::kGradInputNchw,
-                                          Kernel::kGradInputNhwc, Kernel::kGradWeightNchw, Kernel::kGradWeightNhwc};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,    Kernel::kStreamNchw,    Kernel::kPlanesNchw,
+                                          Kernel::kDirectNhwc,    Kernel::kTiledNhwc,     Kernel::kStreamNhwc,
+                                          Kernel::kGradInputNchw, Kernel::kGradInputNhwc, Kernel::kGradWeightNchw,
+                                          Kernel::kGradWeightNhwc};
 
-inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || kernel == Kernel::kStreamNchw; }
+inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
+inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
+}
+// Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
+inline bool is_compiled_by_tile(Kernel kernel) {
+  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_grad_weight_kernel(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -44,16 +51,15 @@ struct Config {
 
 // Tile tables; the launchers' switches follow their order. The last tile of a direct kernel reads element by element
 // and serves every alignment.
-constexpr Tile kDirectNchwTiles32[] = {{"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles32[] = {{"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
 constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
-constexpr Tile kStreamNchwTiles32[] = {
-    {"stream_v4r8", 4, 8, 4}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
-constexpr Tile kStreamNchwTiles16[] = {
-    {"stream_v8r4", 8, 4, 8}, {"stream_v4r4", 4, 4, 2}, {"stream_v4r4_unaligned", 4, 4, 1}};
-constexpr Tile kStreamNhwcTiles[] = {
-    {"stream_channels64", 4, 0, 64}, {"stream_channels48", 4, 0, 48}, {"stream_channels32", 4, 0, 32}};
+constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
+constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
+constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
+constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
+constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32}};
 constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
@@ -88,6 +94,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kDirectNhwc: return kDirectNhwcTiles;
     case Kernel::kTiledNhwc: return kTiledNhwcTiles;
     case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
+    case Kernel::kPlanesNchw: return wide ? TileTable(kPlanesNchwTiles32) : TileTable(kPlanesNchwTiles16);
     case Kernel::kStreamNhwc: return kStreamNhwcTiles;
     case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
     case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
@@ -161,6 +168,35 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
          p.out_w % tile.grad_vector == 0;
 }
 
+// stream_nchw and planes_nchw: registers for the filter, the sums of the live rows and a row of the window, and the
+// multiply-adds of an unrolled stage, which are compile time.
+constexpr int kMaxRollingRegisters = 150;
+constexpr int kMaxRollingStage = 3000;
+constexpr int kMaxThreadsW = 256;
+
+inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, const Tile& tile) {
+  const bool aligned = p.aligned || tile.vector == 1;
+  if (p.layout != Layout::kNchw || p.multiplier != 1 || !aligned || args.w % tile.vector != 0 || args.padding_w < -64 ||
+      args.out_w > kMaxThreadsW * tile.columns)
+    return false;
+  const int taps = static_cast<int>(p.kernel_h * p.kernel_w);
+  const int live_rows =
+      rolling_live_rows(static_cast<int>(p.kernel_h), static_cast<int>(p.stride_h), static_cast<int>(p.dilation_h));
+  const int stage_rows = rolling_stage_outputs(live_rows) * static_cast<int>(p.stride_h);
+  const int window = window_size(tile.columns, static_cast<int>(p.stride_w), static_cast<int>(p.kernel_w),
+                                 static_cast<int>(p.dilation_w));
+  if (taps + live_rows * tile.columns + window > kMaxRollingRegisters ||
+      stage_rows * taps * tile.columns > kMaxRollingStage * static_cast<int>(p.stride_h))
+    return false;
+  // Shared memory for the smallest launch: one plane, or a ring of the fewest stages, and its outputs.
+  const int64_t granule = 16 / element_size(p.dtype);
+  const int64_t depth = stream_depth(args.w % granule == 0 && p.aligned ? 2 : 3, stage_rows * args.w, granule);
+  const int64_t elements = kernel == Kernel::kPlanesNchw
+                               ? static_cast<int64_t>(args.h) * args.w + static_cast<int64_t>(args.out_h) * args.out_w
+                               : depth * stage_rows * args.w + rolling_stage_outputs(live_rows) * args.out_w;
+  return (elements + 4 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
@@ -174,8 +210,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
   if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   const int64_t taps = p.kernel_h * p.kernel_w;
-  if (taps > kMaxRegisterTaps || p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32)
-    return false;
+  if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;
   const int64_t span = (p.kernel_h - 1) * p.dilation_h > (p.kernel_w - 1) * p.dilation_w
                            ? (p.kernel_h - 1) * p.dilation_h
@@ -198,17 +233,10 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     return grad_input_registers(t.columns, t.rows, channels_last ? t.vector : 1, kernel_h, kernel_w, stride_h, stride_w,
                                 dilation_h, dilation_w) <= kMaxGradInputRegisters;
   }
+  if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, t);
+  if (taps > kMaxRegisterTaps) return false;
   if (kernel == Kernel::kDirectNchw)
     return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
-  if (kernel == Kernel::kStreamNchw) {
-    if (p.layout != Layout::kNchw || p.multiplier != 1 || !aligned || args.w % t.vector != 0 || args.padding_w < -64)
-      return false;
-    // The ring of the smallest chunk, one row of thread tiles, as plan_stream cuts it.
-    const int64_t granule = 16 / element_size(p.dtype);
-    const int64_t rows = (2 * t.rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1 +
-                         (granule + args.w - 2) / args.w + (args.w % granule != 0 ? granule - 1 : 0);
-    return (rows * args.w + t.rows * args.out_w + 2 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
-  }
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
@@ -219,8 +247,8 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const int in_columns = window_size(4, stride_w, kernel_w, dilation_w);
   if (kernel == Kernel::kStreamNhwc) {
     const int vector = stream_nhwc_vector(kernel_h, kernel_w);
-    const int live_rows = ((kernel_h - 1) * dilation_h + stride_h) / stride_h;
-    const int stage_rows = (live_rows < 2 ? 2 : live_rows) * stride_h;
+    const int live_rows = rolling_live_rows(kernel_h, stride_h, dilation_h);
+    const int stage_rows = rolling_stage_outputs(live_rows) * stride_h;
     const int stage_bytes = stage_rows * in_columns * t.vector * element_size(p.dtype);
     return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && 2 * stage_bytes <= kSharedBytesEverywhere &&
            static_cast<int>(taps) * vector + (4 * live_rows + in_columns) * vector <= kMaxStreamNhwcRegisters;
@@ -249,39 +277,60 @@ inline Config first_that_serves(const Problem& p, Kernel kernel) {
   return {};
 }
 
-inline Config select_config(const Problem& p) {
-  if (p.direction == Direction::kGradWeight)
-    return first_that_serves(p, p.layout == Layout::kNchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
-
-  if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
-    return first_that_serves(p, p.layout == Layout::kNchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
-
+// Forward, and grad of input at stride 1. Times are of 32 images on an H200, ms, fp32 / fp16 where nothing else is said.
+inline Config select_nchw(const Problem& p) {
   const DirectArgs args = direct_args(p);
-  if (p.layout == Layout::kNchw) {
-    if (p.dtype == DType::kFloat32) {
-      // Eight rows re-read less of the halo (3x7, 32x128x128x256 fp32, H100: 0.37 ms against 0.41 with four), once
-      // there are blocks enough to fill the device twice.
-      const int64_t threads = p.n * p.out_c * ((args.out_w + 3) / 4) * ((args.out_h + 7) / 8);
-      if (threads >= 1 << 19 && can_serve(p, Kernel::kDirectNchw, 0)) return {Kernel::kDirectNchw, 0};
-    } else if (args.out_w > 4 && can_serve(p, Kernel::kDirectNchw, 0)) {
-      return {Kernel::kDirectNchw, 0};
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (p.dilation_h == 1 && p.dilation_w == 1) {
+    // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.016 / 0.014), and
+    // filters that cost registers or loads elsewhere (7x7, 96x56x56: 0.048 / 0.046, direct 0.064 / 0.058). Larger planes
+    // of few taps are read faster without the detour (3x3, 144x56x56: 0.037 / 0.029, direct 0.036 / 0.026).
+    if (args.h * args.w <= 32 * 32 || taps >= 25) {
+      const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
+      if (planes.kernel != Kernel::kGeneral) return planes;
     }
-    for (int tile = 1; tile < tile_table(Kernel::kDirectNchw, p.dtype).size; ++tile)
-      if (can_serve(p, Kernel::kDirectNchw, tile)) return {Kernel::kDirectNchw, tile};
-    return {};
+    // Rows that fill a warp at least, where a thread saves instructions by rolling down them: 16-bit (3x3, 16x64x512x512:
+    // 0.31, direct 0.44) and larger filters (3x7, 128x128x256: 0.31 / 0.24, direct 0.39 / 0.29), not 3x1 (64x8x512x512:
+    // 0.28 / 0.15, direct 0.26 / 0.13) nor 3x3 in fp32 (16x64x512x512: 0.60, direct 0.58).
+    // Rows off the boundaries of words: shared memory is where they cost little.
+    const bool fills_warps = args.out_w * element_size(p.dtype) >= 28 * 16;
+    const bool saves = p.kernel_h > 1 && (taps > 9 || (taps > 3 && p.dtype != DType::kFloat32));
+    const bool unaligned = !p.aligned || args.w % 4 != 0;
+    if (p.stride_h == 1 && p.stride_w == 1 && fills_warps && (saves || unaligned)) {
+      const Config stream = first_that_serves(p, Kernel::kStreamNchw);
+      if (stream.kernel != Kernel::kGeneral) return stream;
+    }
   }
+  for (const Kernel kernel : {Kernel::kDirectNchw, Kernel::kPlanesNchw, Kernel::kStreamNchw}) {
+    const Config config = first_that_serves(p, kernel);
+    if (config.kernel != Kernel::kGeneral) return config;
+  }
+  return {};
+}
 
-  // 16-bit 3x3 on large images computes as long as it reads: shared memory frees registers, so that more blocks overlap
-  // the two (16x64x512x512 fp16, H100: tiled 0.377 ms, direct 0.405; 32x144x56x56: tiled 0.037, direct 0.032).
-  const int tiled = tiled_nhwc_tile(p.c);
-  const bool large = p.dtype != DType::kFloat32 && p.n * p.c * p.h * p.w >= int64_t{64} << 20;
-  if (large && p.stride_h == 1 && p.stride_w == 1 && can_serve(p, Kernel::kTiledNhwc, tiled))
-    return {Kernel::kTiledNhwc, tiled};
-  // Stride 2 reads 9x9 pixels for 4x4 outputs: too many registers (32x96x112x112 fp16, H100: q2r2 0.042 ms).
+inline Config select_nhwc(const Problem& p) {
+  // Wide pixels are whole cache lines (3x3, 16x64x512x512: 64 channels 0.57 / 0.30, 32 channels 0.64 / 0.37), unless
+  // channels beyond the last are wasted (144x56x56: 0.043 / 0.032 against 0.040 / 0.029). At stride 2 they win all the
+  // same (96x112x112: 0.058 / 0.038 against 0.063 / 0.043).
+  const auto padded = [&](int64_t block) { return (p.c + block - 1) / block * block; };
+  const bool narrow = padded(32) < padded(64) && (p.stride_w == 1 || p.c < 64);
+  for (const int tile : {narrow ? 1 : 0, narrow ? 0 : 1})
+    if (can_serve(p, Kernel::kStreamNhwc, tile)) return {Kernel::kStreamNhwc, tile};
+  // Dilated kernels of few taps, and what is not aligned.
   const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
   if (direct.kernel != Kernel::kGeneral) return direct;
+  const int tiled = tiled_nhwc_tile(p.c);
   if (can_serve(p, Kernel::kTiledNhwc, tiled)) return {Kernel::kTiledNhwc, tiled};
   return {};
+}
+
+inline Config select_config(const Problem& p) {
+  const bool nchw = p.layout == Layout::kNchw;
+  if (p.direction == Direction::kGradWeight)
+    return first_that_serves(p, nchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
+  if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
+    return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
+  return nchw ? select_nchw(p) : select_nhwc(p);
 }
 
 // What a specialisation is compiled for: the compile-time part of a problem.
@@ -289,12 +338,19 @@ struct Specialisation {
   Kernel kernel;
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-  int padding_w;  // NCHW and grad of input: it decides where aligned words lie, and which taps meet
+  int padding_w;  // NCHW and grad of input: where aligned words lie (window_phase), and which taps meet
   int padding_h;  // grad of input alone
   int tile;       // of a kernel that is compiled tile by tile, else 0
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
+
+// direct_nchw, stream_nchw, planes_nchw: where windows start within aligned words of input. A specialisation of
+// direct_nchw serves all tiles of its table, so its words are the widest.
+inline int window_phase(int padding_w, Kernel kernel, DType dtype, int tile) {
+  const int words = tile_table(kernel, dtype)[is_compiled_by_tile(kernel) ? tile : 0].vector;
+  return (padding_w % words + words) % words;
+}
 
 inline Specialisation specialisation_of(const Problem& p, const Config& config) {
   const Kernel kernel = config.kernel;
@@ -306,17 +362,18 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
           static_cast<int>(p.stride_w),
           static_cast<int>(p.dilation_h),
           static_cast<int>(p.dilation_w),
-          is_direct_nchw(kernel) || is_grad_input_kernel(kernel) ? direct_args(p).padding_w
-          : kernel == Kernel::kGradWeightNchw                    ? static_cast<int>(p.padding_w)
-                                                                 : 0,
+          is_direct_nchw(kernel)              ? window_phase(direct_args(p).padding_w, kernel, p.dtype, config.tile)
+          : is_grad_input_kernel(kernel)      ? direct_args(p).padding_w
+          : kernel == Kernel::kGradWeightNchw ? static_cast<int>(p.padding_w)
+                                              : 0,
           is_grad_input_kernel(kernel) ? direct_args(p).padding_h : 0,
-          is_grad_weight_kernel(kernel) ? config.tile : 0};
+          is_compiled_by_tile(kernel) ? config.tile : 0};
 }
 
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general",          "direct_nchw",     "stream_nchw",     "direct_nhwc",
-                                    "tiled_nhwc",       "stream_nhwc",     "grad_input_nchw", "grad_input_nhwc",
-                                    "grad_weight_nchw", "grad_weight_nhwc"};
+  constexpr const char* kNames[] = {"general",         "direct_nchw",      "stream_nchw",     "planes_nchw",
+                                    "direct_nhwc",     "tiled_nhwc",       "stream_nhwc",     "grad_input_nchw",
+                                    "grad_input_nhwc", "grad_weight_nchw", "grad_weight_nhwc"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -332,7 +389,7 @@ inline std::string specialisation_name(const Specialisation& s) {
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
   std::string full = name;
   if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
-  if (is_grad_weight_kernel(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
+  if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
 }
 
@@ -355,10 +412,14 @@ inline std::string specialisation_source(const Specialisation& s) {
     if (s.kernel == Kernel::kGradWeightNchw)
       traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w);
   }
+  traits += ">";
+  const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+  if (is_rolling_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
+  if (s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
   const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +
          "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +
-         "  return depthwise::launch_" + kernel + "<depthwise::" + traits + ">>(*static_cast<const " + args +
+         "  return depthwise::launch_" + kernel + "<depthwise::" + traits + ">(*static_cast<const " + args +
          "*>(args), tile, static_cast<cudaStream_t>(stream));\n}\n";
 }
 

@@ -1,6 +1,10 @@
-// The table of launchers. Lookups are on every call's path: a short vector, read under a shared lock.
+// The table of launchers, and what each thread remembers of it: selection and lookup are on every call's path.
 #include "specialise.h"
 
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
@@ -13,7 +17,6 @@ struct Entry {
   Specialisation specialisation;
   std::string name;
   Launcher launcher;
-  bool built_in;
 };
 
 std::shared_mutex mutex;
@@ -24,21 +27,7 @@ std::vector<Entry>& entries() {
 Builder builder = nullptr;
 std::string forced;
 bool is_forced = false;
-
-}  // namespace
-
-void set_builder(Builder new_builder) { builder = new_builder; }
-
-void add_built_in(const Specialisation& specialisation, Launcher launcher) {
-  const std::unique_lock lock(mutex);
-  entries().push_back({specialisation, specialisation_name(specialisation), launcher, true});
-}
-
-void add_launcher(const std::string& name, Launcher launcher) {
-  const std::unique_lock lock(mutex);
-  for (Entry& entry : entries())
-    if (entry.name == name) entry.launcher = launcher;
-}
+std::atomic<unsigned> generation{1};  // of all that choices depend on
 
 Launcher find_launcher(const Specialisation& specialisation) {
   const std::shared_lock lock(mutex);
@@ -47,11 +36,59 @@ Launcher find_launcher(const Specialisation& specialisation) {
   return nullptr;
 }
 
-bool is_built_in(const Specialisation& specialisation) {
+Config config_for(const Problem& problem) {
+  if (!is_forced) return select_config(problem);
   const std::shared_lock lock(mutex);
-  for (const Entry& entry : entries())
-    if (entry.specialisation == specialisation) return entry.built_in;
-  return false;
+  Config config;
+  if (!forced_config(problem, forced, &config))
+    throw std::runtime_error("depthwise_inline: the forced variant '" + forced + "' cannot serve this problem");
+  return config;
+}
+
+constexpr size_t kFirstSize = offsetof(Problem, n), kSizes = offsetof(Problem, aligned) - kFirstSize;
+
+bool same(const Problem& a, const Problem& b) {
+  return a.direction == b.direction && a.dtype == b.dtype && a.layout == b.layout && a.aligned == b.aligned &&
+         std::memcmp(&a.n, &b.n, kSizes) == 0;
+}
+
+size_t slot_of(const Problem& p, size_t slots) {
+  int64_t sizes[kSizes / sizeof(int64_t)];
+  std::memcpy(sizes, &p.n, kSizes);
+  uint64_t hash = static_cast<uint64_t>(p.direction) * 16 + static_cast<uint64_t>(p.dtype) * 4 +
+                  static_cast<uint64_t>(p.layout) * 2 + p.aligned;
+  for (const int64_t size : sizes) hash = (hash ^ static_cast<uint64_t>(size)) * 0x9e3779b97f4a7c15u;
+  return (hash >> 32) % slots;
+}
+
+}  // namespace
+
+Choice choose(const Problem& problem) {
+  struct Remembered {
+    Problem problem;
+    Choice choice;
+    unsigned generation = 0;
+  };
+  constexpr size_t kSlots = 256;
+  thread_local const std::unique_ptr<std::array<Remembered, kSlots>> all{new std::array<Remembered, kSlots>()};
+  Remembered& remembered = (*all)[slot_of(problem, kSlots)];
+  const unsigned now = generation.load(std::memory_order_acquire);
+  if (remembered.generation == now && same(remembered.problem, problem)) return remembered.choice;
+
+  const Config config = config_for(problem);
+  const bool general = config.kernel == Kernel::kGeneral;
+  const Choice choice{config, general ? nullptr : find_launcher(specialisation_of(problem, config))};
+  remembered = {problem, choice, now};
+  return choice;
+}
+
+void set_builder(Builder new_builder) { builder = new_builder; }
+
+void add_launcher(const std::string& name, Launcher launcher) {
+  const std::unique_lock lock(mutex);
+  for (Entry& entry : entries())
+    if (entry.name == name) entry.launcher = launcher;
+  ++generation;
 }
 
 Launcher find_or_build_launcher(const Specialisation& specialisation) {
@@ -61,7 +98,7 @@ Launcher find_or_build_launcher(const Specialisation& specialisation) {
     const std::unique_lock lock(mutex);
     bool known = false;
     for (const Entry& entry : entries()) known = known || entry.specialisation == specialisation;
-    if (!known) entries().push_back({specialisation, name, nullptr, false});
+    if (!known) entries().push_back({specialisation, name, nullptr});
   }
   if (builder == nullptr || builder(name.c_str(), specialisation_source(specialisation).c_str()) != 0)
     throw std::runtime_error("depthwise_inline: could not build the specialisation " + name);
@@ -73,15 +110,7 @@ void force_variant(const std::string& variant) {
   const std::unique_lock lock(mutex);
   forced = variant;
   is_forced = !variant.empty();
-}
-
-Config config_for(const Problem& problem) {
-  if (!is_forced) return select_config(problem);
-  const std::shared_lock lock(mutex);
-  Config config;
-  if (!forced_config(problem, forced, &config))
-    throw std::runtime_error("depthwise_inline: the forced variant '" + forced + "' cannot serve this problem");
-  return config;
+  ++generation;
 }
 
 }  // namespace depthwise

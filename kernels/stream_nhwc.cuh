@@ -23,16 +23,6 @@ struct StreamNhwcPlan {
   int rows, in_columns, stages, depth;  // output rows, input columns and stages of a block; stages in the ring
 };
 
-template <class Traits, int kVector_>
-struct StreamNhwcShape {
-  static constexpr int kVector = kVector_;
-  static constexpr int kSpan = (Traits::kKernelH - 1) * Traits::kDilationH + 1;
-  // Output rows that one input row may still meet; a stage is a whole number of times that many.
-  static constexpr int kLiveRows = (kSpan + Traits::kStrideH - 1) / Traits::kStrideH;
-  static constexpr int kStageOutputs = kLiveRows < 2 ? 2 : kLiveRows;
-  static constexpr int kStageRows = kStageOutputs * Traits::kStrideH;
-};
-
 template <class T, int kLanes, int kVector>
 struct StreamNhwcShared {
   static constexpr int kChannels = kLanes * kVector;
@@ -45,7 +35,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
     stream_nhwc_kernel(const DirectArgs args, const StreamNhwcPlan plan) {
   using T = typename Traits::T;
   using Pixel = Vector<T, kVector>;
-  using Shape = StreamNhwcShape<Traits, kVector>;
+  using Shape = RollingShape<Traits>;
   using Shared = StreamNhwcShared<T, kLanes, kVector>;
   constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
   constexpr int kWindow = window_size(kStreamColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
@@ -111,13 +101,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int row_step = args.out_w * pixel;
   float sum[Shape::kLiveRows][kStreamColumns][kVector] = {};
   for (int stage = 0; stage < plan.stages; ++stage) {
-    // Of the depth - 1 stages under way, the oldest has to be there.
-    if (plan.depth == 4)
-      wait_for_copies<2>();
-    else if (plan.depth == 3)
-      wait_for_copies<1>();
-    else
-      wait_for_copies<0>();
+    wait_for_stage(plan.depth - 1);
     __syncthreads();  // and every thread is done with the stage that the next request overwrites
     request(stage + plan.depth - 1);
     if (!computes) continue;
@@ -135,11 +119,10 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
       }
 #pragma unroll
       for (int i = 0; i < Traits::kKernelH; ++i) {
-        constexpr int kBias = Shape::kLiveRows * Shape::kStageOutputs;  // keeps the dividend positive
-        const int offset = r - i * Traits::kDilationH + kBias * Traits::kStrideH;
-        if (offset % Traits::kStrideH != 0) continue;
-        const int o = offset / Traits::kStrideH - kBias;  // negative: begun in an earlier stage
-        float (&row_sum)[kStreamColumns][kVector] = sum[(o + kBias) % Shape::kLiveRows];
+        if (!Shape::meets(r, i)) continue;
+        const int o = Shape::output_row(r, i);  // negative: begun in an earlier stage
+        float (&row_sum)[kStreamColumns][kVector] =
+            sum[(o + Shape::kStageOutputs * Shape::kLiveRows) % Shape::kLiveRows];
 #pragma unroll
         for (int j = 0; j < kKernelW; ++j)
 #pragma unroll
@@ -164,9 +147,8 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
 // How an image is cut. depth == 0: no ring of two stages fits.
 template <class Traits, int kLanes, int kVector>
 StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limits) {
-  using Shape = StreamNhwcShape<Traits, kVector>;
+  using Shape = RollingShape<Traits>;
   using Shared = StreamNhwcShared<typename Traits::T, kLanes, kVector>;
-  constexpr int kBlocksPerMultiprocessor = 6;  // enough to even out the end of the launch
   StreamNhwcPlan plan{};
   const int all_tiles = divide_up(args.out_w, kStreamColumns);
   plan.blocks_c = divide_up(static_cast<int>(args.out_c), Shared::kChannels);
@@ -180,20 +162,23 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   }
   if (plan.depth < 2) return StreamNhwcPlan{};
   plan.blocks_w = divide_up(all_tiles, plan.tiles_w);
-  // Strips read their halo again, and fill their ring first: none is shorter than four stages of rows.
-  const int64_t columns = args.n * plan.blocks_c * plan.blocks_w;
-  const int64_t wanted = divide_up<int64_t>(kBlocksPerMultiprocessor * limits.multiprocessors, columns);
-  const int most_strips = max_int(1, args.out_h / (4 * Shape::kStageOutputs));
-  const int strips = static_cast<int>(wanted < most_strips ? wanted : most_strips);
+  // A multiprocessor holds 512 threads of 128 registers.
+  const int stage_bytes =
+      Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
+  const int concurrent = limits.multiprocessors * min_int(limits.shared_bytes / (plan.depth * stage_bytes + (1 << 10)),
+                                                          512 / (kLanes * plan.tiles_w));
+  const int strips = best_strips(args.n * plan.blocks_c * plan.blocks_w, concurrent, args.out_h,
+                                 2 * Shape::kStageOutputs, Shape::kStageOutputs + Shape::kLag);
   plan.rows = divide_up(args.out_h, strips);
   plan.strips = divide_up(args.out_h, plan.rows);
   plan.stages = divide_up((plan.rows - 1) * Traits::kStrideH + Shape::kSpan, Shape::kStageRows);
   return plan;
 }
 
-template <class Traits, int kLanes, int kVector>
-int launch_stream_nhwc(const DirectArgs& args, cudaStream_t stream) {
-  using Shape = StreamNhwcShape<Traits, kVector>;
+template <class Traits, int kChannels>
+int launch_stream_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
+  constexpr int kVector = stream_nhwc_vector(Traits::kKernelH, Traits::kKernelW), kLanes = kChannels / kVector;
+  using Shape = RollingShape<Traits>;
   using Shared = StreamNhwcShared<typename Traits::T, kLanes, kVector>;
   const StreamNhwcPlan plan = plan_stream_nhwc<Traits, kLanes, kVector>(args, device_limits());
   if (plan.depth == 0) return cudaErrorInvalidConfiguration;
@@ -204,18 +189,6 @@ int launch_stream_nhwc(const DirectArgs& args, cudaStream_t stream) {
   const int64_t blocks = args.n * plan.strips * plan.blocks_w * plan.blocks_c;
   kernel<<<static_cast<unsigned>(blocks), dim3(kLanes, plan.tiles_w), shared_bytes, stream>>>(args, plan);
   return cudaGetLastError();
-}
-
-// The tiles of select.h's table, in its order.
-template <class Traits>
-int launch_stream_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
-  constexpr int kVector = stream_nhwc_vector(Traits::kKernelH, Traits::kKernelW);
-  switch (tile) {
-    case 0: return launch_stream_nhwc<Traits, 64 / kVector, kVector>(args, stream);
-    case 1: return launch_stream_nhwc<Traits, 48 / kVector, kVector>(args, stream);
-    case 2: return launch_stream_nhwc<Traits, 32 / kVector, kVector>(args, stream);
-  }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace depthwise

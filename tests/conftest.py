@@ -1,50 +1,64 @@
-"""pytest --record: writes down a run of the tests on a GPU."""
+"""GPU tests are skipped where there is no GPU; pytest --record writes down a run of the tests on one."""
 
 import datetime
-import hashlib
-import json
-import subprocess
+import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "results" / "gpu_tests.json"
+import bench
+import bench_report as report
+
+RECORD = report.RESULTS / "gpu_tests.json"
+
+
+def why_no_gpu():
+    """None, or why the tests marked gpu cannot run here."""
+    if torch.version.cuda is None:
+        return f"needs an NVIDIA GPU: torch {torch.__version__} is built without CUDA"
+    if torch.cuda.is_available():
+        return None
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    where = "" if hidden is None else f", CUDA_VISIBLE_DEVICES={hidden!r}"
+    return f"needs an NVIDIA GPU: torch finds none{where}"
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="on a GPU, write results/gpu_tests.json")
+    parser.addoption(
+        "--all-instances",
+        action="store_true",
+        help="compile every shipped kernel for every architecture, not for sm_90 alone with samples on the others",
+    )
 
 
 def pytest_configure(config):
-    if config.getoption("--record") and not torch.cuda.is_available():
-        raise pytest.UsageError("--record writes down a run on a GPU, and this machine has none")
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist
+    if config.getoption("--record") and not is_worker and why_no_gpu() is not None:
+        raise pytest.UsageError(f"--record writes down a run on a GPU; it {why_no_gpu()}")
 
 
-def sources_sha256():
-    """The hash of everything that decides what runs on the GPU, as results/*.json carry it."""
-    digest = hashlib.sha256()
-    names = [ROOT / "depthwise_inline.py", *(path for path in (ROOT / "kernels").rglob("*") if path.is_file())]
-    for path in sorted(names, key=lambda path: path.relative_to(ROOT).as_posix()):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+def pytest_collection_modifyitems(items):
+    reason = why_no_gpu()
+    for item in items:
+        if reason is not None and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_sessionstart(session):
     session.config.started = time.time()
 
 
-def pytest_terminal_summary(terminalreporter, exitstatus, config):
+def pytest_terminal_summary(terminalreporter, config):
+    """Under pytest-xdist the one process with a terminal, the controller, has every worker's reports."""
     if not config.getoption("--record"):
         return
     counts = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error", "skipped")}
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     record = {
-        "sources_sha256": sources_sha256(),
+        "sources_sha256": report.sources_sha256(),
         "gpu": torch.cuda.get_device_name(),
-        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip(),
+        "driver": bench.driver_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "date": datetime.date.today().isoformat(),
@@ -53,6 +67,5 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
         "skipped": counts["skipped"],
         "seconds": round(time.time() - config.started, 1),
     }
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    terminalreporter.write_line(f"wrote {RECORD.relative_to(ROOT)}")
+    report.write_json(RECORD, record)
+    terminalreporter.write_line(f"wrote {RECORD}")

@@ -1,0 +1,82 @@
+"""What the compiler says of CUDA sources: registers, shared memory and spills of each kernel. No GPU is needed.
+
+bench.py prints it where speed cannot be measured; the tests assert from it that no shipped kernel spills.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import depthwise_inline
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int  # arrays in local memory, spilled registers included
+    spill_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    architecture: str
+    seconds: float
+    kernels: tuple[Kernel, ...]
+
+
+def compile_for(architecture: str, sources: Sequence[str] | None = None) -> Report:
+    """Compile for one architecture, such as sm_90: specialisations as `_select` gives them; None for stage 1."""
+    compiler = depthwise_inline._find_compiler()
+    if sources is None:
+        text = "\n".join(depthwise_inline._stage1_sources()[1])
+    else:  # together in one run of the compiler, so every entry point needs a name of its own
+        text = "\n".join(
+            source.replace("depthwise_inline_launch", f"depthwise_inline_launch_{i}")
+            for i, source in enumerate(sources)
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report.cu"
+        file.write_text(text)
+        command = [compiler.nvcc, *depthwise_inline._NVCC_FLAGS, "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+        command += ["-I", depthwise_inline._kernels_folder(), "-o", file.with_suffix(".cubin"), file]
+        started = time.perf_counter()
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        seconds = time.perf_counter() - started
+    if done.returncode != 0:
+        raise depthwise_inline.BuildError(f"depthwise_inline: compiling for {architecture} failed:\n{done.stdout}")
+    blocks = re.split(r"Compiling entry function ", done.stdout)[1:]
+    names = _demangle([re.match(r"'([^']+)'", block)[1] for block in blocks])
+
+    def number(pattern: str, block: str) -> int:
+        return sum(int(found) for found in re.findall(pattern, block.partition("Compile time")[0]))
+
+    kernels = [
+        Kernel(
+            name=name,
+            registers=number(r"Used (\d+) registers", block),
+            shared_bytes=number(r"(\d+) bytes smem", block),
+            stack_bytes=number(r"(\d+) bytes stack frame", block),
+            spill_bytes=number(r"(\d+) bytes spill", block),
+        )
+        for name, block in zip(names, blocks, strict=True)
+    ]
+    return Report(architecture, seconds, tuple(kernels))
+
+
+def _demangle(names: list[str]) -> list[str]:
+    """C++ names in words, where a tool for that is installed."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not names:
+        return names
+    done = subprocess.run([tool], input="\n".join(names), stdout=subprocess.PIPE, text=True)
+    found = done.stdout.splitlines()
+    return found if len(found) == len(names) else names
