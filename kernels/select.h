@@ -67,15 +67,17 @@ constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
 // tile a specialisation: each is seconds of compilation.
-constexpr Tile kGradWeightNchwTiles32[] = {
-    {"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2}, {"weight_x2g2", 4, 0, 2, 2}, {"weight_x1g1", 4, 0, 1, 1}};
-constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
-                                           {"weight_x4g4", 4, 0, 4, 4},
-                                           {"weight_x8g2", 8, 0, 8, 2},
+constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x4g2", 4, 0, 4, 2},
                                            {"weight_x2g2", 4, 0, 2, 2},
-                                           {"weight_x1g1", 4, 0, 1, 1}};
-// Of few taps, a thread takes several channels.
-constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}};
+                                           {"weight_x1g1", 4, 0, 1, 1},
+                                           {"weight_x1g1_narrow", 2, 0, 1, 1}};
+constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8}, {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x8g2", 8, 0, 8, 2}, {"weight_x2g2", 4, 0, 2, 2},
+                                           {"weight_x1g1", 4, 0, 1, 1}, {"weight_x1g1_narrow", 2, 0, 1, 1}};
+// Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
+constexpr Tile kGradWeightNhwcTiles[] = {
+    {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
@@ -113,7 +115,6 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
 constexpr int kMaxRegisterTaps = 49;
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
-constexpr int kMaxGradInputRegisters = 128;
 // stream_nhwc: filters, sums of the live rows and one row of the window.
 constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
@@ -239,7 +240,7 @@ constexpr int kMaxGradWeightTaps = 121;
 constexpr int kMaxGradWeightSpan = 40;
 // Beyond these, registers spill: a thread of channels_last has an address for each load as well.
 constexpr int kMaxMarchRegisters = 200;
-constexpr int kMaxMarchRegistersNhwc = 235;
+constexpr int kMaxMarchRegistersNhwc = 225;
 constexpr int kMaxWideStripTaps = 25;  // NCHW, strips of eight columns
 
 inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
@@ -325,25 +326,25 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const DirectArgs args = direct_args(p);
   const Tile& t = tile_table(kernel, p.dtype)[tile];
   const bool aligned = p.aligned || t.vector == 1;
+  const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
+  const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
+  const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
+  if (grad_input_kernel) {
+    const bool channels_last = kernel == Kernel::kGradInputNhwc;
+    if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || !aligned || args.padding_w < -64 ||
+        (channels_last ? p.c : args.w) % t.vector != 0)
+      return false;
+    if (channels_last && (p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)) return false;
+    return grad_input_registers(t.columns, t.rows, channels_last ? t.vector : 1, kernel_h, kernel_w, stride_h, stride_w,
+                                dilation_h, dilation_w) <= kMaxGradInputRegisters;
+  }
   if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, t);
-  // The window of grad_output that a tile of grad_input reads; it and the filter are registers.
-  const int64_t window = ((t.rows - 1 + (p.kernel_h - 1) * p.dilation_h) / p.stride_h + 1) *
-                         ((t.columns - 1 + (p.kernel_w - 1) * p.dilation_w) / p.stride_w + 1);
-  if (kernel == Kernel::kGradInputNchw)
-    return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64 &&
-           window + taps <= kMaxGradInputRegisters;
   if (taps > kMaxRegisterTaps) return false;
   if (kernel == Kernel::kDirectNchw)
     return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
-  if (kernel == Kernel::kGradInputNhwc)
-    return aligned && p.c % t.vector == 0 && (window + taps) * t.vector <= kMaxGradInputRegisters &&
-           (t.vector < 4 || taps <= kGradInputNhwcTaps4) && (t.vector < 2 || taps <= kGradInputNhwcTaps2);
-  const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
-  const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
-  const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
   if (kernel == Kernel::kDirectNhwc)
     return aligned && p.c % t.vector == 0 && taps <= kMaxDirectNhwcTaps &&
            window_pixels(t.rows, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) <= kMaxWindowPixels;
