@@ -89,9 +89,10 @@ constexpr bool is_bfloat16 = false;
 template <>
 inline constexpr bool is_bfloat16<bfloat16> = true;
 
-// What an architecture lacks: the same product by shuffles and plain multiply-adds (bf16 before sm_80).
+// What an architecture lacks (bf16 before sm_80): the product of K = 8 by shuffles and plain multiply-adds. A function,
+// as hundreds of copies would take minutes to compile.
 template <class T>
-__device__ __forceinline__ void multiply_by_shuffles(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
+__device__ __noinline__ float4 multiply_by_shuffles(float4 d, unsigned a0, unsigned a1, unsigned b0) {
   const auto half = [](unsigned pair, int k) { return to_float(T{static_cast<unsigned short>(pair >> 16 * k)}); };
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -99,10 +100,14 @@ __device__ __forceinline__ void multiply_by_shuffles(float (&d)[4], unsigned a0,
     const unsigned row[2] = {__shfl_sync(~0u, a0, lane / 4 * 4 + t), __shfl_sync(~0u, a1, lane / 4 * 4 + t)};
     const unsigned column[2] = {__shfl_sync(~0u, b0, lane % 4 * 8 + t), __shfl_sync(~0u, b0, lane % 4 * 8 + 4 + t)};
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-#pragma unroll
-      for (int k = 0; k < 2; ++k) d[e] = fmaf(half(row[e / 2], k), half(column[e % 2], k), d[e]);
+    for (int k = 0; k < 2; ++k) {
+      d.x = fmaf(half(row[0], k), half(column[0], k), d.x);
+      d.y = fmaf(half(row[0], k), half(column[1], k), d.y);
+      d.z = fmaf(half(row[1], k), half(column[0], k), d.z);
+      d.w = fmaf(half(row[1], k), half(column[1], k), d.w);
+    }
   }
+  return d;
 }
 
 // d += A * B with K = 8.
@@ -118,7 +123,8 @@ __device__ __forceinline__ void multiply_k8(float (&d)[4], unsigned a0, unsigned
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(b0));
 #else
-    multiply_by_shuffles<T>(d, a0, a1, b0);
+    const float4 sum = multiply_by_shuffles<T>(make_float4(d[0], d[1], d[2], d[3]), a0, a1, b0);
+    d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
 #endif
   }
 }
