@@ -19,6 +19,8 @@ constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth 
 // Blocks of the kernels for large sizes: several for each that a multiprocessor holds, of an H100's 132.
 constexpr int64_t kToeplitzBlocksNchw = 1056, kToeplitzBlocksNhwc = 528, kBlockedBlocks = 1056;
 constexpr int64_t kLargePositions = 256;  // a split worth its second pass
+// A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
+constexpr int64_t kMostPositions = 1 << 17;
 
 struct GradWeightPlan {
   int64_t splits;
@@ -65,9 +67,11 @@ inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& ti
 
 // Kernels whose blocks take one channel, or several, and a share of the images: `blocks` blocks wanted in all.
 inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels, int64_t blocks) {
+  const int64_t positions = p.n * p.out_h * p.out_w;
   const int64_t splits = (blocks + channels / 2) / channels;
-  const int64_t worthwhile = p.n * p.out_h * p.out_w / kLargePositions;
-  return {bounded_splits(p, splits < worthwhile ? splits : worthwhile), 0};
+  const int64_t worthwhile = positions / kLargePositions;
+  const int64_t fewest = positions / kMostPositions;
+  return {bounded_splits(p, splits > worthwhile ? worthwhile : splits < fewest ? fewest : splits), 0};
 }
 
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
