@@ -249,14 +249,18 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
   tiling.tile_columns = divide_up(divide_up(args.out_w, tiling.num_column_tiles), kStrip) * kStrip;
   tiling.input_pitch = tiling.tile_columns + tiling.tiles_w * Traits::kColumns;
 
+  constexpr int kFewestRows = 8;
   // As many rows as fit, or as many images as keep every thread busy.
   const int budget = kBlockedSharedBytes / 4 - 2 * kHalo * tiling.tile_columns;  // floats
   const int in_row = tiling.input_pitch, grad_row = tiling.tile_columns;
   const int fitting = (budget - (args.kernel_h - 1) * in_row) / (in_row + grad_row);
   const int fitting_whole = args.h < budget / in_row ? (budget - args.h * in_row) / grad_row : 0;
   const int rows = max_int(1, min_int(args.out_h, max_int(fitting, fitting_whole)));
-  tiling.num_bands = divide_up(args.out_h, rows);
-  tiling.band_rows = divide_up(args.out_h, tiling.num_bands);
+  // Few images: bands, so that every split has a stage.
+  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
+  const int bands = max_int(divide_up(args.out_h, rows), min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
+  tiling.band_rows = divide_up(args.out_h, bands);
+  tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
   tiling.input_rows = min_int(args.h, tiling.band_rows + args.kernel_h - 1);
   const int strips = tiling.tile_columns / kStrip;
   tiling.images = 1;

@@ -471,11 +471,15 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   tiling.num_column_tiles = divide_up(args.w, Traits::kTileColumns);
   tiling.tile_columns = divide_up(divide_up(args.w, tiling.num_column_tiles), 16) * 16;
 
+  constexpr int kFewestRows = 8;
   // As many rows as fit, or as many images as give every warp some rows.
   constexpr int kMoreRows = 8 * Traits::kTilesI - 1;  // that a band's last row meets
   const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
-  tiling.num_bands = divide_up(args.out_h, rows);
-  tiling.band_rows = divide_up(args.out_h, tiling.num_bands);
+  // Few images: bands, so that every split has a stage.
+  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
+  const int bands = max_int(divide_up(args.out_h, rows), min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
+  tiling.band_rows = divide_up(args.out_h, bands);
+  tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
   tiling.image_rows = max_int(tiling.band_rows + kMoreRows - args.padding_h, args.padding_h + args.h);
   tiling.images = 1;
   tiling.warps_per_image = Traits::kSlots;
