@@ -58,7 +58,8 @@ struct GradWeightArgs {
   void* grad_bias;      // where grad_weight is not null: null if not asked for
   int64_t n, out_c;
   int multiplier, h, w, out_h, out_w, padding_h, padding_w, splits;
-  int rows;  // of grad_output that a thread of a marching kernel takes
+  int rows;                // of grad_output that a thread of a marching kernel takes
+  int kernel_h, kernel_w;  // for kernels that are not compiled for theirs
 };
 
 // Which of a window's rows or columns meet a tap of one of `outputs` outputs, as a bit mask. With a dilation most do

@@ -24,20 +24,41 @@ enum class Kernel : int {
   kGradWeightNhwc,
   kToeplitz,
   kBlocked,
+  kToeplitzGradWeightNchw,
+  kToeplitzGradWeightNhwc,
+  kBlockedGradWeight,
 };
-constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,     Kernel::kStreamNchw,    Kernel::kPlanesNchw,
-                                          Kernel::kDirectNhwc,     Kernel::kTiledNhwc,     Kernel::kStreamNhwc,
-                                          Kernel::kGradInputNchw,  Kernel::kGradInputNhwc, Kernel::kGradWeightNchw,
-                                          Kernel::kGradWeightNhwc, Kernel::kToeplitz,      Kernel::kBlocked};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
+                                          Kernel::kStreamNchw,
+                                          Kernel::kPlanesNchw,
+                                          Kernel::kDirectNhwc,
+                                          Kernel::kTiledNhwc,
+                                          Kernel::kStreamNhwc,
+                                          Kernel::kGradInputNchw,
+                                          Kernel::kGradInputNhwc,
+                                          Kernel::kGradWeightNchw,
+                                          Kernel::kGradWeightNhwc,
+                                          Kernel::kToeplitz,
+                                          Kernel::kBlocked,
+                                          Kernel::kToeplitzGradWeightNchw,
+                                          Kernel::kToeplitzGradWeightNhwc,
+                                          Kernel::kBlockedGradWeight};
 
 inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
-inline bool is_grad_weight_kernel(Kernel kernel) {
+inline bool is_marching_grad_weight(Kernel kernel) {
   return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
+}
+inline bool is_toeplitz_grad_weight(Kernel kernel) {
+  return kernel == Kernel::kToeplitzGradWeightNchw || kernel == Kernel::kToeplitzGradWeightNhwc;
+}
+inline bool is_grad_weight_kernel(Kernel kernel) {
+  return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight;
 }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
-  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_grad_weight_kernel(kernel);
+  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
+         is_toeplitz_grad_weight(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -81,6 +102,12 @@ constexpr Tile kGradWeightNhwcTiles[] = {
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
+// Columns of input that a stage holds.
+constexpr Tile kToeplitzGradWeightNchwTiles[] = {
+    {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band16", 16, 0, 1}};
+constexpr Tile kToeplitzGradWeightNhwcTiles[] = {{"weight_band32_nhwc", 32, 0, 1}, {"weight_band16_nhwc", 16, 0, 1}};
+// One for each layout.
+constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
 
 struct TileTable {
   const Tile* tiles;
@@ -107,6 +134,9 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
     case Kernel::kBlocked: return kBlockedTiles;
+    case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
+    case Kernel::kToeplitzGradWeightNhwc: return kToeplitzGradWeightNhwcTiles;
+    case Kernel::kBlockedGradWeight: return kBlockedGradWeightTiles;
     default: return {};
   }
 }
@@ -300,11 +330,49 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
   return (elements + 4 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
 }
 
+// toeplitz_grad_weight and blocked_grad_weight: a kernel's sums are a block's registers.
+constexpr int kMaxLargeGradWeight = 64;
+
+inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
+  const bool channels_last =
+      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kernel == Kernel::kToeplitzGradWeightNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (is_toeplitz_grad_weight(kernel) && p.dtype == DType::kFloat32) return false;
+  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
+  // Columns of grad_output that meet padding alone would be missed by the bias.
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  const int64_t channels = channels_last ? p.out_c : 1;  // that lie between neighbouring columns
+  return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.w * channels <= kInt32Max &&
+         p.out_w * channels <= kInt32Max && p.out_c <= kInt32Max &&
+         p.n * p.out_h * (p.w + p.out_w + 15) / 16 <= kInt32Max;
+}
+
+// blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
+// kRows - 1 steps more than rows are counted in, at 12 rows.
+struct TapTile {
+  int rows, columns;
+};
+constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
+  constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4}, {7, 4}, {6, 4}, {5, 4}, {4, 4}, {3, 4}};
+  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 256;
+  TapTile best{};
+  int64_t least = 0;
+  for (const TapTile tile : kCandidates) {
+    const int64_t tiles = ((kernel_h + tile.rows - 1) / tile.rows) * ((kernel_w + tile.columns - 1) / tile.columns);
+    const int64_t cost = tiles * (tile.rows * tile.columns + tile.columns + kLoads) * (kSteps + tile.rows - 1);
+    if (tiles <= kMaxThreads && (least == 0 || cost < least)) least = cost, best = tile;
+  }
+  return best;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
   if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
     return false;
+  if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
+    return can_serve_large_grad_weight(p, kernel, tile);
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   const bool grad_input_kernel = is_grad_input_kernel(kernel);
   if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
@@ -449,10 +517,24 @@ inline Config select_nhwc(const Problem& p) {
   return {};
 }
 
+inline Config select_grad_weight(const Problem& p) {
+  const bool channels_last = p.layout == Layout::kNhwc;
+  const Config marching = first_that_serves(p, channels_last ? Kernel::kGradWeightNhwc : Kernel::kGradWeightNchw);
+  if (marching.kernel != Kernel::kGeneral) return marching;
+  const Kernel toeplitz = channels_last ? Kernel::kToeplitzGradWeightNhwc : Kernel::kToeplitzGradWeightNchw;
+  if (can_serve(p, toeplitz, 0)) {
+    // The narrowest tile that holds a row, or the widest.
+    int tile = tile_table(toeplitz, p.dtype).size - 1;
+    while (tile > 0 && p.w > tile_table(toeplitz, p.dtype)[tile].columns) --tile;
+    return {toeplitz, tile};
+  }
+  if (can_serve(p, Kernel::kBlockedGradWeight, channels_last)) return {Kernel::kBlockedGradWeight, channels_last};
+  return marching;
+}
+
 inline Config select_config(const Problem& p) {
   const bool nchw = p.layout == Layout::kNchw;
-  if (p.direction == Direction::kGradWeight)
-    return first_that_serves(p, nchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
+  if (p.direction == Direction::kGradWeight) return select_grad_weight(p);
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
     return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
   const Config large = select_large(p);
@@ -496,6 +578,20 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.band = band_of(p);
     return s;
   }
+  if (is_toeplitz_grad_weight(kernel)) {  // compiled for the kernel's size in eights
+    s.kernel_h = static_cast<int>(p.kernel_h + 7) / 8 * 8;
+    s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.tile = config.tile;
+    return s;
+  }
+  if (kernel == Kernel::kBlockedGradWeight) {  // compiled for the taps of a thread
+    const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
+    s.kernel_h = taps.rows;
+    s.kernel_w = taps.columns;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    return s;
+  }
   if (kernel != Kernel::kBlocked) s.kernel_h = static_cast<int>(p.kernel_h);
   s.kernel_w = static_cast<int>(p.kernel_w);
   s.stride_h = static_cast<int>(p.stride_h);
@@ -512,10 +608,22 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
 }
 
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general",         "direct_nchw",      "stream_nchw",      "planes_nchw",
-                                    "direct_nhwc",     "tiled_nhwc",       "stream_nhwc",      "grad_input_nchw",
-                                    "grad_input_nhwc", "grad_weight_nchw", "grad_weight_nhwc", "toeplitz",
-                                    "blocked"};
+  constexpr const char* kNames[] = {"general",
+                                    "direct_nchw",
+                                    "stream_nchw",
+                                    "planes_nchw",
+                                    "direct_nhwc",
+                                    "tiled_nhwc",
+                                    "stream_nhwc",
+                                    "grad_input_nchw",
+                                    "grad_input_nhwc",
+                                    "grad_weight_nchw",
+                                    "grad_weight_nhwc",
+                                    "toeplitz",
+                                    "blocked",
+                                    "toeplitz_grad_weight_nchw",
+                                    "toeplitz_grad_weight_nhwc",
+                                    "blocked_grad_weight"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -549,7 +657,7 @@ inline std::string specialisation_name(const Specialisation& s) {
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
 inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
-  const std::string kernel = kernel_name(s.kernel);
+  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight" : kernel_name(s.kernel);
   char arguments[128];
   std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
@@ -558,7 +666,18 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (is_grad_input_kernel(s.kernel))
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
-  if (is_grad_weight_kernel(s.kernel)) {
+  if (is_toeplitz_grad_weight(s.kernel)) {
+    const bool channels_last = s.kernel == Kernel::kToeplitzGradWeightNhwc;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
+                  s.kernel_w / 8, tile_table(s.kernel, s.dtype)[s.tile].columns / 16, channels_last ? "true" : "false");
+    traits = std::string("ToeplitzGradWeightTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kBlockedGradWeight) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  s.kernel_w);
+    traits = std::string("BlockedGradWeightTraits<") + arguments;
+  }
+  if (is_marching_grad_weight(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
              arguments + ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
