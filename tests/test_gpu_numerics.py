@@ -85,14 +85,15 @@ CHANNELS = (1, 3, 8, 12, 40, 64, 129)
 
 
 def shape_problems(kernel, stride, dilation):
-    """Three paddings for one kernel."""
+    """Three paddings for one kernel. The third is larger than the kernel above and below alone: every horizontal padding is
+    seconds of compilation for each of its variants, and EDGES has some that are larger than the kernel."""
     extent = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
     same = tuple(e // 2 for e in extent)
     shape = {"kernel": kernel, "stride": stride, "dilation": dilation}
     return [
         Problem((extent[0] + 5, extent[1] + 12), **shape),
         Problem((13, 17), padding=same, multiplier=2, bias=False, **shape),
-        Problem((3, 5), padding=(extent[0] + 1, extent[1]), batch=1, channels=5, **shape),
+        Problem((3, max(5, extent[1])), padding=(extent[0] + 1, same[1]), batch=1, channels=5, **shape),
     ]
 
 
@@ -132,6 +133,8 @@ EDGES = [
     Problem((15, 18), (5, 5), padding=(2, 2), channels=4, multiplier=2, bias=False),
     Problem((14, 14), (3, 3), (2, 2), (1, 1), channels=8, multiplier=2),  # the last row and column see one pad only
     Problem((10, 300), (3, 3), padding=(0, 2), channels=1, bias=False),
+    Problem((3, 5), (3, 3), padding=(4, 5), batch=1, channels=5),  # padding larger than the kernel, and than the image
+    Problem((2, 9), (5, 5), (2, 2), padding=(6, 7), batch=1, channels=8),
     Problem((300, 9), (7, 7), padding=(3, 0), batch=1, channels=2),
 ]
 
