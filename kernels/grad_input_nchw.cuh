@@ -102,8 +102,13 @@ int launch_grad_input_nchw(const DirectArgs& args, cudaStream_t stream) {
 template <class Traits>
 int launch_grad_input_nchw(const DirectArgs& args, int tile, cudaStream_t stream) {
   constexpr int kColumns = sizeof(typename Traits::T) == 4 ? 4 : 8;
+  constexpr int kRegisters = grad_input_registers(kColumns, 4, 1, Traits::kKernelH, Traits::kKernelW, Traits::kStrideH,
+                                                  Traits::kStrideW, Traits::kDilationH, Traits::kDilationW);
   switch (tile) {
-    case 0: return launch_grad_input_nchw<Traits, kColumns, 4, kColumns / 2>(args, stream);
+    case 0:
+      if constexpr (kRegisters <= kMaxGradInputRegisters)
+        return launch_grad_input_nchw<Traits, kColumns, 4, kColumns / 2>(args, stream);
+      break;
     case 1: return launch_grad_input_nchw<Traits, 4, 4, 1>(args, stream);
   }
   return cudaErrorInvalidValue;

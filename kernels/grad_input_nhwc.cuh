@@ -107,18 +107,22 @@ int launch_grad_input_nhwc(const DirectArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <class Traits, int kVector>
+int launch_grad_input_nhwc(const DirectArgs& args, cudaStream_t stream) {
+  if constexpr (grad_input_registers(4, 4, kVector, Traits::kKernelH, Traits::kKernelW, Traits::kStrideH,
+                                     Traits::kStrideW, Traits::kDilationH,
+                                     Traits::kDilationW) <= kMaxGradInputRegisters)
+    return launch_grad_input_nhwc<Traits, 4, 4, kVector>(args, stream);
+  return cudaErrorInvalidValue;
+}
+
 // The tiles of select.h's table, in its order.
 template <class Traits>
 int launch_grad_input_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
-  constexpr int kTaps = Traits::kKernelH * Traits::kKernelW;
   switch (tile) {
-    case 0:
-      if constexpr (kTaps <= kGradInputNhwcTaps4) return launch_grad_input_nhwc<Traits, 4, 4, 4>(args, stream);
-      break;
-    case 1:
-      if constexpr (kTaps <= kGradInputNhwcTaps2) return launch_grad_input_nhwc<Traits, 4, 4, 2>(args, stream);
-      break;
-    case 2: return launch_grad_input_nhwc<Traits, 4, 4, 1>(args, stream);
+    case 0: return launch_grad_input_nhwc<Traits, 4>(args, stream);
+    case 1: return launch_grad_input_nhwc<Traits, 2>(args, stream);
+    case 2: return launch_grad_input_nhwc<Traits, 1>(args, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -45,34 +45,34 @@ struct NchwStrip {
         input_mask |= StripMask<Row::kWords>{1} << word;
   }
 
-  __device__ __forceinline__ void grad(const T* row, bool in_bounds, T (&registers)[Traits::kColumns][1]) const {
-    constexpr int kVector = Traits::kGradVector;
+  struct GradRow {
+    PackedLoad<T, Traits::kGradVector> load[Traits::kColumns / Traits::kGradVector];
+    __device__ __forceinline__ float element(int v, int) const {
+      return load[v / Traits::kGradVector][v % Traits::kGradVector];
+    }
+  };
+  __device__ __forceinline__ void grad(const T* row, bool in_bounds, GradRow& registers) const {
     const auto mask = in_bounds ? grad_mask : 0;
 #pragma unroll
-    for (int v = 0; v < Traits::kColumns; v += kVector) {
-      const auto word = load_or_zero<kVector>(row + v, mask >> v & 1);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) registers[v + k][0] = word.value[k];
-    }
+    for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
+      registers.load[v / Traits::kGradVector].load(row + v, mask >> v & 1);
   }
 
-  __device__ __forceinline__ void input(const T* row, bool in_bounds, T (&registers)[Traits::kWindow][1]) const {
+  struct InputRow {
+    PackedLoad<T, Traits::kVector> load[Row::kWords];
+    __device__ __forceinline__ float element(int k, int) const {
+      const int column = k - Traits::kPhase, word = floor_divide(column, Traits::kVector) - Row::kFirstWord;
+      return load[word][column - start(word)];
+    }
+  };
+  __device__ __forceinline__ void input(const T* row, bool in_bounds, InputRow& registers) const {
     load_words(row, in_bounds ? input_mask : 0, registers);
   }
   template <int kWord = 0>
-  __device__ __forceinline__ void load_words(const T* row, StripMask<Row::kWords> mask,
-                                             T (&registers)[Traits::kWindow][1]) const {
+  __device__ __forceinline__ void load_words(const T* row, StripMask<Row::kWords> mask, InputRow& registers) const {
     if constexpr (kWord < Row::kWords) {
-      if constexpr (Row::low(kWord) < Row::high(kWord)) {
-        constexpr int kWidth = Row::load_width(kWord);
-        constexpr int kStart = start(kWord);
-        const auto word = load_or_zero<kWidth>(row + kStart, mask >> kWord & 1);
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          constexpr int kBase = kStart + Traits::kPhase;
-          if (kBase + k >= 0 && kBase + k < Traits::kWindow) registers[kBase + k][0] = word.value[k];
-        }
-      }
+      if constexpr (Row::low(kWord) < Row::high(kWord))
+        registers.load[kWord].template load<Row::load_width(kWord)>(row + start(kWord), mask >> kWord & 1);
       load_words<kWord + 1>(row, mask, registers);
     }
   }

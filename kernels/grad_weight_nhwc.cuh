@@ -41,23 +41,23 @@ struct NhwcStrip {
         input_mask |= StripMask<Traits::kWindow>{1} << k;
   }
 
-  __device__ __forceinline__ void load(const T* pointer, bool in_bounds, T (&registers)[kChannels]) const {
-    const auto word = load_or_zero<kChannels>(pointer, in_bounds);
-#pragma unroll
-    for (int e = 0; e < kChannels; ++e) registers[e] = word.value[e];
-  }
-  __device__ __forceinline__ void grad(const T* row, bool in_bounds,
-                                       T (&registers)[Traits::kColumns][kChannels]) const {
+  template <int kPixels>
+  struct PixelRow {
+    PackedLoad<T, kChannels> load[kPixels];
+    __device__ __forceinline__ float element(int k, int channel) const { return load[k][channel]; }
+  };
+  using GradRow = PixelRow<Traits::kColumns>;
+  using InputRow = PixelRow<Traits::kWindow>;
+  __device__ __forceinline__ void grad(const T* row, bool in_bounds, GradRow& registers) const {
     const auto mask = in_bounds ? grad_mask : 0;
 #pragma unroll
-    for (int v = 0; v < Traits::kColumns; ++v) load(row + v * pixel, mask >> v & 1, registers[v]);
+    for (int v = 0; v < Traits::kColumns; ++v) registers.load[v].load(row + v * pixel, mask >> v & 1);
   }
-  __device__ __forceinline__ void input(const T* row, bool in_bounds,
-                                        T (&registers)[Traits::kWindow][kChannels]) const {
+  __device__ __forceinline__ void input(const T* row, bool in_bounds, InputRow& registers) const {
     const auto mask = in_bounds ? input_mask : 0;
 #pragma unroll
     for (int k = 0; k < Traits::kWindow; ++k)
-      if (Traits::kUsed >> k & 1) load(row + k * pixel, mask >> k & 1, registers[k]);
+      if (Traits::kUsed >> k & 1) registers.load[k].load(row + k * pixel, mask >> k & 1);
   }
 };
 

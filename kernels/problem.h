@@ -58,7 +58,8 @@ struct GradWeightArgs {
   void* grad_bias;      // where grad_weight is not null: null if not asked for
   int64_t n, out_c;
   int multiplier, h, w, out_h, out_w, padding_h, padding_w, splits;
-  int rows;  // of grad_output that a thread of a marching kernel takes
+  int rows;                // of grad_output that a thread of a marching kernel takes
+  int kernel_h, kernel_w;  // for kernels that are not compiled for theirs
 };
 
 // Which of a window's rows or columns meet a tap of one of `outputs` outputs, as a bit mask. With a dilation most do
@@ -125,9 +126,15 @@ constexpr int64_t stream_depth(int64_t least, int64_t stage_elements, int64_t gr
 // stream_nhwc: channels a thread, as many as leave room for their filters.
 constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h * kernel_w <= 9 ? 4 : 2; }
 
-// grad_input_nhwc: taps up to which a thread takes four channels, or two: their filters are registers.
-constexpr int kGradInputNhwcTaps4 = 9;
-constexpr int kGradInputNhwcTaps2 = 25;
+// Registers of a grad-of-input thread for strides above 1: a tile of `columns` x `rows` of `channels` channels reads this
+// window of grad_output and the filter, both before it computes.
+constexpr int kMaxGradInputRegisters = 128;
+constexpr int grad_input_registers(int columns, int rows, int channels, int kernel_h, int kernel_w, int stride_h,
+                                   int stride_w, int dilation_h, int dilation_w) {
+  const int window_rows = (rows - 1 + (kernel_h - 1) * dilation_h) / stride_h + 1;
+  const int window_columns = (columns - 1 + (kernel_w - 1) * dilation_w) / stride_w + 1;
+  return (window_rows * window_columns + kernel_h * kernel_w) * channels;
+}
 
 // What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.
 constexpr int kTooLittleSharedMemory = -1;

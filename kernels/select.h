@@ -24,20 +24,41 @@ enum class Kernel : int {
   kGradWeightNhwc,
   kToeplitz,
   kBlocked,
+  kToeplitzGradWeightNchw,
+  kToeplitzGradWeightNhwc,
+  kBlockedGradWeight,
 };
-constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,     Kernel::kStreamNchw,    Kernel::kPlanesNchw,
-                                          Kernel::kDirectNhwc,     Kernel::kTiledNhwc,     Kernel::kStreamNhwc,
-                                          Kernel::kGradInputNchw,  Kernel::kGradInputNhwc, Kernel::kGradWeightNchw,
-                                          Kernel::kGradWeightNhwc, Kernel::kToeplitz,      Kernel::kBlocked};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
+                                          Kernel::kStreamNchw,
+                                          Kernel::kPlanesNchw,
+                                          Kernel::kDirectNhwc,
+                                          Kernel::kTiledNhwc,
+                                          Kernel::kStreamNhwc,
+                                          Kernel::kGradInputNchw,
+                                          Kernel::kGradInputNhwc,
+                                          Kernel::kGradWeightNchw,
+                                          Kernel::kGradWeightNhwc,
+                                          Kernel::kToeplitz,
+                                          Kernel::kBlocked,
+                                          Kernel::kToeplitzGradWeightNchw,
+                                          Kernel::kToeplitzGradWeightNhwc,
+                                          Kernel::kBlockedGradWeight};
 
 inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
-inline bool is_grad_weight_kernel(Kernel kernel) {
+inline bool is_marching_grad_weight(Kernel kernel) {
   return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
+}
+inline bool is_toeplitz_grad_weight(Kernel kernel) {
+  return kernel == Kernel::kToeplitzGradWeightNchw || kernel == Kernel::kToeplitzGradWeightNhwc;
+}
+inline bool is_grad_weight_kernel(Kernel kernel) {
+  return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight;
 }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
-  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_grad_weight_kernel(kernel);
+  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
+         is_toeplitz_grad_weight(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -67,18 +88,26 @@ constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
 // tile a specialisation: each is seconds of compilation.
-constexpr Tile kGradWeightNchwTiles32[] = {
-    {"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2}, {"weight_x2g2", 4, 0, 2, 2}, {"weight_x1g1", 4, 0, 1, 1}};
-constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
-                                           {"weight_x4g4", 4, 0, 4, 4},
-                                           {"weight_x8g2", 8, 0, 8, 2},
+constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x4g2", 4, 0, 4, 2},
                                            {"weight_x2g2", 4, 0, 2, 2},
-                                           {"weight_x1g1", 4, 0, 1, 1}};
-// Of few taps, a thread takes several channels.
-constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}};
+                                           {"weight_x1g1", 4, 0, 1, 1},
+                                           {"weight_x1g1_narrow", 2, 0, 1, 1}};
+constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8}, {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x8g2", 8, 0, 8, 2}, {"weight_x2g2", 4, 0, 2, 2},
+                                           {"weight_x1g1", 4, 0, 1, 1}, {"weight_x1g1_narrow", 2, 0, 1, 1}};
+// Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
+constexpr Tile kGradWeightNhwcTiles[] = {
+    {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
+// Columns of input that a stage holds.
+constexpr Tile kToeplitzGradWeightNchwTiles[] = {
+    {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band16", 16, 0, 1}};
+constexpr Tile kToeplitzGradWeightNhwcTiles[] = {{"weight_band32_nhwc", 32, 0, 1}, {"weight_band16_nhwc", 16, 0, 1}};
+// One for each layout.
+constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
 
 struct TileTable {
   const Tile* tiles;
@@ -105,6 +134,9 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
     case Kernel::kBlocked: return kBlockedTiles;
+    case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
+    case Kernel::kToeplitzGradWeightNhwc: return kToeplitzGradWeightNhwcTiles;
+    case Kernel::kBlockedGradWeight: return kBlockedGradWeightTiles;
     default: return {};
   }
 }
@@ -113,7 +145,6 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
 constexpr int kMaxRegisterTaps = 49;
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
-constexpr int kMaxGradInputRegisters = 128;
 // stream_nhwc: filters, sums of the live rows and one row of the window.
 constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
@@ -239,7 +270,7 @@ constexpr int kMaxGradWeightTaps = 121;
 constexpr int kMaxGradWeightSpan = 40;
 // Beyond these, registers spill: a thread of channels_last has an address for each load as well.
 constexpr int kMaxMarchRegisters = 200;
-constexpr int kMaxMarchRegistersNhwc = 235;
+constexpr int kMaxMarchRegistersNhwc = 225;
 constexpr int kMaxWideStripTaps = 25;  // NCHW, strips of eight columns
 
 inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
@@ -299,11 +330,49 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
   return (elements + 4 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
 }
 
+// toeplitz_grad_weight and blocked_grad_weight: a kernel's sums are a block's registers.
+constexpr int kMaxLargeGradWeight = 64;
+
+inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
+  const bool channels_last =
+      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kernel == Kernel::kToeplitzGradWeightNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (is_toeplitz_grad_weight(kernel) && p.dtype == DType::kFloat32) return false;
+  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
+  // Columns of grad_output that meet padding alone would be missed by the bias.
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  const int64_t channels = channels_last ? p.out_c : 1;  // that lie between neighbouring columns
+  return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.w * channels <= kInt32Max &&
+         p.out_w * channels <= kInt32Max && p.out_c <= kInt32Max &&
+         p.n * p.out_h * (p.w + p.out_w + 15) / 16 <= kInt32Max;
+}
+
+// blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
+// kRows - 1 steps more than rows are counted in, at 12 rows.
+struct TapTile {
+  int rows, columns;
+};
+constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
+  constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4}, {7, 4}, {6, 4}, {5, 4}, {4, 4}, {3, 4}};
+  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 256;
+  TapTile best{};
+  int64_t least = 0;
+  for (const TapTile tile : kCandidates) {
+    const int64_t tiles = ((kernel_h + tile.rows - 1) / tile.rows) * ((kernel_w + tile.columns - 1) / tile.columns);
+    const int64_t cost = tiles * (tile.rows * tile.columns + tile.columns + kLoads) * (kSteps + tile.rows - 1);
+    if (tiles <= kMaxThreads && (least == 0 || cost < least)) least = cost, best = tile;
+  }
+  return best;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
   if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
     return false;
+  if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
+    return can_serve_large_grad_weight(p, kernel, tile);
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   const bool grad_input_kernel = is_grad_input_kernel(kernel);
   if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
@@ -325,25 +394,25 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const DirectArgs args = direct_args(p);
   const Tile& t = tile_table(kernel, p.dtype)[tile];
   const bool aligned = p.aligned || t.vector == 1;
+  const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
+  const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
+  const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
+  if (grad_input_kernel) {
+    const bool channels_last = kernel == Kernel::kGradInputNhwc;
+    if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || !aligned || args.padding_w < -64 ||
+        (channels_last ? p.c : args.w) % t.vector != 0)
+      return false;
+    if (channels_last && (p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)) return false;
+    return grad_input_registers(t.columns, t.rows, channels_last ? t.vector : 1, kernel_h, kernel_w, stride_h, stride_w,
+                                dilation_h, dilation_w) <= kMaxGradInputRegisters;
+  }
   if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, t);
-  // The window of grad_output that a tile of grad_input reads; it and the filter are registers.
-  const int64_t window = ((t.rows - 1 + (p.kernel_h - 1) * p.dilation_h) / p.stride_h + 1) *
-                         ((t.columns - 1 + (p.kernel_w - 1) * p.dilation_w) / p.stride_w + 1);
-  if (kernel == Kernel::kGradInputNchw)
-    return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64 &&
-           window + taps <= kMaxGradInputRegisters;
   if (taps > kMaxRegisterTaps) return false;
   if (kernel == Kernel::kDirectNchw)
     return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
-  if (kernel == Kernel::kGradInputNhwc)
-    return aligned && p.c % t.vector == 0 && (window + taps) * t.vector <= kMaxGradInputRegisters &&
-           (t.vector < 4 || taps <= kGradInputNhwcTaps4) && (t.vector < 2 || taps <= kGradInputNhwcTaps2);
-  const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
-  const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
-  const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
   if (kernel == Kernel::kDirectNhwc)
     return aligned && p.c % t.vector == 0 && taps <= kMaxDirectNhwcTaps &&
            window_pixels(t.rows, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) <= kMaxWindowPixels;
@@ -448,10 +517,24 @@ inline Config select_nhwc(const Problem& p) {
   return {};
 }
 
+inline Config select_grad_weight(const Problem& p) {
+  const bool channels_last = p.layout == Layout::kNhwc;
+  const Config marching = first_that_serves(p, channels_last ? Kernel::kGradWeightNhwc : Kernel::kGradWeightNchw);
+  if (marching.kernel != Kernel::kGeneral) return marching;
+  const Kernel toeplitz = channels_last ? Kernel::kToeplitzGradWeightNhwc : Kernel::kToeplitzGradWeightNchw;
+  if (can_serve(p, toeplitz, 0)) {
+    // The narrowest tile that holds a row, or the widest.
+    int tile = tile_table(toeplitz, p.dtype).size - 1;
+    while (tile > 0 && p.w > tile_table(toeplitz, p.dtype)[tile].columns) --tile;
+    return {toeplitz, tile};
+  }
+  if (can_serve(p, Kernel::kBlockedGradWeight, channels_last)) return {Kernel::kBlockedGradWeight, channels_last};
+  return marching;
+}
+
 inline Config select_config(const Problem& p) {
   const bool nchw = p.layout == Layout::kNchw;
-  if (p.direction == Direction::kGradWeight)
-    return first_that_serves(p, nchw ? Kernel::kGradWeightNchw : Kernel::kGradWeightNhwc);
+  if (p.direction == Direction::kGradWeight) return select_grad_weight(p);
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
     return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
   const Config large = select_large(p);
@@ -495,6 +578,20 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.band = band_of(p);
     return s;
   }
+  if (is_toeplitz_grad_weight(kernel)) {  // compiled for the kernel's size in eights
+    s.kernel_h = static_cast<int>(p.kernel_h + 7) / 8 * 8;
+    s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.tile = config.tile;
+    return s;
+  }
+  if (kernel == Kernel::kBlockedGradWeight) {  // compiled for the taps of a thread
+    const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
+    s.kernel_h = taps.rows;
+    s.kernel_w = taps.columns;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    return s;
+  }
   if (kernel != Kernel::kBlocked) s.kernel_h = static_cast<int>(p.kernel_h);
   s.kernel_w = static_cast<int>(p.kernel_w);
   s.stride_h = static_cast<int>(p.stride_h);
@@ -511,10 +608,22 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
 }
 
 inline const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"general",         "direct_nchw",      "stream_nchw",      "planes_nchw",
-                                    "direct_nhwc",     "tiled_nhwc",       "stream_nhwc",      "grad_input_nchw",
-                                    "grad_input_nhwc", "grad_weight_nchw", "grad_weight_nhwc", "toeplitz",
-                                    "blocked"};
+  constexpr const char* kNames[] = {"general",
+                                    "direct_nchw",
+                                    "stream_nchw",
+                                    "planes_nchw",
+                                    "direct_nhwc",
+                                    "tiled_nhwc",
+                                    "stream_nhwc",
+                                    "grad_input_nchw",
+                                    "grad_input_nhwc",
+                                    "grad_weight_nchw",
+                                    "grad_weight_nhwc",
+                                    "toeplitz",
+                                    "blocked",
+                                    "toeplitz_grad_weight_nchw",
+                                    "toeplitz_grad_weight_nhwc",
+                                    "blocked_grad_weight"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -548,7 +657,7 @@ inline std::string specialisation_name(const Specialisation& s) {
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
 inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
-  const std::string kernel = kernel_name(s.kernel);
+  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight" : kernel_name(s.kernel);
   char arguments[128];
   std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
@@ -557,7 +666,18 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (is_grad_input_kernel(s.kernel))
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
-  if (is_grad_weight_kernel(s.kernel)) {
+  if (is_toeplitz_grad_weight(s.kernel)) {
+    const bool channels_last = s.kernel == Kernel::kToeplitzGradWeightNhwc;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
+                  s.kernel_w / 8, tile_table(s.kernel, s.dtype)[s.tile].columns / 16, channels_last ? "true" : "false");
+    traits = std::string("ToeplitzGradWeightTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kBlockedGradWeight) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  s.kernel_w);
+    traits = std::string("BlockedGradWeightTraits<") + arguments;
+  }
+  if (is_marching_grad_weight(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
              arguments + ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);

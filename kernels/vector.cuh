@@ -50,6 +50,24 @@ __device__ __forceinline__ float to_float(bfloat16 value) {
   return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
 }
 
+// The two 16-bit values of a register.
+template <class T>
+__device__ __forceinline__ float low_to_float(unsigned word) {
+  return to_float(T{static_cast<unsigned short>(word)});
+}
+template <>
+__device__ __forceinline__ float low_to_float<bfloat16>(unsigned word) {
+  return __uint_as_float(word << 16);
+}
+template <class T>
+__device__ __forceinline__ float high_to_float(unsigned word) {
+  return to_float(T{static_cast<unsigned short>(word >> 16)});
+}
+template <>
+__device__ __forceinline__ float high_to_float<bfloat16>(unsigned word) {
+  return __uint_as_float(word & 0xffff0000u);
+}
+
 template <class T>
 __device__ __forceinline__ T from_float(float value);
 template <>
