@@ -45,6 +45,9 @@ struct ToeplitzTraits {
   // warps, 0.129 with four); but two a multiprocessor, and the widest take more than 128 registers a thread.
   static constexpr int kWarps = kChannelsLast ? kChannelsNhwc : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
+  // 512 threads a multiprocessor leave 128 registers each, too few for the largest tiles under a wide band.
+  static constexpr bool kManyRegisters = kTilesW * kTilesH >= 16 && (!kChannelsLast || kChunks > 6);
+  static constexpr int kMinBlocks = (kManyRegisters ? 384 : 512) / kThreads;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;
 
@@ -300,7 +303,7 @@ __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& 
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     toeplitz_kernel(const __grid_constant__ DirectArgs args, const ToeplitzTiling tiling) {
   using T = typename Traits::T;
   constexpr int kTilesW = Traits::kTilesW, kTilesH = Traits::kTilesH, kChunks = Traits::kChunks,
