@@ -372,6 +372,7 @@ def test_record_keeps_what_the_same_sources_measured_before():
 
 def test_record_is_named_after_the_gpu():
     assert report.record_path("NVIDIA H100 80GB HBM3").name == "bench_h100_80gb_hbm3.json"
+    assert report.record_path("NVIDIA H200").name == "bench_h200.json"
     assert report.record_path("Tesla T4").name == "bench_tesla_t4.json"
 
 

@@ -35,6 +35,10 @@ def test_the_two_commands_are_there_to_copy(command):
     assert f"{command}\n" in blocks("sh")
 
 
+def test_ci_runs_the_test_command():
+    assert f"\n{blocks('sh')[1]}" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_files_and_options_named_exist():
     assert (ROOT / "requirements.txt").is_file()
     for name in set(re.findall(r"`([\w/]+\.(?:py|txt|json)|[\w/]+/)`", TEXT)):
