@@ -29,8 +29,8 @@ KERNELS = MODULE.parent / "kernels"
 
 # Budgets of DESIGN for two cores, in seconds.
 COLD, WARM, SPECIALISATION = 15, 0.5, 4
-COMPILED = {90: 60}  # specialisations in the ordinary run, each 1 s to 3 s of a core
-COMPILED_ELSEWHERE = 6  # on every other architecture
+COMPILED = {90: 40}  # specialisations in the ordinary run, each 1 s to 3 s of a core
+COMPILED_ELSEWHERE = 4  # on every other architecture
 
 STAND_IN = {
     "operators.cpp": """
