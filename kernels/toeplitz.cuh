@@ -1,19 +1,21 @@
 // Depthwise convolution as products with banded (Toeplitz) matrices on the tensor cores: forward, and grad of input at
 // stride 1 (filter flipped). NCHW and channels_last, fp16 and bf16, fp32 accumulators.
 //
-// Idea    One kernel row, for eight neighbouring outputs of a row, is a banded matrix: B[k][n] = w[shift + k - n *
-// stride]
-//         times A[m][k], sixteen output rows m of the input at columns k. The band spans kChunks chunks of eight
-//         input columns, so of the multiplies kernel_w / (8 * kChunks) are useful: 7/24 for 7x7, 31/40 for 31x31.
-//         Products whose input columns all lie outside the image are left out.
-// Serves  any kernel height, dilation, padding, stride of rows and image size at run time; compile-time are only
-//         the type, kChunks and the stride of columns, so one specialisation serves many kernels.
+// Idea    One kernel row, for eight neighbouring outputs of a row, is a banded matrix,
+//         B[k][n] = w[shift + k - n * stride], times A[m][k], sixteen output rows m of the input at columns k. The band
+//         spans kChunks chunks of eight input columns, so of the multiplies kernel_w / (8 * kChunks) are useful: 7/24
+//         for 7x7, 31/40 for 31x31. Where one block spans the image's rows, products whose input columns all lie
+//         outside the image are left out.
+// Serves  any kernel height, padding, dilation and stride of rows at run time; compile-time are the type, kChunks, the
+//         stride of columns, and where the image lies in the block's chunks (in wide images: nothing of it), so that a
+//         specialisation serves many kernels.
 // Owns    NCHW: a block computes a rectangle of outputs of one channel of one image, or of several small images.
 //         channels_last: of eight channels, one a warp. A warp holds kTilesH x 16 rows by kTilesW x 8 columns of
 //         outputs; its rows are counted through all images of the block, so that small images waste none.
 // Memory  per channel kernel_h * (8 * kChunks + 7 * stride - 1) words of weights, each a pair of neighbours as B wants
 //         it; the input rows inside the image in chunks of 16 bytes, an odd number a row (ldmatrix without bank
-//         conflicts), one row of zeros that stands for all rows outside. The outputs reuse the input's room.
+//         conflicts), one row of zeros that stands for all rows outside. The outputs reuse the input's room. 31x31
+//         on four images of 56x56: 5.7 KB + 32.4 KB.
 // NaN     A zero of the band times an infinity or NaN gives NaN in outputs that do not see it. So where a block finds a
 //         NaN it computes those outputs again with plain multiply-adds over their own taps.
 // Chosen  select.h.
