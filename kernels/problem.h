@@ -30,6 +30,7 @@ struct Tile {
   int rows;
   int vector;
   int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
+  bool staged = false;  // grad of weight, NCHW: whole planes through shared memory
 };
 
 // A direct convolution with its direction taken out: the grad of input at stride 1 is the forward pass over
