@@ -57,9 +57,7 @@ IntPair = int | Sequence[int]
 # False where torch is built for the CPU alone or for ROCm: then every call goes to F.conv2d.
 _CUDA_BUILD = torch.version.cuda is not None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Argument checks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Argument checks
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -92,12 +90,7 @@ def _resolve_padding(padding: str | IntPair, kernel: Sequence[int], dilation: Se
 
 
 def check_arguments(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: IntPair,
-    padding: str | IntPair,
-    dilation: IntPair,
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: str | IntPair, dilation: IntPair
 ) -> None:
     """Raise what ``nn.Conv2d`` raises for these arguments, or say what was expected where ``nn.Conv2d`` would not mind.
 
@@ -172,14 +165,11 @@ def check_arguments(
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators: torch.ops.depthwise_inline.*
-#
+# ---- Operators: torch.ops.depthwise_inline.*
 # Schemas, fake kernels, autograd and autocast live here; the CUDA kernels come with the compiled library. Sizes are
 # single ints, since each list argument costs 0.5 us of host time a call. forward_no_autograd is forward without the
 # Python autograd formula, whose mere presence costs 6 us a call. The library also serves PyTorch's own extension point
 # aten::convolution_overrideable, whose autograd is C++: eager training goes there, traced graphs use `forward`.
-# ---------------------------------------------------------------------------------------------------------------------
 
 _GEOMETRY = "int stride_h, int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w"
 _SCHEMAS = (
@@ -415,9 +405,7 @@ def _register_operators() -> None:
     _keep_alive.append(library)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Functions and modules
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Functions and modules
 
 _forward = None  # the operators as OpOverload objects, looked up once
 _forward_no_autograd = None
@@ -491,12 +479,7 @@ def depthwise_conv2d(
 
 
 def _traceable_conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: IntPair,
-    padding: str | IntPair,
-    dilation: IntPair,
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: str | IntPair, dilation: IntPair
 ) -> Tensor:
     """depthwise_conv2d for every device and every form of the arguments, without anything a tracer stumbles over."""
     check_arguments(input, weight, bias, stride, padding, dilation)
@@ -652,9 +635,7 @@ def _new_instance(cls: type[nn.Conv2d]) -> nn.Conv2d:
     return subclass.__new__(subclass)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Build: finding the GPU's architecture and the compiler
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Build: finding the GPU's architecture and the compiler
 
 _NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 _CXX_FLAGS = ("-O2",)
@@ -865,13 +846,10 @@ def _stage1_sources() -> tuple[list[str], list[str]]:
     return [read(folder / "operators.cpp")], [read(path) for path in sorted(folder.glob("*.cu"))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Build: the cache
-#
+# ---- Build: the cache
 # A library lies in a folder named after everything that went into it. It is built in a private folder beside that and
 # renamed when complete, so no process ever sees half of one. A lock that the system drops when its holder dies keeps
 # several processes from building the same thing.
-# ---------------------------------------------------------------------------------------------------------------------
 
 _build_lock = threading.RLock()
 
@@ -1055,9 +1033,7 @@ def _obtain(name: str, what: str, cpp: Sequence[str], cuda: Sequence[str]) -> Pa
         ) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Build: the two stages
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Build: the two stages
 
 _library: ctypes.CDLL | None = None  # stage 1
 _library_path: Path | None = None
@@ -1287,9 +1263,7 @@ def status() -> Status:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line
 
 
 def _doctor() -> int:
@@ -1347,9 +1321,7 @@ def _is_script() -> bool:
     return __name__ == "__main__" and os.path.abspath(sys.argv[0]) == os.path.abspath(globals().get("__file__", ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Import
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Import
 
 
 def _on_import() -> None:

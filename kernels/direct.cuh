@@ -9,8 +9,6 @@ namespace depthwise {
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
 constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
-constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
-
 template <class Int>
 constexpr Int divide_up(Int a, Int b) {
   return (a + b - 1) / b;
@@ -45,6 +43,24 @@ int allow_shared_bytes(Kernel kernel, int bytes) {
   if (bytes <= 48 << 10) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
+
+// Walks (outer, middle, inner) in steps of `step` items without a division a step.
+struct Walk {
+  int inner, middle, outer;
+  int inners, middles, step_inner, step_middle, step_outer;
+
+  __device__ Walk(int start, int step, int inners, int middles) : inners(inners), middles(middles) {
+    inner = start % inners, outer = start / inners;
+    middle = outer % middles, outer /= middles;
+    step_inner = step % inners, step_outer = step / inners;
+    step_middle = step_outer % middles, step_outer /= middles;
+  }
+  __device__ __forceinline__ void advance() {
+    inner += step_inner, middle += step_middle, outer += step_outer;
+    if (inner >= inners) inner -= inners, ++middle;
+    if (middle >= middles) middle -= middles, ++outer;
+  }
+};
 
 template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_>
 struct NhwcTraits {

@@ -73,7 +73,9 @@ inline bool launch_specialised(const Problem& p, const void* input, const void* 
   args.weight = weight;
   args.bias = bias;
   args.out = out;
-  check_launch(launcher(&args, choice.config.tile, stream));
+  const int error = launcher(&args, choice.config.tile, stream);
+  if (error == kTooLittleSharedMemory) return false;
+  check_launch(error);
   return true;
 }
 

@@ -64,7 +64,9 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
                                      static_cast<int>(p.padding_h),
                                      static_cast<int>(p.padding_w),
                                      splits,
-                                     plan.rows};
+                                     plan.rows,
+                                     static_cast<int>(p.kernel_h),
+                                     static_cast<int>(p.kernel_w)};
         check_launch(launcher(&args, config.tile, stream));
         if (stores) return;
       }

@@ -15,6 +15,12 @@ constexpr int64_t kGeneralPositions = 2048;  // a split worth its second pass
 constexpr int kGradWeightLanes = 32;                // channels_last: threads along channels, at most
 constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
 
+// Blocks of the kernels for large sizes: several for each that a multiprocessor holds, of an H100's 132.
+constexpr int64_t kToeplitzBlocksNchw = 1056, kToeplitzBlocksNhwc = 528, kBlockedBlocks = 1056;
+constexpr int64_t kLargePositions = 256;  // a split worth its second pass
+// A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
+constexpr int64_t kMostPositions = 1 << 17;
+
 struct GradWeightPlan {
   int64_t splits;
   int rows;  // of grad_output that a thread marches down, at most
@@ -60,10 +66,23 @@ inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& ti
   return {bounded_splits(p, splits), static_cast<int>(divide_up64(rows, pieces))};
 }
 
+// Kernels whose blocks take one channel, or several, and a share of the images: `blocks` blocks wanted in all.
+inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels, int64_t blocks) {
+  const int64_t positions = p.n * p.out_h * p.out_w;
+  const int64_t splits = (blocks + channels / 2) / channels;
+  const int64_t worthwhile = positions / kLargePositions;
+  const int64_t fewest = positions / kMostPositions;
+  return {bounded_splits(p, splits > worthwhile ? worthwhile : splits < fewest ? fewest : splits), 0};
+}
+
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
   switch (config.kernel) {
     case Kernel::kGradWeightNchw:
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kToeplitzGradWeightNchw: return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNchw);
+    case Kernel::kToeplitzGradWeightNhwc:
+      return large_grad_weight_plan(p, divide_up64(p.out_c, 8), kToeplitzBlocksNhwc);
+    case Kernel::kBlockedGradWeight: return large_grad_weight_plan(p, p.out_c, kBlockedBlocks);
     default: return general_grad_weight_plan(p);
   }
 }

@@ -184,6 +184,11 @@ struct RollingColumns : RollingShape<Traits> {
   using Shape = RollingShape<Traits>;
   using Row = NchwRow<Traits, kColumns, kVector>;
 
+  // Blocks of kStreamThreads that a multiprocessor's registers hold without spills, with 40 for addresses; 0 leaves the
+  // fewest registers to the compiler.
+  static constexpr int kRegisters = Traits::kTaps + Shape::kLiveRows * kColumns + Row::kWindow + 40;
+  static constexpr int kBlocks = kRegisters <= 88 ? 0 : kRegisters <= 128 ? 2 : 1;
+
   float weight[Traits::kTaps];
   float bias;
   float sum[Shape::kLiveRows][kColumns] = {};

@@ -25,7 +25,8 @@ struct PlanesPlan {
 };
 
 template <class Traits, int kColumns, int kVector>
-__global__ void __launch_bounds__(kStreamThreads) planes_nchw_kernel(const DirectArgs args, const PlanesPlan plan) {
+__global__ void __launch_bounds__(kStreamThreads, RollingColumns<Traits, kColumns, kVector>::kBlocks)
+    planes_nchw_kernel(const DirectArgs args, const PlanesPlan plan) {
   using T = typename Traits::T;
   using Rolling = RollingColumns<Traits, kColumns, kVector>;
   constexpr int kGranule = 16 / sizeof(T);

@@ -33,6 +33,8 @@ struct Tile {
   bool staged = false;  // grad of weight, NCHW: whole planes through shared memory
 };
 
+constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
 // A direct convolution with its direction taken out: the grad of input at stride 1 is the forward pass over
 // grad_output with the filter flipped and padding dilation * (kernel - 1) - padding.
 struct DirectArgs {
@@ -42,6 +44,7 @@ struct DirectArgs {
   void* out;
   int64_t n, out_c;
   int multiplier, h, w, out_h, out_w, padding_h, padding_w;
+  int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
 };
 
@@ -56,7 +59,8 @@ struct GradWeightArgs {
   void* grad_bias;      // where grad_weight is not null: null if not asked for
   int64_t n, out_c;
   int multiplier, h, w, out_h, out_w, padding_h, padding_w, splits;
-  int rows;  // of grad_output that a thread of a marching kernel takes
+  int rows;                // of grad_output that a thread of a marching kernel takes
+  int kernel_h, kernel_w;  // for kernels that are not compiled for theirs
 };
 
 // Which of a window's rows or columns meet a tap of one of `outputs` outputs, as a bit mask. With a dilation most do
@@ -132,6 +136,9 @@ constexpr int grad_input_registers(int columns, int rows, int channels, int kern
   const int window_columns = (columns - 1 + (kernel_w - 1) * dilation_w) / stride_w + 1;
   return (window_rows * window_columns + kernel_h * kernel_w) * channels;
 }
+
+// What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.
+constexpr int kTooLittleSharedMemory = -1;
 
 // Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs or GradWeightArgs, as
 // its kernel takes.

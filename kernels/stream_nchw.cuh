@@ -26,7 +26,8 @@ struct StreamPlan {
 };
 
 template <class Traits, int kColumns, int kVector>
-__global__ void __launch_bounds__(kStreamThreads) stream_nchw_kernel(const DirectArgs args, const StreamPlan plan) {
+__global__ void __launch_bounds__(kStreamThreads, RollingColumns<Traits, kColumns, kVector>::kBlocks)
+    stream_nchw_kernel(const DirectArgs args, const StreamPlan plan) {
   using T = typename Traits::T;
   using Rolling = RollingColumns<Traits, kColumns, kVector>;
   constexpr int kGranule = 16 / sizeof(T);

@@ -10,6 +10,7 @@
 
 #include "async_copy.cuh"
 #include "direct.cuh"
+#include "tensor_core.cuh"
 
 namespace depthwise {
 
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
       const int channel = k % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
       const bool in_bounds = row_in_bounds && first_channel + channel < args.out_c &&
                              static_cast<unsigned>(in_first_column + column) < static_cast<unsigned>(args.w);
-      copy_16_async(
+      copy_async<16>(
           shared_row + column * Shared::kPixel + channel,
           in_bounds ? row + static_cast<int64_t>(column) * pixel + channel : static_cast<const T*>(args.input),
           in_bounds ? 16 : 0);

@@ -98,7 +98,7 @@ def test_without_a_gpu_it_reports_what_the_compiler_makes_of_the_kernels():
     done = run_bench("--case", "kb82", "--dtype", "float32", "--layout", "nchw", "--direction", "forward")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^operator library for 9\.0 ready in \d+\.\d s$", done.stdout, re.MULTILINE)
-    assert re.search(r"^operators: \d+ kernels in \d+\.\d s$", done.stdout, re.MULTILINE)
+    assert re.search(r"^operators: \d+ kernels in \d+\.\d s \(1/\d+\)$", done.stdout, re.MULTILINE)
     kernels = re.findall(r"^ +(\d+) registers +(\d+) spilled +(\d+) shared  \S", done.stdout, re.MULTILINE)
     assert kernels
     assert all(0 < int(registers) <= 255 and int(spilled) == 0 for registers, spilled, _ in kernels)
@@ -372,6 +372,7 @@ def test_record_keeps_what_the_same_sources_measured_before():
 
 def test_record_is_named_after_the_gpu():
     assert report.record_path("NVIDIA H100 80GB HBM3").name == "bench_h100_80gb_hbm3.json"
+    assert report.record_path("NVIDIA H200").name == "bench_h200.json"
     assert report.record_path("Tesla T4").name == "bench_tesla_t4.json"
 
 

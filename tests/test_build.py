@@ -27,10 +27,10 @@ from depthwise_inline import BuildError
 MODULE = Path(depthwise_inline.__file__).resolve()
 KERNELS = MODULE.parent / "kernels"
 
-# Budgets of DESIGN for two cores, in seconds; SLACK is for machines that do other things at the same time.
-COLD, WARM, SPECIALISATION, SLACK = 15, 0.5, 4, 2
-COMPILED = {90: 60}  # specialisations in the ordinary run, each 1 s to 3 s of a core
-COMPILED_ELSEWHERE = 6  # on every other architecture
+# Budgets of DESIGN for two cores, in seconds.
+COLD, WARM, SPECIALISATION = 15, 0.5, 4
+COMPILED = {90: 40}  # specialisations in the ordinary run, each 1 s to 3 s of a core
+COMPILED_ELSEWHERE = 4  # on every other architecture
 
 STAND_IN = {
     "operators.cpp": """
@@ -153,6 +153,11 @@ USE = """
 """
 
 
+def slack():
+    """By how much a budget may be overrun on a machine that does other things at the same time."""
+    return 2 if os.getloadavg()[0] < os.cpu_count() else 6
+
+
 # --- the two stages and the cache ------------------------------------------------------------------------------------
 
 
@@ -176,13 +181,13 @@ def test_two_stages_of_the_shipped_kernels(shipped):
     assert re.fullmatch(r"depthwise_inline: compiling the operators for sm_90, once; cached in .*", lines[0])
     built, seconds = int(second.split()[0]), float(second.split()[1])
     assert len(lines) == 1 + built and modules == "True False"
-    assert float(cold) < COLD * SLACK and seconds < SPECIALISATION * SLACK
+    assert float(cold) < COLD * slack() and seconds < SPECIALISATION * slack()
     print(f"cold {cold} s, specialisation {seconds} s")
 
     out, err = shipped.run(code)
     warm, _, _, modules = out.splitlines()
     assert "compiling" not in err and modules == "False False"
-    assert float(warm) < WARM * SLACK
+    assert float(warm) < WARM * slack()
 
 
 def usual_problems():

@@ -35,10 +35,14 @@ def test_the_two_commands_are_there_to_copy(command):
     assert f"{command}\n" in blocks("sh")
 
 
+def test_ci_runs_the_test_command():
+    assert f"\n{blocks('sh')[1]}" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_files_and_options_named_exist():
     assert (ROOT / "requirements.txt").is_file()
     for name in set(re.findall(r"`([\w/]+\.(?:py|txt|json)|[\w/]+/)`", TEXT)):
-        assert (ROOT / name).exists() or name == "results/", name
+        assert (ROOT / name).exists() or name.startswith("results/"), name
     known = bench.parser(report.load_cases()).format_help()
     for line in re.findall(r"`python bench\.py([^`]*)`", TEXT):
         for option in shlex.split(line):

@@ -1,0 +1,272 @@
+// Blocked depthwise convolution for large kernels, plain multiply-adds: forward, and grad of input at stride 1 (filter
+// flipped). NCHW and channels_last.
+//
+// Serves  any kernel height, padding and image size at run time; type, kernel width, strides and dilations at compile
+//         time; fp32, fp16, bf16.
+// Owns    each thread computes kColumns x kRows neighbouring outputs of one plane in fp32 registers. It walks down the
+//         rows of its window; one row of kWindow values in registers serves every output row that it meets, against
+//         weights that all threads of a warp read alike. NCHW: a block works on one channel of one image, or of several
+//         small ones; channels_last: on as many channels as fill 16 bytes, a warp on one of them.
+// Memory  fp32: weights, [channel][kernel row][column]; the input rows inside the image with zeros for the padding left
+//         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room.
+// Cost    A window row is kWindow loads, and every row of weights a quarter of kernel_w, for kColumns * kernel_w
+//         multiply-adds a row of outputs: 31x31 issues 69 loads for 868 multiply-adds.
+// Chosen  select.h.
+#pragma once
+
+#include "direct.cuh"
+
+namespace depthwise {
+
+template <class T_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_, bool kChannelsLast_>
+struct BlockedTraits {
+  using T = T_;
+  static constexpr int kKernelW = kKernelW_;
+  static constexpr int kStrideH = kStrideH_, kStrideW = kStrideW_;
+  static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
+  static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr int kChannels = kChannelsLast ? 16 / static_cast<int>(sizeof(T)) : 1;  // of a block
+  // An odd number of columns: neighbouring threads then read different banks. Seven divides the images of most
+  // networks.
+  static constexpr int kColumns = 7;
+  static constexpr int kWindow = window_size(kColumns, kStrideW, kKernelW, kDilationW);
+  // More rows a thread share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six, 0.364 with four;
+  // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
+  static constexpr int kRows = kKernelW >= 29 && kWindow <= 44 ? 6 : 4;
+  static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
+};
+
+constexpr int kBlockedThreads = 256;  // a block, at most
+
+// How a launch is cut into blocks.
+struct BlockedTiling {
+  int tiles_w, tiles_h, images;  // thread tiles of a block, for each channel
+  int blocks_w, blocks_h;        // of an image
+  int threads;                   // for each channel
+  int pitch;                     // floats from one input row to the next
+};
+
+template <class Traits>
+__global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
+    blocked_kernel(const __grid_constant__ DirectArgs args, const BlockedTiling tiling) {
+  using T = typename Traits::T;
+  constexpr int kChannels = Traits::kChannels, kColumns = Traits::kColumns, kRows = Traits::kRows;
+
+  // Which outputs: `images` x `rows` x `columns` from (image, row, column) on, of `channels` channels.
+  const unsigned groups = divide_up(static_cast<int>(args.out_c), kChannels);
+  unsigned block = blockIdx.x;
+  const int column = block % tiling.blocks_w * tiling.tiles_w * kColumns;
+  block /= tiling.blocks_w;
+  const int row = block % tiling.blocks_h * tiling.tiles_h * kRows;
+  block /= tiling.blocks_h;
+  const int channel = block % groups * kChannels;
+  const int image = block / groups * tiling.images;
+  const int images = min(tiling.images, static_cast<int>(args.n) - image);
+  const int channels = min(kChannels, static_cast<int>(args.out_c) - channel);
+  const int rows = min(tiling.tiles_h * kRows, args.out_h - row);
+  const int columns = min(tiling.tiles_w * kColumns, args.out_w - column);
+
+  // Which input: the rows from in_row on, `in_rows` of them, and columns from in_column on, as far as the image goes.
+  const int first_row = row * Traits::kStrideH - args.padding_h;
+  const int first_column = column * Traits::kStrideW - args.padding_w;
+  const int last_tap = (args.kernel_h - 1) * Traits::kDilationH;
+  const int in_row = max(0, first_row), in_column = max(0, first_column);
+  const int in_rows = max(0, min(args.h, first_row + (rows - 1) * Traits::kStrideH + last_tap + 1) - in_row);
+  const int in_columns = max(0, min(args.w, first_column + tiling.pitch) - in_column);
+  const int64_t in_c = args.out_c / args.multiplier;
+
+  extern __shared__ __align__(16) float shared[];
+  float* tile = shared + kChannels * args.kernel_h * Traits::kWeightPitch;
+  const int tile_rows = kChannels * images * in_rows;
+
+  // Load the weights and the tile.
+  for (int k = threadIdx.x; k < (tile_rows + 1) * tiling.pitch; k += blockDim.x) tile[k] = 0;
+  const int taps = args.kernel_h * Traits::kKernelW;
+  const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
+  for (int k = threadIdx.x; k < channels * taps; k += blockDim.x) {
+    const int tap = k % taps, flipped = args.flip ? k - tap + taps - 1 - tap : k;
+    shared[k / Traits::kKernelW * Traits::kWeightPitch + k % Traits::kKernelW] = load(weight + flipped);
+  }
+  __syncthreads();
+  if (in_rows > 0 && in_columns > 0) {
+    const int64_t plane = static_cast<int64_t>(args.h) * args.w;
+    float* corner = tile + in_column - first_column;
+    if constexpr (Traits::kChannelsLast) {
+      const T* input = static_cast<const T*>(args.input) + image * plane * in_c +
+                       (static_cast<int64_t>(in_row) * args.w + in_column) * in_c + channel;
+      const bool vectors = in_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
+      for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance()) {
+        const T* from = input + (at.outer * plane + static_cast<int64_t>(at.middle) * args.w + at.inner) * in_c;
+        float* to = corner + (at.outer * in_rows + at.middle) * tiling.pitch + at.inner;
+        Vector<T, kChannels> pixel;
+        if (vectors) {
+          pixel = load_or_zero<kChannels>(from, true);
+        } else {
+#pragma unroll
+          for (int e = 0; e < kChannels; ++e) pixel.value[e] = load_or_zero<1>(from + e, e < channels).value[0];
+        }
+#pragma unroll
+        for (int e = 0; e < kChannels; ++e) to[e * images * in_rows * tiling.pitch] = to_float(pixel.value[e]);
+      }
+    } else {
+      const T* input = static_cast<const T*>(args.input) + (image * in_c + channel / args.multiplier) * plane +
+                       static_cast<int64_t>(in_row) * args.w + in_column;
+#pragma unroll 4
+      for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance())
+        corner[(at.outer * in_rows + at.middle) * tiling.pitch + at.inner] =
+            load(input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner);
+    }
+  }
+  __syncthreads();
+
+  // Compute. Threads count columns first, then images, then rows, so that the lanes of a warp share their rows.
+  const int own_channel = threadIdx.x / tiling.threads;
+  const int unit = threadIdx.x % tiling.threads;
+  const int tile_w = unit % tiling.tiles_w;
+  const int own_image = unit / tiling.tiles_w % images;
+  const int tile_h = unit / tiling.tiles_w / images;
+  const bool exists = tile_h * kRows < rows && tile_w * kColumns < columns && own_channel < channels;
+  const int own_row = first_row + tile_h * kRows * Traits::kStrideH;  // input row of the window's row 0
+  const float* zeros = tile + tile_rows * tiling.pitch + tile_w * kColumns * Traits::kStrideW;
+  const float* window_row = tile + ((own_channel * images + own_image) * in_rows + own_row - in_row) * tiling.pitch +
+                            tile_w * kColumns * Traits::kStrideW;
+
+  // Rows of the window that lie inside the image for any lane of the warp.
+  const int window_rows = (kRows - 1) * Traits::kStrideH + last_tap + 1;
+  int begin = exists ? max(0, -own_row) : window_rows;
+  int end = exists ? min(window_rows, args.h - own_row) : 0;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    begin = min(begin, __shfl_xor_sync(~0u, begin, offset));
+    end = max(end, __shfl_xor_sync(~0u, end, offset));
+  }
+
+  const float bias =
+      args.bias && own_channel < channels ? load(static_cast<const T*>(args.bias) + channel + own_channel) : 0.f;
+  float sum[kRows][kColumns];
+#pragma unroll
+  for (int o = 0; o < kRows; ++o)
+#pragma unroll
+    for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
+
+  const float* filter = shared + own_channel * args.kernel_h * Traits::kWeightPitch;
+#pragma unroll 1
+  for (int r = begin; r < end; ++r) {
+    const bool in_bounds = exists && static_cast<unsigned>(own_row + r - in_row) < static_cast<unsigned>(in_rows);
+    const float* from = in_bounds ? window_row + r * tiling.pitch : zeros;
+    float window[Traits::kWindow];
+#pragma unroll
+    for (int k = 0; k < Traits::kWindow; ++k) window[k] = from[k];
+#pragma unroll
+    for (int o = 0; o < kRows; ++o) {
+      const int offset = r - o * Traits::kStrideH;
+      if (offset < 0 || offset > last_tap || offset % Traits::kDilationH != 0) continue;
+      const float4* weights =
+          reinterpret_cast<const float4*>(filter + offset / Traits::kDilationH * Traits::kWeightPitch);
+#pragma unroll
+      for (int j = 0; j < Traits::kKernelW; j += 4) {
+        const float4 four = weights[j / 4];
+        const float w[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int k = 0; k < 4 && j + k < Traits::kKernelW; ++k)
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v)
+            sum[o][v] = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], sum[o][v]);
+      }
+    }
+  }
+
+  // Store, through shared memory: [channel][image][row][column].
+  __syncthreads();
+  if (exists) {
+    float* stage = tile + ((own_channel * images + own_image) * rows + tile_h * kRows) * columns + tile_w * kColumns;
+#pragma unroll
+    for (int o = 0; o < kRows; ++o)
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v)
+        if (tile_h * kRows + o < rows && tile_w * kColumns + v < columns) stage[o * columns + v] = sum[o][v];
+  }
+  __syncthreads();
+  const int64_t plane = static_cast<int64_t>(args.out_h) * args.out_w;
+  if constexpr (Traits::kChannelsLast) {
+    T* out = static_cast<T*>(args.out) + image * plane * args.out_c +
+             (static_cast<int64_t>(row) * args.out_w + column) * args.out_c + channel;
+    const bool vectors = args.out_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+    for (Walk at(threadIdx.x, blockDim.x, columns, rows); at.outer < images; at.advance()) {
+      T* to = out + (at.outer * plane + static_cast<int64_t>(at.middle) * args.out_w + at.inner) * args.out_c;
+      const float* from = tile + (at.outer * rows + at.middle) * columns + at.inner;
+      float pixel[kChannels];
+#pragma unroll
+      for (int e = 0; e < kChannels; ++e) pixel[e] = e < channels ? from[e * images * rows * columns] : 0.f;
+      if (vectors) {
+        store_streaming<kChannels>(to, pixel);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kChannels; ++e)
+          if (e < channels) to[e] = from_float<T>(pixel[e]);
+      }
+    }
+  } else {
+    T* out = static_cast<T*>(args.out) + (image * args.out_c + channel) * plane +
+             static_cast<int64_t>(row) * args.out_w + column;
+    for (Walk at(threadIdx.x, blockDim.x, columns, rows); at.outer < images; at.advance())
+      out[at.outer * args.out_c * plane + static_cast<int64_t>(at.middle) * args.out_w + at.inner] =
+          from_float<T>(tile[(at.outer * rows + at.middle) * columns + at.inner]);
+  }
+}
+
+template <class Traits>
+int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
+  const DeviceLimits& device = device_limits();
+  const int all_w = divide_up(args.out_w, Traits::kColumns), all_h = divide_up(args.out_h, Traits::kRows);
+  const int all_images = static_cast<int>(args.n);
+  const int max_threads = kBlockedThreads / Traits::kChannels / 32 * 32;
+  const int64_t channels = divide_up<int64_t>(args.out_c, Traits::kChannels);
+
+  // Whole images where threads and shared memory allow it, then several of them; but two blocks a multiprocessor.
+  BlockedTiling tiling{};
+  tiling.tiles_w = divide_up(all_w, divide_up(all_w, 32));
+  tiling.tiles_h = min_int(all_h, max_int(1, max_threads / tiling.tiles_w));
+  tiling.images = 1;
+  const auto shared_bytes = [&] {
+    tiling.pitch =
+        window_size(tiling.tiles_w * Traits::kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+    const int out_rows = tiling.tiles_h * Traits::kRows;
+    const int in_rows =
+        min_int(args.h, (out_rows - 1) * Traits::kStrideH + (args.kernel_h - 1) * Traits::kDilationH + 1);
+    const int planes = Traits::kChannels * tiling.images;
+    const int in_floats = (planes * in_rows + 1) * tiling.pitch;
+    const int out_floats = planes * out_rows * tiling.tiles_w * Traits::kColumns;
+    return 4 * (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(in_floats, out_floats));
+  };
+  // Two or three blocks a multiprocessor of an H100.
+  const int roomy = min_int(device.shared_bytes_block, (Traits::kChannelsLast ? 110 : 72) << 10);
+  while (tiling.tiles_h > 1 && shared_bytes() > roomy) tiling.tiles_h = divide_up(tiling.tiles_h, 2);
+  while (tiling.tiles_w > 1 && shared_bytes() > roomy) tiling.tiles_w = divide_up(tiling.tiles_w, 2);
+  tiling.blocks_w = divide_up(all_w, tiling.tiles_w);
+  tiling.blocks_h = divide_up(all_h, tiling.tiles_h);
+  tiling.tiles_h = divide_up(all_h, tiling.blocks_h);
+  const auto fits = [&] {
+    return tiling.tiles_w * tiling.tiles_h * tiling.images <= max_threads && shared_bytes() <= roomy &&
+           channels * divide_up(all_images, tiling.images) >= 2 * device.multiprocessors;
+  };
+  while (tiling.blocks_w * tiling.blocks_h == 1 && tiling.images < all_images) {
+    ++tiling.images;
+    if (!fits()) {
+      --tiling.images;
+      break;
+    }
+  }
+  tiling.images = divide_up(all_images, divide_up(all_images, tiling.images));
+  tiling.threads = divide_up(tiling.tiles_w * tiling.tiles_h * tiling.images, 32) * 32;
+
+  const int bytes = shared_bytes();
+  if (bytes > device.shared_bytes_block) return kTooLittleSharedMemory;
+  if (const int error = allow_shared_bytes(blocked_kernel<Traits>, bytes)) return error;
+  const int64_t blocks = channels * divide_up(all_images, tiling.images) * tiling.blocks_w * tiling.blocks_h;
+  blocked_kernel<Traits>
+      <<<static_cast<unsigned>(blocks), tiling.threads * Traits::kChannels, bytes, stream>>>(args, tiling);
+  return cudaGetLastError();
+}
+
+}  // namespace depthwise

@@ -1,0 +1,295 @@
+// Grad of weight and bias by blocked multiply-adds, both layouts.
+//
+// Serves  fp32, and fp16 and bf16 where the tensor cores do not; stride 1, dilation 1, kernels up to 64x64, any padding
+//         below the kernel's size, any image size, alignment and depth multiplier.
+// Owns    a block: one channel and a share of the stages (a stage: some images, or a band of rows and a tile of columns
+//         of one). A thread: kRows x kColumns taps, summed over strips of four columns of grad_output, which it marches
+//         down: a step reads a window of one input row and the next row of the strip, and the kRows rows of the strip
+//         met last are kept in registers: kRows * kColumns * 4 multiply-adds for (kColumns + 8) / 4 loads of 16 bytes.
+//         Threads are laid out kernel rows slowest, so that warps skip the steps whose input row is padding. The
+//         threads' sums are added in a fixed order, and the splits by add_splits_kernel: no atomics.
+// Memory  a stage's input and gradient as fp32, and zeros around them, at most kBlockedSharedBytes.
+// Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, term by term.
+// Chosen  select.h.
+#pragma once
+
+#include "direct.cuh"
+#include "exact_grad_weight.cuh"
+#include "problem.h"
+#include "tensor_core.cuh"
+
+namespace depthwise {
+
+constexpr int kBlockedSharedBytes = 48 << 10;
+constexpr int kBlockedThreads = 256;     // a block, at most
+constexpr int kStrip = 4;                // columns of grad_output a step takes
+constexpr int kBlockedTileColumns = 64;  // of grad_output a stage holds, at most
+
+template <class T_, int kRows_, int kColumns_>
+struct BlockedGradWeightTraits {
+  using T = T_;
+  static constexpr int kRows = kRows_, kColumns = kColumns_;  // taps of a thread
+  static_assert(kColumns % 4 == 0);
+};
+
+// How a launch is cut.
+struct BlockedGradWeightTiling {
+  bool channels_last;
+  int images, band_rows, tile_columns;      // of grad_output: a stage
+  int num_bands, num_column_tiles, stages;  // of a channel
+  int input_rows;                           // of an image in a stage, at most
+  int tiles_h, tiles_w, groups;             // threads: register tiles of the kernel, and those that share the strips
+  int input_pitch;                          // columns of an input row: those that the tile's meet
+
+  __host__ __device__ int input_elements() const { return images * input_rows * input_pitch; }
+  // kRows - 1 rows of zeros above and below each image.
+  __host__ __device__ int grad_elements(int rows) const {
+    return (images * (band_rows + rows - 1) + rows - 1) * tile_columns;
+  }
+};
+
+// Copies a rectangle of one tensor, `rows` by [low, high) columns of each image; zeros where row or column is outside.
+template <class T>
+__device__ __forceinline__ void copy_plane(float* shared, int image_elements, int pitch, const T* global,
+                                           int64_t image_stride, int64_t row_stride, int64_t column_stride, int images,
+                                           int rows, int valid_rows, int first_column, int low, int high, int width) {
+  int lanes = 32;  // a row
+  while (lanes > 4 && lanes / 2 >= high - low) lanes /= 2;
+  const int step = blockDim.x / lanes;
+  int image = 0, row = threadIdx.x / lanes;
+  if (rows == 0) return;
+#pragma unroll 1
+  for (;; row += step) {
+    while (row >= rows) row -= rows, ++image;
+    if (image >= images) return;
+    const T* const source = global + image * image_stride + row * row_stride;
+    float* const target = shared + image * image_elements + row * pitch;
+#pragma unroll 1
+    for (int k = low + static_cast<int>(threadIdx.x % lanes); k < high; k += lanes) {
+      const int column = first_column + k;
+      const bool in_bounds = row < valid_rows && static_cast<unsigned>(column) < static_cast<unsigned>(width);
+      if constexpr (sizeof(T) == 4)
+        copy_async<4>(target + k, source + (in_bounds ? column * column_stride : 0), in_bounds);
+      else
+        target[k] = in_bounds ? load(source + column * column_stride) : 0.f;
+    }
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kBlockedThreads, 2)
+    blocked_grad_weight_kernel(const GradWeightArgs args, const BlockedGradWeightTiling tiling,
+                               const int shared_bytes) {
+  using T = typename Traits::T;
+  constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
+  const int taps = args.kernel_h * args.kernel_w;
+
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  for (int k = threadIdx.x; k < shared_bytes / 16; k += blockDim.x)
+    reinterpret_cast<uint4*>(shared_memory)[k] = uint4{};
+  __syncthreads();
+  float* const shared_input = reinterpret_cast<float*>(shared_memory);
+  float* const shared_grad = shared_input + tiling.input_elements();
+  const int input_pitch = tiling.input_pitch, grad_pitch = tiling.tile_columns;
+  const int grad_image = (tiling.band_rows + kRows - 1) * grad_pitch;
+
+  const int64_t channel = blockIdx.x;
+  const int begin = static_cast<int>(static_cast<int64_t>(tiling.stages) * blockIdx.y / args.splits);
+  const int end = static_cast<int>(static_cast<int64_t>(tiling.stages) * (blockIdx.y + 1) / args.splits);
+  const int tile_w = threadIdx.x % tiling.tiles_w, group = threadIdx.x / tiling.tiles_w % tiling.groups;
+  const int tile_h = threadIdx.x / tiling.tiles_w / tiling.groups;
+  const int strips = tiling.tile_columns / kStrip;
+  const bool one_column_tile = tiling.num_column_tiles == 1;
+
+  float sum[kRows][kColumns] = {};
+  float bias = 0.f;
+#pragma unroll 1
+  for (int idx = begin; idx < end; ++idx) {
+    const int column_tile = idx % tiling.num_column_tiles, rest = idx / tiling.num_column_tiles;
+    const int64_t first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
+    const int images = static_cast<int>(min(static_cast<int64_t>(tiling.images), args.n - first_image));
+    const int first_row = rest % tiling.num_bands * tiling.band_rows;
+    const int rows = min(tiling.band_rows, args.out_h - first_row);
+    const int first_column = column_tile * tiling.tile_columns;
+    // Input rows that the band meets; row `above` rows before its first row is the first that is loaded.
+    const int first_input_row = max(0, first_row - args.padding_h);
+    const int last_input_row = min(args.h, first_row + rows + args.kernel_h - 1 - args.padding_h);
+    const int input_rows = max(0, last_input_row - first_input_row);
+
+    {
+      const int64_t in_c = args.out_c / args.multiplier;
+      const int64_t in_step = tiling.channels_last ? in_c : 1, grad_step = tiling.channels_last ? args.out_c : 1;
+      const int64_t in_plane = tiling.channels_last ? 1 : static_cast<int64_t>(args.h) * args.w;
+      const int64_t grad_plane = tiling.channels_last ? 1 : static_cast<int64_t>(args.out_h) * args.out_w;
+      const int64_t in_image = in_c * args.h * args.w, out_image = args.out_c * args.out_h * args.out_w;
+      copy_plane(shared_input, tiling.input_rows * input_pitch, input_pitch,
+                 static_cast<const T*>(args.input) + first_image * in_image + channel / args.multiplier * in_plane +
+                     first_input_row * (args.w * in_step),
+                 in_image, args.w * in_step, in_step, images, input_rows, input_rows, first_column - args.padding_w,
+                 one_column_tile ? args.padding_w : 0,
+                 one_column_tile ? min(args.w + args.padding_w, input_pitch) : input_pitch, args.w);
+      copy_plane(shared_grad + (kRows - 1) * grad_pitch, grad_image, grad_pitch,
+                 static_cast<const T*>(args.grad_output) + first_image * out_image + channel * grad_plane +
+                     first_row * (args.out_w * grad_step),
+                 out_image, args.out_w * grad_step, grad_step, images, tiling.band_rows, rows, first_column, 0,
+                 one_column_tile ? args.out_w : grad_pitch, args.out_w);
+      wait_for_copies();
+    }
+
+    if (args.partial_bias != nullptr || args.grad_bias != nullptr) {
+      float part = 0.f;
+      for (int k = threadIdx.x; k < images * grad_image; k += blockDim.x)
+        part += shared_grad[k + (kRows - 1) * grad_pitch];
+      bias += part;
+    }
+
+    // Step s multiplies input row first_row + s + tile_h * kRows - padding_h by the rows s, s - 1, ... of the strip.
+    const int input_shift = first_row + tile_h * kRows - args.padding_h - first_input_row;
+    const int first_step = max(0, -input_shift), last_step = min(rows + kRows - 1, input_rows - input_shift);
+    const auto march = [&](const float* input, const float* grad, int steps) {
+      float strip[kRows][kStrip];  // row s in strip[s % kRows], steps counted from 0
+#pragma unroll
+      for (int r = 1; r < kRows; ++r) {
+        const float4 four = *reinterpret_cast<const float4*>(grad - r * grad_pitch);
+        strip[kRows - r][0] = four.x, strip[kRows - r][1] = four.y;
+        strip[kRows - r][2] = four.z, strip[kRows - r][3] = four.w;
+      }
+      const auto take_step = [&](int phase) {
+        float window[kColumns + 4];
+#pragma unroll
+        for (int k = 0; k < kColumns + 4; k += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(input + k);
+          window[k] = four.x, window[k + 1] = four.y, window[k + 2] = four.z, window[k + 3] = four.w;
+        }
+        const float4 four = *reinterpret_cast<const float4*>(grad);
+        strip[phase][0] = four.x, strip[phase][1] = four.y, strip[phase][2] = four.z, strip[phase][3] = four.w;
+#pragma unroll
+        for (int w = 0; w < kStrip; ++w)
+#pragma unroll
+          for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j)
+              sum[i][j] = fmaf(window[j + w], strip[(phase - i + kRows) % kRows][w], sum[i][j]);
+        input += input_pitch;
+        grad += grad_pitch;
+      };
+#pragma unroll 1
+      for (; steps >= kRows; steps -= kRows) {
+#pragma unroll
+        for (int phase = 0; phase < kRows; ++phase) take_step(phase);
+      }
+#pragma unroll
+      for (int phase = 0; phase < kRows - 1; ++phase)
+        if (phase < steps) take_step(phase);
+    };
+    if (first_step < last_step && tile_h < tiling.tiles_h)
+      for (int unit = group; unit < images * strips; unit += tiling.groups) {
+        const int image = unit / strips, column = unit % strips * kStrip;
+        march(shared_input + (image * tiling.input_rows + first_step + input_shift) * input_pitch + column +
+                  tile_w * kColumns,
+              shared_grad + image * grad_image + (kRows - 1 + first_step) * grad_pitch + column,
+              last_step - first_step);
+      }
+    __syncthreads();
+  }
+
+  // Add the groups' sums tap by tap.
+  float* const sums = reinterpret_cast<float*>(shared_memory);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) sums[(i * kColumns + j) * blockDim.x + threadIdx.x] = sum[i][j];
+  __syncthreads();
+  bool finite = true;
+  for (int tap = threadIdx.x; tap < taps; tap += blockDim.x) {
+    const int i = tap / args.kernel_w, j = tap % args.kernel_w;
+    const float* const first = sums + (i % kRows * kColumns + j % kColumns) * blockDim.x +
+                               i / kRows * tiling.groups * tiling.tiles_w + j / kColumns;
+    float total = 0.f;
+    for (int k = 0; k < tiling.groups; ++k) total += first[k * tiling.tiles_w];
+    finite = finite && is_finite(total);
+    store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
+  }
+  finite = __syncthreads_or(!finite) == 0;
+  sums[threadIdx.x] = bias;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total = 0.f;
+    for (unsigned k = 0; k < blockDim.x; ++k) total += sums[k];
+    store_grad_bias<T>(args, blockIdx.y, channel, total);
+  }
+  if (finite) return;
+
+  for (int tap = threadIdx.x; tap < taps; tap += blockDim.x) {
+    float total = 0.f;
+#pragma unroll 1
+    for (int idx = begin; idx < end; ++idx) {
+      const int column_tile = idx % tiling.num_column_tiles, rest = idx / tiling.num_column_tiles;
+      const int64_t first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
+      const int first_row = rest % tiling.num_bands * tiling.band_rows;
+      const int first_column = column_tile * tiling.tile_columns;
+      total += exact_grad_weight<T>(
+          args, tiling.channels_last, channel, tap / args.kernel_w, tap % args.kernel_w,
+          {first_image, min(first_image + tiling.images, args.n), first_row,
+           min(first_row + tiling.band_rows, args.out_h), first_column, first_column + tiling.tile_columns});
+    }
+    store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
+  }
+}
+
+template <class Traits>
+BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, bool channels_last) {
+  constexpr int kHalo = Traits::kRows - 1;
+  BlockedGradWeightTiling tiling;
+  tiling.tiles_h = divide_up(args.kernel_h, Traits::kRows);
+  tiling.tiles_w = divide_up(args.kernel_w, Traits::kColumns);
+  const int max_groups = kBlockedThreads / (tiling.tiles_h * tiling.tiles_w);
+  tiling.channels_last = channels_last;
+  tiling.num_column_tiles = divide_up(args.out_w, kBlockedTileColumns);
+  tiling.tile_columns = divide_up(divide_up(args.out_w, tiling.num_column_tiles), kStrip) * kStrip;
+  tiling.input_pitch = tiling.tile_columns + tiling.tiles_w * Traits::kColumns;
+
+  constexpr int kFewestRows = 8;
+  // As many rows as fit, or as many images as keep every thread busy.
+  const int budget = kBlockedSharedBytes / 4 - 2 * kHalo * tiling.tile_columns;  // floats
+  const int in_row = tiling.input_pitch, grad_row = tiling.tile_columns;
+  const int fitting = (budget - (args.kernel_h - 1) * in_row) / (in_row + grad_row);
+  const int fitting_whole = args.h < budget / in_row ? (budget - args.h * in_row) / grad_row : 0;
+  const int rows = max_int(1, min_int(args.out_h, max_int(fitting, fitting_whole)));
+  // Few images: bands, so that every split has a stage.
+  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
+  const int bands = max_int(divide_up(args.out_h, rows), min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
+  tiling.band_rows = divide_up(args.out_h, bands);
+  tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
+  tiling.input_rows = min_int(args.h, tiling.band_rows + args.kernel_h - 1);
+  const int strips = tiling.tile_columns / kStrip;
+  tiling.images = 1;
+  if (tiling.num_bands == 1 && tiling.num_column_tiles == 1) {
+    const int wanted = divide_up(2 * max_groups, strips);
+    const int room = (budget + kHalo * grad_row) / (tiling.input_rows * in_row + (args.out_h + kHalo) * grad_row);
+    const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
+    tiling.images = max_int(1, min_int(min_int(wanted, room), share));
+    tiling.images = divide_up(share, divide_up(share, tiling.images));
+  }
+  tiling.stages =
+      static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
+  // The fewest groups that need no more rounds than all would.
+  const int units = tiling.images * strips;
+  tiling.groups = divide_up(units, divide_up(units, max_groups));
+  return tiling;
+}
+
+// Tiles of select.h's table: NCHW, channels_last.
+template <class Traits>
+int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_t stream) {
+  const BlockedGradWeightTiling tiling = blocked_grad_weight_tiling<Traits>(args, tile == 1);
+  const int threads = divide_up(tiling.tiles_h * tiling.tiles_w * tiling.groups, 32) * 32;
+  const int floats = max_int(tiling.input_elements() + tiling.grad_elements(Traits::kRows),
+                             Traits::kRows * Traits::kColumns * threads);
+  const int bytes = floats * 4;
+  blocked_grad_weight_kernel<Traits>
+      <<<dim3(static_cast<unsigned>(args.out_c), args.splits), threads, bytes, stream>>>(args, tiling, bytes);
+  return cudaGetLastError();
+}
+
+}  // namespace depthwise

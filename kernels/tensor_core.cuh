@@ -1,0 +1,153 @@
+// Warp-wide building blocks of the tensor-core kernels, and asynchronous copies into shared memory.
+//
+// Fragments of D[16][8] += A[16][K] * B[K][8], for lane = 4 * g + t (g 0..7, t 0..3); a register holds two neighbouring
+// 16-bit elements, the first in its low half:
+//   A   a[0] = A[g][2t, 2t+1], a[1] = A[g + 8][2t, 2t+1]; K = 16: a[2], a[3] the same at columns 2t + 8
+//   B   b[0] = B[2t, 2t+1][g]; K = 16: b[1] = B[2t + 8, 2t + 9][g]
+//   D   d[0], d[1] = D[g][2t, 2t+1]; d[2], d[3] = D[g + 8][2t, 2t+1]
+// So K = 16 is two K = 8 side by side, and any two neighbouring chunks of eight columns make one.
+#pragma once
+
+#include "vector.cuh"
+
+namespace depthwise {
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+// 4, 8 or 16 bytes, aligned to their size; zeros where `in_bounds` is false, and nothing is read then.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool in_bounds = true) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16)  // past L1: nobody else reads it
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(in_bounds ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(in_bounds ? kBytes : 0), "n"(kBytes)
+                 : "memory");
+#else
+  using Word = typename RawWord<kBytes>::type;
+  *static_cast<Word*>(shared) = in_bounds ? __ldg(static_cast<const Word*>(global)) : Word{};
+#endif
+}
+
+// Closes a group of copies; wait_for_groups<k> returns once at most the k groups closed last are still on their way.
+// Other threads see the copies after a barrier.
+__device__ __forceinline__ void close_copy_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kGroups>
+__device__ __forceinline__ void wait_for_groups() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+// All copies of all threads of the block have arrived.
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  __syncthreads();
+}
+
+// 8x8 matrices of 16-bit elements: lane l names row l % 8 of matrix l / 8 (16 aligned bytes), and gets elements 2t,
+// 2t+1 of row g of each; transposed: elements g of rows 2t, 2t+1. Addresses are shared_address's.
+__device__ __forceinline__ void load_matrices(unsigned (&matrix)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices(unsigned (&matrix)[2], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrix[0]), "=r"(matrix[1])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[2], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrix[0]), "=r"(matrix[1])
+               : "r"(address)
+               : "memory");
+}
+
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+inline constexpr bool is_bfloat16<bfloat16> = true;
+
+// What an architecture lacks (bf16 before sm_80): the product of K = 8 by shuffles and plain multiply-adds. A function,
+// as hundreds of copies would take minutes to compile.
+template <class T>
+__device__ __noinline__ float4 multiply_by_shuffles(float4 d, unsigned a0, unsigned a1, unsigned b0) {
+  const auto half = [](unsigned pair, int k) { return to_float(T{static_cast<unsigned short>(pair >> 16 * k)}); };
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int t = 0; t < 4; ++t) {
+    const unsigned row[2] = {__shfl_sync(~0u, a0, lane / 4 * 4 + t), __shfl_sync(~0u, a1, lane / 4 * 4 + t)};
+    const unsigned column[2] = {__shfl_sync(~0u, b0, lane % 4 * 8 + t), __shfl_sync(~0u, b0, lane % 4 * 8 + 4 + t)};
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      d.x = fmaf(half(row[0], k), half(column[0], k), d.x);
+      d.y = fmaf(half(row[0], k), half(column[1], k), d.y);
+      d.z = fmaf(half(row[1], k), half(column[0], k), d.z);
+      d.w = fmaf(half(row[1], k), half(column[1], k), d.w);
+    }
+  }
+  return d;
+}
+
+// d += A * B with K = 8.
+template <class T>
+__device__ __forceinline__ void multiply_k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
+  if constexpr (!is_bfloat16<T>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+  } else {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+#else
+    const float4 sum = multiply_by_shuffles<T>(make_float4(d[0], d[1], d[2], d[3]), a0, a1, b0);
+    d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
+#endif
+  }
+}
+
+// d += A * B with K = 16, the chunks of eight given one after the other; sm_75 takes two steps.
+template <class T>
+__device__ __forceinline__ void multiply_k16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                                             unsigned b0, unsigned b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (is_bfloat16<T>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  multiply_k8<T>(d, a0, a1, b0);
+  multiply_k8<T>(d, a2, a3, b1);
+#endif
+}
+
+}  // namespace depthwise

@@ -1,0 +1,540 @@
+// Grad of weight and bias on the tensor cores, both layouts.
+//
+// Serves  fp16 and bf16, stride 1, dilation 1, kernels up to 64x64, any padding below the kernel's size, any image
+//         size, alignment and depth multiplier.
+// Idea    For one row g of grad_output and the rows x of the input that it meets, grad_weight[i][j] += sum over w of
+//         g[w - j + padding] * x[i][w]. So D[j][i] = A * B: A[j][w] is the Toeplitz matrix of g, B[w][i] are input rows
+//         as they lie in memory. A step of 16 columns w takes 16 kernel columns j by 8 kernel rows i; multiplies are
+//         wasted on the rounding of w, i and j alone (31x31 on 56 columns: 1 - 56/64 * 31/32 * 31/32 = 18%). A Toeplitz
+//         fragment depends on w - j only: 2 * chunks + 2 * tiles - 1 registers hold all of a row's fragments. Pairs at
+//         odd offsets are put together from two words.
+// Owns    NCHW: a block takes one channel and a share of the stages (a stage: some images, or a band of rows and a tile
+//         of columns of one), its warps rows of grad_output. channels_last: eight channels, one for each warp. Very
+//         large kernels have two warps share the kernel's rows, and four channels. Sums stay in fp32 registers to the end; the warps' are added
+//         in a fixed order, and the splits by add_splits_kernel: no atomics.
+// Memory  NCHW: two stages, copied asynchronously, kSharedBytesNchw at most. channels_last: one stage of all channels,
+//         put planar on the way, as much as lets two blocks share a multiprocessor.
+// Zeros   stand for the padding in both matrices, and zero times infinity would poison a sum. But whatever is not finite
+//         reaches a sum then: a block whose sums are not all finite takes them again, term by term within bounds.
+// Chosen  select.h.
+#pragma once
+
+#include "direct.cuh"
+#include "exact_grad_weight.cuh"
+#include "problem.h"
+#include "tensor_core.cuh"
+
+namespace depthwise {
+
+// Compiled for the kernel's size in eights of rows and of columns.
+template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_>
+struct ToeplitzGradWeightTraits {
+  using T = T_;
+  static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr int kChunks = kChunks_;  // of 16 input columns
+  static constexpr int kTileColumns = 16 * kChunks;
+  static constexpr int kTilesI = kRowEights, kTilesJ = divide_up(kColumnEights, 2);
+  static constexpr bool kLastTileHalf = kColumnEights % 2 == 1;
+  static constexpr int kMaxSums = 64;                                         // a thread
+  static constexpr int kGroups = divide_up(4 * kTilesI * kTilesJ, kMaxSums);  // warps that share the kernel's rows
+  static constexpr int kGroupTiles = divide_up(kTilesI, kGroups);
+  static_assert(kGroups <= 2);
+
+  static constexpr int kChannels = !kChannelsLast ? 1 : kGroups == 1 ? 8 : 4;
+  static constexpr int kWarps = kChannelsLast ? kChannels * kGroups : 8;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kSlots = kWarps / kGroups;  // NCHW: warps that share the rows; channels_last: the channels
+  static constexpr int kStages = kChannelsLast ? 1 : 2;
+  // Blocks of a multiprocessor that registers must leave room for: 80, 128 or 255 a thread.
+  static constexpr int kSums = 4 * kTilesJ * kGroupTiles;
+#ifdef TCG_MIN
+  static constexpr int kBlocks = TCG_MIN;
+#else
+  static constexpr int kBlocks = kSums > 32 ? 1 : kSums > 8 || kChannelsLast ? 2 : 3;
+#endif
+
+  // Elements from row to row. Input: an odd number of 16-byte words, so that ldmatrix meets no bank twice.
+  // Gradient: the columns a tile of input columns meets, and room to start at a multiple of eight.
+  static constexpr int kInputPitch = kTileColumns + 8;
+  static constexpr int kGradPitch = kTileColumns + 16 * kTilesJ + 8;
+  static constexpr int kSharedBytesNchw = 48 << 10;
+  static constexpr int kReductionBytes = kChannelsLast ? 0 : kWarps / 2 * 32 * 4 * kSums;
+};
+
+// How a launch is cut.
+struct ToeplitzGradWeightTiling {
+  int images, band_rows, tile_columns;      // a stage
+  int num_bands, num_column_tiles, stages;  // of a channel
+  int image_rows, input_rows;               // shared memory: input rows from image to image, and of a stage
+  int warps_per_image;                      // NCHW: that share an image's rows
+  int grad_start;                           // first column of a tile's gradient, from its first input column
+  int input_vector, grad_vector;            // elements a copy; channels_last: all channels or 1
+  int input_lanes, grad_lanes;              // threads along a row, a power of two
+};
+
+struct ToeplitzStage {
+  int64_t first_image;
+  int images, first_row, rows, first_column, columns;
+  bool last_columns;
+};
+
+__device__ __forceinline__ ToeplitzStage toeplitz_stage(const GradWeightArgs& args,
+                                                        const ToeplitzGradWeightTiling& tiling, int stage_idx) {
+  const int column_tile = stage_idx % tiling.num_column_tiles, rest = stage_idx / tiling.num_column_tiles;
+  ToeplitzStage stage;
+  stage.first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
+  stage.images = static_cast<int>(min(static_cast<int64_t>(tiling.images), args.n - stage.first_image));
+  stage.first_row = rest % tiling.num_bands * tiling.band_rows;
+  stage.rows = min(tiling.band_rows, args.out_h - stage.first_row);
+  stage.first_column = column_tile * tiling.tile_columns;
+  stage.columns = min(tiling.tile_columns, args.w - stage.first_column);
+  stage.last_columns = column_tile == tiling.num_column_tiles - 1;
+  return stage;
+}
+
+// A rectangle of one tensor in a stage: `rows` rows of each image. Of its columns [low, high) are written: the others
+// never change, they were cleared at the start.
+template <class T>
+struct ToeplitzRectangle {
+  T* shared;
+  int pitch, image_pitch;  // elements from row to row and from image to image
+  const T* global;         // row 0, column 0 of the first image
+  int64_t image_stride, row_stride;
+  int images, rows, first_row, height, first_column, width;
+  int low, high;
+};
+
+// For every kVector-th column of the rectangle: store(shared, load(shared, global row, column)), kBatch loads before
+// the first store. Columns and rows outside the image are told by `row` null and by the column.
+template <int kVector, int kBatch, class T, class Load, class Store>
+__device__ __forceinline__ void for_each_vector(const ToeplitzRectangle<T>& r, int lanes, Load load, Store store) {
+  const int step = blockDim.x / lanes, first = r.low + static_cast<int>(threadIdx.x % lanes) * kVector;
+  int image = 0, row = threadIdx.x / lanes, k = first;
+  if (r.rows <= 0 || first >= r.high) return;
+  while (row >= r.rows) row -= r.rows, ++image;
+#pragma unroll 1
+  while (image < r.images) {
+    int offset[kBatch];
+    decltype(load(r.shared, r.global, 0)) values[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      offset[b] = -1;
+      if (image < r.images) {
+        const bool in_bounds = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
+        offset[b] = image * r.image_pitch + row * r.pitch + k;
+        values[b] = load(r.shared + offset[b],
+                         in_bounds ? r.global + image * r.image_stride + (r.first_row + row) * r.row_stride : nullptr,
+                         r.first_column + k);
+        k += lanes * kVector;
+        if (k >= r.high) {
+          k = first;
+          row += step;
+          while (row >= r.rows) row -= r.rows, ++image;
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (offset[b] >= 0) store(r.shared + offset[b], values[b]);
+  }
+}
+
+template <int kVector, class T>
+__device__ __forceinline__ void copy_rectangle(const ToeplitzRectangle<T>& r, int lanes) {
+  const auto in_bounds = [&](const T* row, int column) {
+    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+  };
+  if constexpr (kVector == 1)
+    for_each_vector<1, 2>(
+        r, lanes, [&](T*, const T* row, int column) { return load_or_zero<1>(row + column, in_bounds(row, column)); },
+        [](T* shared, const Vector<T, 1>& value) { *shared = value.value[0]; });
+  else
+    for_each_vector<kVector, 1>(
+        r, lanes,
+        [&](T* shared, const T* row, int column) {
+          const bool valid = in_bounds(row, column);
+          copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
+          return 0;
+        },
+        [](T*, int) {});
+}
+
+template <class T>
+__device__ __forceinline__ void copy_rectangle(const ToeplitzRectangle<T>& r, int vector, int lanes) {
+  switch (vector) {
+    case 8: return copy_rectangle<8>(r, lanes);
+    case 4: return copy_rectangle<4>(r, lanes);
+    case 2: return copy_rectangle<2>(r, lanes);
+    default: return copy_rectangle<1>(r, lanes);
+  }
+}
+
+// channels_last: two pixels of kChannels channels, stored as one word into each channel's plane. `channel_of(k)`: where the
+// k-th channel lies, or -1.
+template <int kChannels, int kBatch, class T, class ChannelOf>
+__device__ __forceinline__ void transpose_rectangle(const ToeplitzRectangle<T>& r, bool whole, int lanes, int channels,
+                                                    int plane_elements, ChannelOf channel_of) {
+  struct Pixels {
+    Vector<T, kChannels> first, second;
+  };
+  const auto in_bounds = [&](const T* row, int column) {
+    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+  };
+  const auto store = [&](T* shared, int k, T first, T second) {
+    *reinterpret_cast<unsigned*>(shared + k * plane_elements) = first.bits | static_cast<unsigned>(second.bits) << 16;
+  };
+  if (whole)
+    for_each_vector<2, kBatch>(
+        r, lanes,
+        [&](T*, const T* row, int column) {
+          const T* const pixel = row + static_cast<int64_t>(column) * channels + channel_of(0);
+          return Pixels{load_or_zero<kChannels>(pixel, in_bounds(row, column)),
+                        load_or_zero<kChannels>(pixel + channels, in_bounds(row, column + 1))};
+        },
+        [&](T* shared, const Pixels& pixels) {
+#pragma unroll
+          for (int k = 0; k < kChannels; ++k) store(shared, k, pixels.first.value[k], pixels.second.value[k]);
+        });
+  else
+    for_each_vector<2, 1>(
+        r, lanes,
+        [&](T* shared, const T* row, int column) {
+          const T* const pixel = row + static_cast<int64_t>(column) * channels;
+#pragma unroll 1
+          for (int k = 0; k < kChannels; ++k) {
+            const int channel = channel_of(k);
+            store(shared, k, load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0],
+                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0]);
+          }
+          return 0;
+        },
+        [](T*, int) {});
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+    toeplitz_grad_weight_kernel(const GradWeightArgs args, const ToeplitzGradWeightTiling tiling,
+                                const int shared_bytes) {
+  using T = typename Traits::T;
+  constexpr int kTilesJ = Traits::kTilesJ, kGroupTiles = Traits::kGroupTiles, kChunks = Traits::kChunks;
+  constexpr int kFragments = 2 * kChunks + 2 * kTilesJ - 1;
+  constexpr int kFragmentOfZero = 2 * kTilesJ - 1;   // the one that the first column of chunk 0 and tile 0 starts with
+  constexpr bool kSkipsRows = Traits::kTilesI >= 3;  // large kernels: many of a row's tiles lie outside the image
+  const int taps = args.kernel_h * args.kernel_w;
+
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  for (int k = threadIdx.x; k < shared_bytes / 16; k += Traits::kThreads)
+    reinterpret_cast<uint4*>(shared_memory)[k] = uint4{};
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int group = warp % Traits::kGroups, slot = warp / Traits::kGroups;
+  const int64_t first_channel = static_cast<int64_t>(blockIdx.x) * Traits::kChannels;
+  const int64_t channel = first_channel + (Traits::kChannelsLast ? slot : 0);
+  const int begin = static_cast<int>(static_cast<int64_t>(tiling.stages) * blockIdx.y / args.splits);
+  const int end = static_cast<int>(static_cast<int64_t>(tiling.stages) * (blockIdx.y + 1) / args.splits);
+
+  // A stage in shared memory: input rows from padding_h above the first row of each image, as far as the last kernel
+  // row of the last row meets (what lies between two images is zeros for both), then the gradient's rows.
+  const int input_elements = tiling.input_rows * Traits::kInputPitch;
+  const int plane_elements = input_elements + tiling.images * tiling.band_rows * Traits::kGradPitch;
+  T* const planes = reinterpret_cast<T*>(shared_memory);
+  const bool one_column_tile = tiling.num_column_tiles == 1, one_band = tiling.num_bands == 1;
+
+  const auto load_stage = [&](int idx, T* shared) {
+    const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
+    const int64_t in_c = args.out_c / args.multiplier;
+    const int64_t in_image = in_c * args.h * args.w, grad_image = args.out_c * args.out_h * args.out_w;
+    ToeplitzRectangle<T> in, out;
+    in.shared = shared + (one_band ? args.padding_h * Traits::kInputPitch : 0);
+    in.pitch = Traits::kInputPitch;
+    in.image_pitch = tiling.image_rows * Traits::kInputPitch;
+    in.global = static_cast<const T*>(args.input) + stage.first_image * in_image;
+    in.image_stride = in_image;
+    in.row_stride = Traits::kChannelsLast ? args.w * in_c : args.w;
+    in.images = stage.images;
+    in.rows = one_band ? args.h : stage.rows + args.kernel_h - 1;
+    in.first_row = one_band ? 0 : stage.first_row - args.padding_h;
+    in.height = args.h;
+    in.first_column = stage.first_column;
+    in.width = args.w;
+    in.low = 0;
+    in.high = one_column_tile ? args.w : tiling.tile_columns;
+    out.shared = shared + input_elements;
+    out.pitch = Traits::kGradPitch;
+    out.image_pitch = stage.rows * Traits::kGradPitch;
+    out.global = static_cast<const T*>(args.grad_output) + stage.first_image * grad_image;
+    out.image_stride = grad_image;
+    out.row_stride = Traits::kChannelsLast ? args.out_w * args.out_c : args.out_w;
+    out.images = stage.images;
+    out.rows = stage.rows;
+    out.first_row = stage.first_row;
+    out.height = args.out_h;
+    out.first_column = stage.first_column + tiling.grad_start;
+    out.width = args.out_w;
+    out.low = one_column_tile ? -tiling.grad_start : 0;
+    out.high = one_column_tile ? args.out_w - tiling.grad_start : Traits::kGradPitch;
+    if constexpr (Traits::kChannelsLast) {
+      constexpr int kBatch = Traits::kSums > 32 ? 1 : 2;  // loads in flight, as registers allow
+      transpose_rectangle<Traits::kChannels, kBatch>(in, tiling.input_vector == Traits::kChannels, tiling.input_lanes,
+                                                     static_cast<int>(in_c), plane_elements, [&](int k) {
+                                                       const int64_t c = first_channel + k;
+                                                       return c < args.out_c ? static_cast<int>(c / args.multiplier)
+                                                                             : -1;
+                                                     });
+      transpose_rectangle<Traits::kChannels, kBatch>(out, tiling.grad_vector == Traits::kChannels, tiling.grad_lanes,
+                                                     static_cast<int>(args.out_c), plane_elements, [&](int k) {
+                                                       const int64_t c = first_channel + k;
+                                                       return c < args.out_c ? static_cast<int>(c) : -1;
+                                                     });
+    } else {
+      in.global += first_channel / args.multiplier * args.h * args.w;
+      out.global += first_channel * args.out_h * args.out_w;
+      copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
+      copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
+      close_copy_group();
+    }
+  };
+
+  float sum[kTilesJ][kGroupTiles][4] = {};
+  float bias = 0.f;
+  const bool has_bias = args.partial_bias != nullptr || args.grad_bias != nullptr;
+
+  // The pair that starts fragment 0 for this lane: element grad_offset + 2t - g of a gradient row, g and t as in
+  // tensor_core.cuh. Its word, and whether it starts in the middle of it.
+  const int first_pair = args.padding_w - tiling.grad_start - 8 * kFragmentOfZero + lane % 4 * 2 - lane / 4;
+  const int shift = (first_pair & 1) * 16;
+  // NCHW: this warp takes every step-th row of every image_step-th image.
+  const int step = Traits::kChannelsLast ? 1 : tiling.warps_per_image;
+  const int image_step = Traits::kChannelsLast ? 1 : Traits::kSlots / step;
+  const int first_image = Traits::kChannelsLast ? 0 : slot / step, first_h = Traits::kChannelsLast ? 0 : slot % step;
+  const int kernel_row = group * kGroupTiles * 8 + lane % 8;
+  const unsigned matrix = (kChunks == 1 ? lane / 8 % 2 : lane / 8) * 16;  // bytes to this lane's matrix of a chunk
+
+  // `low`, `high`: the tiles of kernel rows that meet the image.
+  const auto multiply_row = [&](const unsigned* grad, unsigned input, int columns, int low, int high) {
+    unsigned toeplitz[kFragments];
+#pragma unroll
+    for (int v = 0; v < kFragments; ++v) toeplitz[v] = __funnelshift_r(grad[4 * v], grad[4 * v + 1], shift);
+    constexpr int kAtOnce = kChunks == 1 ? 1 : 2;  // chunks that one ldmatrix brings
+#pragma unroll
+    for (int first = 0; first < kChunks; first += kAtOnce) {
+      if (first > 0 && 16 * first >= columns) break;
+#pragma unroll
+      for (int n = 0; n < kGroupTiles; ++n) {
+        if (kSkipsRows && (n < low || n >= high)) continue;
+        unsigned x[2 * kAtOnce];
+        load_matrices(x, input + n * 8 * Traits::kInputPitch * 2 + first * 32);
+#pragma unroll
+        for (int q = 0; q < kAtOnce; ++q) {
+          if (q > 0 && 16 * (first + q) >= columns) continue;
+#pragma unroll
+          for (int m = 0; m < kTilesJ; ++m) {
+            const bool half = Traits::kLastTileHalf && m == kTilesJ - 1;  // its upper eight rows are beyond the kernel
+            const int v = 2 * (first + q - m) + kFragmentOfZero;
+            multiply_k16<T>(sum[m][n], toeplitz[v], half ? 0 : toeplitz[v - 1], toeplitz[v + 1], half ? 0 : toeplitz[v],
+                            x[2 * q], x[2 * q + 1]);
+          }
+        }
+      }
+    }
+  };
+
+  const auto multiply_stage = [&](int idx, const T* shared) {
+    const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
+    for (int image = first_image; image < stage.images; image += image_step) {
+      const T* const grad_row = shared + input_elements + (image * stage.rows + first_h) * Traits::kGradPitch;
+      const auto* grad = reinterpret_cast<const unsigned*>(grad_row) + (first_pair >> 1);
+      unsigned input =
+          shared_address(shared + (image * tiling.image_rows + first_h + kernel_row) * Traits::kInputPitch) + matrix;
+#pragma unroll 1
+      for (int h = first_h; h < stage.rows; h += step) {
+        const int first_x = stage.first_row + h + group * kGroupTiles * 8 - args.padding_h;  // of tile 0
+        multiply_row(grad, input, stage.columns, -first_x >> 3, (args.h + 7 - first_x) >> 3);
+        grad += step * (Traits::kGradPitch / 2);
+        input += step * (Traits::kInputPitch * 2);
+      }
+    }
+    if (!has_bias || group != 0) return;
+    // Columns that no other tile adds.
+    const int high = (stage.last_columns ? args.out_w - stage.first_column : tiling.tile_columns) - tiling.grad_start;
+    for (int row = Traits::kChannelsLast ? 0 : slot; row < stage.images * stage.rows;
+         row += Traits::kChannelsLast ? 1 : Traits::kSlots) {
+      const T* const grad = shared + input_elements + row * Traits::kGradPitch;
+      float part = 0.f;
+      for (int k = lane - tiling.grad_start; k < high; k += 32) part += to_float(grad[k]);
+      bias += part;
+    }
+  };
+
+  if constexpr (Traits::kChannelsLast) {
+    for (int idx = begin; idx < end; ++idx) {
+      load_stage(idx, planes);
+      __syncthreads();
+      multiply_stage(idx, planes + slot * plane_elements);
+      __syncthreads();
+    }
+  } else {
+    if (begin < end) load_stage(begin, planes);
+    for (int idx = begin; idx < end; ++idx) {
+      if (idx + 1 < end) {
+        load_stage(idx + 1, planes + (idx + 1 - begin) % 2 * plane_elements);
+        wait_for_groups<1>();
+      } else {
+        wait_for_groups<0>();
+      }
+      __syncthreads();
+      multiply_stage(idx, planes + (idx - begin) % 2 * plane_elements);
+      __syncthreads();
+    }
+  }
+
+  // Add the warps' sums, halving their number step by step.
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) bias += __shfl_xor_sync(~0u, bias, offset);
+  if constexpr (!Traits::kChannelsLast) {
+    constexpr int kSums = Traits::kSums;
+    float* const flat = &sum[0][0][0];
+    auto* const others = reinterpret_cast<float*>(shared_memory);
+#pragma unroll 1
+    for (int half = Traits::kSlots / 2; half > 0; half /= 2) {
+      float* const other = others + (slot % half * Traits::kGroups + group) * kSums * 32 + lane;
+      if (slot >= half && slot < 2 * half) {
+#pragma unroll
+        for (int k = 0; k < kSums; ++k) other[k * 32] = flat[k];
+      }
+      __syncthreads();
+      if (slot < half) {
+#pragma unroll
+        for (int k = 0; k < kSums; ++k) flat[k] += other[k * 32];
+      }
+      __syncthreads();
+    }
+    if (group == 0 && lane == 0) others[slot] = bias;
+    __syncthreads();
+    bias = 0.f;
+    for (int k = 0; k < Traits::kSlots; ++k) bias += others[k];
+  }
+
+  const auto store = [&](int64_t c, int tap, float value) {
+    store_grad_weight<T>(args, blockIdx.y, c * taps + tap, args.out_c * taps, value);
+  };
+  const bool holds_sums = channel < args.out_c && (Traits::kChannelsLast || slot == 0);
+  if (holds_sums && group == 0 && lane == 0) store_grad_bias<T>(args, blockIdx.y, channel, bias);
+
+  bool finite = true;
+#pragma unroll
+  for (int m = 0; m < kTilesJ; ++m)
+#pragma unroll
+    for (int n = 0; n < kGroupTiles; ++n)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        finite = finite && is_finite(sum[m][n][k]);
+        const int i = (group * kGroupTiles + n) * 8 + lane % 4 * 2 + k % 2, j = m * 16 + lane / 4 + k / 2 * 8;
+        if (holds_sums && i < args.kernel_h && j < args.kernel_w) store(channel, i * args.kernel_w + j, sum[m][n][k]);
+      }
+  if (!__syncthreads_or(holds_sums && !finite)) return;
+
+  const int channels = static_cast<int>(min(static_cast<int64_t>(Traits::kChannels), args.out_c - first_channel));
+  for (int k = threadIdx.x; k < channels * taps; k += Traits::kThreads) {
+    const int64_t c = first_channel + k / taps;
+    const int tap = k % taps, i = tap / args.kernel_w, j = tap % args.kernel_w;
+    float total = 0.f;
+#pragma unroll 1
+    for (int idx = begin; idx < end; ++idx) {
+      const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
+      const int first_column = stage.first_column + args.padding_w - j;  // of the gradient
+      total += exact_grad_weight<T>(args, Traits::kChannelsLast, c, i, j,
+                                    {stage.first_image, stage.first_image + stage.images, stage.first_row,
+                                     stage.first_row + stage.rows, first_column, first_column + stage.columns});
+    }
+    store(c, tap, total);
+  }
+}
+
+// The widest copy that rows of `width` elements allow.
+template <class T>
+int toeplitz_vector(const void* tensor, int width) {
+  int vector = 8;
+  while (width % vector != 0 || reinterpret_cast<uintptr_t>(tensor) % (vector * sizeof(T)) != 0) vector /= 2;
+  return vector;
+}
+
+template <class Traits>
+ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
+  using T = typename Traits::T;
+  constexpr int kInputRow = Traits::kInputPitch * 2, kGradRow = Traits::kGradPitch * 2;
+  const int shared =
+      Traits::kChannelsLast ? device_limits().shared_bytes_for(min_int(2, Traits::kBlocks)) : Traits::kSharedBytesNchw;
+  const int budget = shared / (Traits::kStages * Traits::kChannels);
+  ToeplitzGradWeightTiling tiling;
+  tiling.num_column_tiles = divide_up(args.w, Traits::kTileColumns);
+  tiling.tile_columns = divide_up(divide_up(args.w, tiling.num_column_tiles), 16) * 16;
+
+  constexpr int kFewestRows = 8;
+  // As many rows as fit, or as many images as give every warp some rows.
+  constexpr int kMoreRows = 8 * Traits::kTilesI - 1;  // that a band's last row meets
+  const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
+  // Few images: bands, so that every split has a stage.
+  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
+  const int bands = max_int(divide_up(args.out_h, rows), min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
+  tiling.band_rows = divide_up(args.out_h, bands);
+  tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
+  tiling.image_rows = max_int(tiling.band_rows + kMoreRows - args.padding_h, args.padding_h + args.h);
+  tiling.images = 1;
+  tiling.warps_per_image = Traits::kSlots;
+  if (tiling.num_bands == 1) {
+    constexpr int kRowsOfWarp = 7;
+    while (tiling.warps_per_image > 1 && tiling.warps_per_image * kRowsOfWarp > args.out_h + kRowsOfWarp)
+      tiling.warps_per_image /= 2;
+    const int wanted = Traits::kChannelsLast ? divide_up(28, args.out_h) : Traits::kSlots / tiling.warps_per_image;
+    const int room = budget / (tiling.image_rows * kInputRow + args.out_h * kGradRow);
+    const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
+    tiling.images = max_int(1, min_int(min_int(wanted, room), share));
+    tiling.images = divide_up(share, divide_up(share, tiling.images));
+    while (tiling.warps_per_image * tiling.images * 2 <= Traits::kSlots) tiling.warps_per_image *= 2;
+  }
+  tiling.input_rows = (tiling.images - 1) * tiling.image_rows + tiling.band_rows + kMoreRows;
+  tiling.stages =
+      static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
+  // Column 15 of the last tile of kernel columns reads furthest to the left.
+  const int leftmost = args.padding_w - (16 * Traits::kTilesJ - 1);
+  tiling.grad_start = (leftmost - 7) / 8 * 8;  // leftmost is at most 0
+
+  const auto lanes = [](int vectors) {
+    int power = 1;
+    while (power < vectors && power < 32) power *= 2;
+    return power;
+  };
+  if (Traits::kChannelsLast) {
+    const auto aligned = [&](const void* tensor) {
+      return args.multiplier == 1 && args.out_c % Traits::kChannels == 0 &&
+             reinterpret_cast<uintptr_t>(tensor) % (Traits::kChannels * sizeof(T)) == 0;
+    };
+    tiling.input_vector = aligned(args.input) ? Traits::kChannels : 1;
+    tiling.grad_vector = aligned(args.grad_output) ? Traits::kChannels : 1;
+    tiling.input_lanes = lanes(tiling.tile_columns / 2);
+    tiling.grad_lanes = lanes(min_int(args.out_w + 1, Traits::kGradPitch) / 2);
+  } else {
+    tiling.input_vector = toeplitz_vector<T>(args.input, args.w);
+    tiling.grad_vector = toeplitz_vector<T>(args.grad_output, args.out_w);
+    tiling.input_lanes = lanes(divide_up(min_int(args.w, tiling.tile_columns), tiling.input_vector));
+    tiling.grad_lanes = lanes(divide_up(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector));
+  }
+  return tiling;
+}
+
+template <class Traits>
+int launch_toeplitz_grad_weight(const GradWeightArgs& args, int, cudaStream_t stream) {
+  const auto kernel = toeplitz_grad_weight_kernel<Traits>;
+  const ToeplitzGradWeightTiling tiling = toeplitz_tiling<Traits>(args);
+  const int rows_bytes =
+      2 * (tiling.input_rows * Traits::kInputPitch + tiling.images * tiling.band_rows * Traits::kGradPitch);
+  const int bytes = max_int(Traits::kReductionBytes, Traits::kStages * Traits::kChannels * rows_bytes);
+  if (const int error = allow_shared_bytes(kernel, bytes)) return error;
+  const auto channels = static_cast<unsigned>(divide_up<int64_t>(args.out_c, Traits::kChannels));
+  kernel<<<dim3(channels, args.splits), Traits::kThreads, bytes, stream>>>(args, tiling, bytes);
+  return cudaGetLastError();
+}
+
+}  // namespace depthwise
