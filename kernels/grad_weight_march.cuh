@@ -62,10 +62,12 @@ struct PackedLoad {
   unsigned word[(kCount * sizeof(T) + 3) / 4];
 
   // Fills the first kWidth elements; a false predicate gives zeros.
-  template <int kWidth = kCount>
+  template <int kWidth = kCount, bool kShared = false>
   __device__ __forceinline__ void load(const T* pointer, bool in_bounds) {
     using Word = typename RawWord<sizeof(T) * kWidth>::type;
-    const auto loaded = [&] { return in_bounds ? __ldg(reinterpret_cast<const Word*>(pointer)) : Word{}; }();
+    const Word* source = reinterpret_cast<const Word*>(pointer);
+    Word loaded{};
+    if (in_bounds) loaded = kShared ? *source : __ldg(source);
     if constexpr (sizeof(Word) <= 4) {
       word[0] = loaded;
     } else {

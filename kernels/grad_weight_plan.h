@@ -12,7 +12,6 @@ constexpr int kGeneralTapsPerBlock = 8;
 constexpr int64_t kGeneralBlocks = 2048;     // two waves of 8 blocks on each of an H100's 132 multiprocessors
 constexpr int64_t kGeneralPositions = 2048;  // a split worth its second pass
 
-constexpr int kGradWeightThreads = 128;             // a block, at most
 constexpr int kGradWeightLanes = 32;                // channels_last: threads along channels, at most
 constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
 
@@ -56,7 +55,9 @@ inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& ti
   const int64_t lanes = channels_last ? p.c / tile.vector : p.out_c;
   const int64_t fewest_rows = 3 * divide_up64(p.kernel_h, p.stride_h) < 8 ? 8 : 3 * divide_up64(p.kernel_h, p.stride_h);
   int64_t pieces = 1;
-  while (strips * lanes * pieces < kGradWeightAllThreads && divide_up64(rows, 2 * pieces) >= fewest_rows) pieces *= 2;
+  while (!tile.staged && strips * lanes * pieces < kGradWeightAllThreads &&
+         divide_up64(rows, 2 * pieces) >= fewest_rows)
+    pieces *= 2;
 
   const int64_t x = channels_last ? divide_up64(lanes, divide_up64(lanes, kGradWeightLanes)) : 1;
   const int64_t threads = kGradWeightThreads / x;  // of a block, for one channel

@@ -30,6 +30,7 @@ struct Tile {
   int rows;
   int vector;
   int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
+  bool staged = false;  // grad of weight, NCHW: whole planes through shared memory
 };
 
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }

@@ -88,14 +88,13 @@ constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
 // tile a specialisation: each is seconds of compilation.
-constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4},
-                                           {"weight_x4g2", 4, 0, 4, 2},
-                                           {"weight_x2g2", 4, 0, 2, 2},
-                                           {"weight_x1g1", 4, 0, 1, 1},
-                                           {"weight_x1g1_narrow", 2, 0, 1, 1}};
-constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8}, {"weight_x4g4", 4, 0, 4, 4},
-                                           {"weight_x8g2", 8, 0, 8, 2}, {"weight_x2g2", 4, 0, 2, 2},
+constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2},
+                                           {"weight_x2g2", 4, 0, 2, 2}, {"weight_staged", 4, 0, 1, 1, true},
                                            {"weight_x1g1", 4, 0, 1, 1}, {"weight_x1g1_narrow", 2, 0, 1, 1}};
+constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},         {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x8g2", 8, 0, 8, 2},         {"weight_x2g2", 4, 0, 2, 2},
+                                           {"weight_staged", 4, 0, 1, 1, true}, {"weight_x1g1", 4, 0, 1, 1},
+                                           {"weight_x1g1_narrow", 2, 0, 1, 1}};
 // Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
 constexpr Tile kGradWeightNhwcTiles[] = {
     {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
@@ -271,7 +270,8 @@ constexpr int kMaxGradWeightSpan = 40;
 // Beyond these, registers spill: a thread of channels_last has an address for each load as well.
 constexpr int kMaxMarchRegisters = 200;
 constexpr int kMaxMarchRegistersNhwc = 225;
-constexpr int kMaxWideStripTaps = 25;  // NCHW, strips of eight columns
+constexpr int kGradWeightThreads = 128;  // a block, at most
+constexpr int kMaxWideStripTaps = 25;    // NCHW, strips of eight columns
 
 inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
   const bool channels_last = kernel == Kernel::kGradWeightNhwc;
@@ -296,6 +296,12 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
            p.out_h * p.out_w * p.c <= kInt32Max;
   }
   if (registers.kept + registers.step > kMaxMarchRegisters) return false;
+  if (tile.staged) {
+    // The images that a block's threads may meet at once, and one more at either end.
+    const int64_t strips = (p.out_w + tile.columns - 1) / tile.columns;
+    const int64_t elements = (kGradWeightThreads / strips + 2) * (p.h * p.w + p.out_h * p.out_w);
+    if (p.dilation_h != 1 || strips > kGradWeightThreads || elements * element_size(p.dtype) > 44 << 10) return false;
+  }
   if (tile.columns == 8 && taps > kMaxWideStripTaps) return false;
   return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
          p.out_w % tile.grad_vector == 0;
@@ -682,7 +688,8 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
              arguments + ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
     if (s.kernel == Kernel::kGradWeightNchw)
-      traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w);
+      traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w) +
+                (tile.staged ? ", true" : ", false");
   }
   if (s.kernel == Kernel::kToeplitz) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
