@@ -15,8 +15,7 @@
 
 #include "direct.cuh"
 #include "exact_grad_weight.cuh"
-#include "problem.h"
-#include "tensor_core.cuh"
+#include "rectangle.cuh"
 
 namespace depthwise {
 
@@ -40,6 +39,7 @@ struct BlockedGradWeightTiling {
   int input_rows;                           // of an image in a stage, at most
   int tiles_h, tiles_w, groups;             // threads: register tiles of the kernel, and those that share the strips
   int input_pitch;                          // columns of an input row: those that the tile's meet
+  int input_lanes, grad_lanes;              // threads that copy a row
 
   __host__ __device__ int input_elements() const { return images * input_rows * input_pitch; }
   // kRows - 1 rows of zeros above and below each image.
@@ -48,32 +48,28 @@ struct BlockedGradWeightTiling {
   }
 };
 
-// Copies a rectangle of one tensor, `rows` by [low, high) columns of each image; zeros where row or column is outside.
+// As fp32, element by element; `column_stride`: elements from column to column.
 template <class T>
-__device__ __forceinline__ void copy_plane(float* shared, int image_elements, int pitch, const T* global,
-                                           int64_t image_stride, int64_t row_stride, int64_t column_stride, int images,
-                                           int rows, int valid_rows, int first_column, int low, int high, int width) {
-  int lanes = 32;  // a row
-  while (lanes > 4 && lanes / 2 >= high - low) lanes /= 2;
-  const int step = blockDim.x / lanes;
-  int image = 0, row = threadIdx.x / lanes;
-  if (rows == 0) return;
-#pragma unroll 1
-  for (;; row += step) {
-    while (row >= rows) row -= rows, ++image;
-    if (image >= images) return;
-    const T* const source = global + image * image_stride + row * row_stride;
-    float* const target = shared + image * image_elements + row * pitch;
-#pragma unroll 1
-    for (int k = low + static_cast<int>(threadIdx.x % lanes); k < high; k += lanes) {
-      const int column = first_column + k;
-      const bool in_bounds = row < valid_rows && static_cast<unsigned>(column) < static_cast<unsigned>(width);
-      if constexpr (sizeof(T) == 4)
-        copy_async<4>(target + k, source + (in_bounds ? column * column_stride : 0), in_bounds);
-      else
-        target[k] = in_bounds ? load(source + column * column_stride) : 0.f;
-    }
-  }
+__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int lanes, int64_t column_stride) {
+  const auto in_bounds = [&](const T* row, int column) {
+    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+  };
+  if constexpr (sizeof(T) == 4)
+    for_each_vector<1, 1>(
+        r, lanes,
+        [&](float* shared, const T* row, int column) {
+          const bool valid = in_bounds(row, column);
+          copy_async<4>(shared, valid ? row + column * column_stride : r.global, valid);
+          return 0;
+        },
+        [](float*, int) {});
+  else
+    for_each_vector<1, 2>(
+        r, lanes,
+        [&](float*, const T* row, int column) {
+          return load_or_zero<1>(row + column * column_stride, in_bounds(row, column));
+        },
+        [](float* shared, const Vector<T, 1>& value) { *shared = to_float(value.value[0]); });
 }
 
 template <class Traits>
@@ -122,17 +118,37 @@ __global__ void __launch_bounds__(kBlockedThreads, 2)
       const int64_t in_plane = tiling.channels_last ? 1 : static_cast<int64_t>(args.h) * args.w;
       const int64_t grad_plane = tiling.channels_last ? 1 : static_cast<int64_t>(args.out_h) * args.out_w;
       const int64_t in_image = in_c * args.h * args.w, out_image = args.out_c * args.out_h * args.out_w;
-      copy_plane(shared_input, tiling.input_rows * input_pitch, input_pitch,
-                 static_cast<const T*>(args.input) + first_image * in_image + channel / args.multiplier * in_plane +
-                     first_input_row * (args.w * in_step),
-                 in_image, args.w * in_step, in_step, images, input_rows, input_rows, first_column - args.padding_w,
-                 one_column_tile ? args.padding_w : 0,
-                 one_column_tile ? min(args.w + args.padding_w, input_pitch) : input_pitch, args.w);
-      copy_plane(shared_grad + (kRows - 1) * grad_pitch, grad_image, grad_pitch,
-                 static_cast<const T*>(args.grad_output) + first_image * out_image + channel * grad_plane +
-                     first_row * (args.out_w * grad_step),
-                 out_image, args.out_w * grad_step, grad_step, images, tiling.band_rows, rows, first_column, 0,
-                 one_column_tile ? args.out_w : grad_pitch, args.out_w);
+      Rectangle<float, T> in, out;
+      in.shared = shared_input;
+      in.pitch = input_pitch;
+      in.image_pitch = tiling.input_rows * input_pitch;
+      in.global = static_cast<const T*>(args.input) + first_image * in_image + channel / args.multiplier * in_plane;
+      in.image_stride = in_image;
+      in.row_stride = args.w * in_step;
+      in.images = images;
+      in.rows = input_rows;
+      in.first_row = first_input_row;
+      in.height = args.h;
+      in.first_column = first_column - args.padding_w;
+      in.width = args.w;
+      in.low = one_column_tile ? args.padding_w : 0;
+      in.high = one_column_tile ? min(args.w + args.padding_w, input_pitch) : input_pitch;
+      copy_as_float(in, tiling.input_lanes, in_step);
+      out.shared = shared_grad + (kRows - 1) * grad_pitch;
+      out.pitch = grad_pitch;
+      out.image_pitch = grad_image;
+      out.global = static_cast<const T*>(args.grad_output) + first_image * out_image + channel * grad_plane;
+      out.image_stride = out_image;
+      out.row_stride = args.out_w * grad_step;
+      out.images = images;
+      out.rows = tiling.band_rows;  // zeros below a band that is cut short
+      out.first_row = first_row;
+      out.height = first_row + rows;
+      out.first_column = first_column;
+      out.width = args.out_w;
+      out.low = 0;
+      out.high = one_column_tile ? args.out_w : grad_pitch;
+      copy_as_float(out, tiling.grad_lanes, grad_step);
       wait_for_copies();
     }
 
@@ -273,6 +289,8 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
   }
   tiling.stages =
       static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
+  tiling.input_lanes = row_lanes(min_int(args.w, tiling.input_pitch));
+  tiling.grad_lanes = row_lanes(tiling.tile_columns);
   // The fewest groups that need no more rounds than all would.
   const int units = tiling.images * strips;
   tiling.groups = divide_up(units, divide_up(units, max_groups));

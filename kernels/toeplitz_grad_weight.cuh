@@ -10,8 +10,8 @@
 //         odd offsets are put together from two words.
 // Owns    NCHW: a block takes one channel and a share of the stages (a stage: some images, or a band of rows and a tile
 //         of columns of one), its warps rows of grad_output. channels_last: eight channels, one for each warp. Very
-//         large kernels have two warps share the kernel's rows, and four channels. Sums stay in fp32 registers to the end; the warps' are added
-//         in a fixed order, and the splits by add_splits_kernel: no atomics.
+//         large kernels have two warps share the kernel's rows, and four channels. Sums stay in fp32 registers to the
+//         end; the warps' are added in a fixed order, and the splits by add_splits_kernel: no atomics.
 // Memory  NCHW: two stages, copied asynchronously, kSharedBytesNchw at most. channels_last: one stage of all channels,
 //         put planar on the way, as much as lets two blocks share a multiprocessor.
 // Zeros   stand for the padding in both matrices, and zero times infinity would poison a sum. But whatever is not finite
@@ -21,7 +21,7 @@
 
 #include "direct.cuh"
 #include "exact_grad_weight.cuh"
-#include "problem.h"
+#include "rectangle.cuh"
 #include "tensor_core.cuh"
 
 namespace depthwise {
@@ -47,11 +47,7 @@ struct ToeplitzGradWeightTraits {
   static constexpr int kStages = kChannelsLast ? 1 : 2;
   // Blocks of a multiprocessor that registers must leave room for: 80, 128 or 255 a thread.
   static constexpr int kSums = 4 * kTilesJ * kGroupTiles;
-#ifdef TCG_MIN
-  static constexpr int kBlocks = TCG_MIN;
-#else
   static constexpr int kBlocks = kSums > 32 ? 1 : kSums > 8 || kChannelsLast ? 2 : 3;
-#endif
 
   // Elements from row to row. Input: an odd number of 16-byte words, so that ldmatrix meets no bank twice.
   // Gradient: the columns a tile of input columns meets, and room to start at a multiple of eight.
@@ -92,125 +88,6 @@ __device__ __forceinline__ ToeplitzStage toeplitz_stage(const GradWeightArgs& ar
   return stage;
 }
 
-// A rectangle of one tensor in a stage: `rows` rows of each image. Of its columns [low, high) are written: the others
-// never change, they were cleared at the start.
-template <class T>
-struct ToeplitzRectangle {
-  T* shared;
-  int pitch, image_pitch;  // elements from row to row and from image to image
-  const T* global;         // row 0, column 0 of the first image
-  int64_t image_stride, row_stride;
-  int images, rows, first_row, height, first_column, width;
-  int low, high;
-};
-
-// For every kVector-th column of the rectangle: store(shared, load(shared, global row, column)), kBatch loads before
-// the first store. Columns and rows outside the image are told by `row` null and by the column.
-template <int kVector, int kBatch, class T, class Load, class Store>
-__device__ __forceinline__ void for_each_vector(const ToeplitzRectangle<T>& r, int lanes, Load load, Store store) {
-  const int step = blockDim.x / lanes, first = r.low + static_cast<int>(threadIdx.x % lanes) * kVector;
-  int image = 0, row = threadIdx.x / lanes, k = first;
-  if (r.rows <= 0 || first >= r.high) return;
-  while (row >= r.rows) row -= r.rows, ++image;
-#pragma unroll 1
-  while (image < r.images) {
-    int offset[kBatch];
-    decltype(load(r.shared, r.global, 0)) values[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      offset[b] = -1;
-      if (image < r.images) {
-        const bool in_bounds = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
-        offset[b] = image * r.image_pitch + row * r.pitch + k;
-        values[b] = load(r.shared + offset[b],
-                         in_bounds ? r.global + image * r.image_stride + (r.first_row + row) * r.row_stride : nullptr,
-                         r.first_column + k);
-        k += lanes * kVector;
-        if (k >= r.high) {
-          k = first;
-          row += step;
-          while (row >= r.rows) row -= r.rows, ++image;
-        }
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-      if (offset[b] >= 0) store(r.shared + offset[b], values[b]);
-  }
-}
-
-template <int kVector, class T>
-__device__ __forceinline__ void copy_rectangle(const ToeplitzRectangle<T>& r, int lanes) {
-  const auto in_bounds = [&](const T* row, int column) {
-    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-  };
-  if constexpr (kVector == 1)
-    for_each_vector<1, 2>(
-        r, lanes, [&](T*, const T* row, int column) { return load_or_zero<1>(row + column, in_bounds(row, column)); },
-        [](T* shared, const Vector<T, 1>& value) { *shared = value.value[0]; });
-  else
-    for_each_vector<kVector, 1>(
-        r, lanes,
-        [&](T* shared, const T* row, int column) {
-          const bool valid = in_bounds(row, column);
-          copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
-          return 0;
-        },
-        [](T*, int) {});
-}
-
-template <class T>
-__device__ __forceinline__ void copy_rectangle(const ToeplitzRectangle<T>& r, int vector, int lanes) {
-  switch (vector) {
-    case 8: return copy_rectangle<8>(r, lanes);
-    case 4: return copy_rectangle<4>(r, lanes);
-    case 2: return copy_rectangle<2>(r, lanes);
-    default: return copy_rectangle<1>(r, lanes);
-  }
-}
-
-// channels_last: two pixels of kChannels channels, stored as one word into each channel's plane. `channel_of(k)`: where the
-// k-th channel lies, or -1.
-template <int kChannels, int kBatch, class T, class ChannelOf>
-__device__ __forceinline__ void transpose_rectangle(const ToeplitzRectangle<T>& r, bool whole, int lanes, int channels,
-                                                    int plane_elements, ChannelOf channel_of) {
-  struct Pixels {
-    Vector<T, kChannels> first, second;
-  };
-  const auto in_bounds = [&](const T* row, int column) {
-    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-  };
-  const auto store = [&](T* shared, int k, T first, T second) {
-    *reinterpret_cast<unsigned*>(shared + k * plane_elements) = first.bits | static_cast<unsigned>(second.bits) << 16;
-  };
-  if (whole)
-    for_each_vector<2, kBatch>(
-        r, lanes,
-        [&](T*, const T* row, int column) {
-          const T* const pixel = row + static_cast<int64_t>(column) * channels + channel_of(0);
-          return Pixels{load_or_zero<kChannels>(pixel, in_bounds(row, column)),
-                        load_or_zero<kChannels>(pixel + channels, in_bounds(row, column + 1))};
-        },
-        [&](T* shared, const Pixels& pixels) {
-#pragma unroll
-          for (int k = 0; k < kChannels; ++k) store(shared, k, pixels.first.value[k], pixels.second.value[k]);
-        });
-  else
-    for_each_vector<2, 1>(
-        r, lanes,
-        [&](T* shared, const T* row, int column) {
-          const T* const pixel = row + static_cast<int64_t>(column) * channels;
-#pragma unroll 1
-          for (int k = 0; k < kChannels; ++k) {
-            const int channel = channel_of(k);
-            store(shared, k, load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0],
-                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0]);
-          }
-          return 0;
-        },
-        [](T*, int) {});
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     toeplitz_grad_weight_kernel(const GradWeightArgs args, const ToeplitzGradWeightTiling tiling,
@@ -245,7 +122,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
     const int64_t in_c = args.out_c / args.multiplier;
     const int64_t in_image = in_c * args.h * args.w, grad_image = args.out_c * args.out_h * args.out_w;
-    ToeplitzRectangle<T> in, out;
+    Rectangle<T, T> in, out;
     in.shared = shared + (one_band ? args.padding_h * Traits::kInputPitch : 0);
     in.pitch = Traits::kInputPitch;
     in.image_pitch = tiling.image_rows * Traits::kInputPitch;
@@ -501,11 +378,6 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   const int leftmost = args.padding_w - (16 * Traits::kTilesJ - 1);
   tiling.grad_start = (leftmost - 7) / 8 * 8;  // leftmost is at most 0
 
-  const auto lanes = [](int vectors) {
-    int power = 1;
-    while (power < vectors && power < 32) power *= 2;
-    return power;
-  };
   if (Traits::kChannelsLast) {
     const auto aligned = [&](const void* tensor) {
       return args.multiplier == 1 && args.out_c % Traits::kChannels == 0 &&
@@ -513,13 +385,13 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
     };
     tiling.input_vector = aligned(args.input) ? Traits::kChannels : 1;
     tiling.grad_vector = aligned(args.grad_output) ? Traits::kChannels : 1;
-    tiling.input_lanes = lanes(tiling.tile_columns / 2);
-    tiling.grad_lanes = lanes(min_int(args.out_w + 1, Traits::kGradPitch) / 2);
+    tiling.input_lanes = row_lanes(tiling.tile_columns / 2);
+    tiling.grad_lanes = row_lanes(min_int(args.out_w + 1, Traits::kGradPitch) / 2);
   } else {
     tiling.input_vector = toeplitz_vector<T>(args.input, args.w);
     tiling.grad_vector = toeplitz_vector<T>(args.grad_output, args.out_w);
-    tiling.input_lanes = lanes(divide_up(min_int(args.w, tiling.tile_columns), tiling.input_vector));
-    tiling.grad_lanes = lanes(divide_up(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector));
+    tiling.input_lanes = row_lanes(divide_up(min_int(args.w, tiling.tile_columns), tiling.input_vector));
+    tiling.grad_lanes = row_lanes(divide_up(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector));
   }
   return tiling;
 }

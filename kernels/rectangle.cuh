@@ -1,0 +1,136 @@
+// Copies rectangles of planes from global to shared memory: vector by vector as they lie, element by element, or from
+// channels_last with the channels put planar.
+#pragma once
+
+#include "tensor_core.cuh"
+#include "vector.cuh"
+
+namespace depthwise {
+
+// Rows first_row to first_row + rows of each of some images' planes, and their columns from first_column on. Of these,
+// [low, high) are written, with zeros outside [0, height) and [0, width).
+template <class Shared, class T>
+struct Rectangle {
+  Shared* shared;
+  int pitch, image_pitch;  // elements from row to row and from image to image
+  const T* global;         // row 0, column 0 of the first image
+  int64_t image_stride, row_stride;
+  int images, rows, first_row, height, first_column, width;
+  int low, high;
+};
+
+// For every kVector-th column of the rectangle: store(shared, load(shared, global row, column)), kBatch loads before
+// the first store. Columns and rows outside the image are told by `row` null and by the column.
+template <int kVector, int kBatch, class Shared, class T, class Load, class Store>
+__device__ __forceinline__ void for_each_vector(const Rectangle<Shared, T>& r, int lanes, Load load, Store store) {
+  const int step = blockDim.x / lanes, first = r.low + static_cast<int>(threadIdx.x % lanes) * kVector;
+  int image = 0, row = threadIdx.x / lanes, k = first;
+  if (r.rows <= 0 || first >= r.high) return;
+  while (row >= r.rows) row -= r.rows, ++image;
+#pragma unroll 1
+  while (image < r.images) {
+    int offset[kBatch];
+    decltype(load(r.shared, r.global, 0)) values[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      offset[b] = -1;
+      if (image < r.images) {
+        const bool in_bounds = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
+        offset[b] = image * r.image_pitch + row * r.pitch + k;
+        values[b] = load(r.shared + offset[b],
+                         in_bounds ? r.global + image * r.image_stride + (r.first_row + row) * r.row_stride : nullptr,
+                         r.first_column + k);
+        k += lanes * kVector;
+        if (k >= r.high) {
+          k = first;
+          row += step;
+          while (row >= r.rows) row -= r.rows, ++image;
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (offset[b] >= 0) store(r.shared + offset[b], values[b]);
+  }
+}
+
+template <int kVector, class T>
+__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int lanes) {
+  const auto in_bounds = [&](const T* row, int column) {
+    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+  };
+  if constexpr (kVector == 1)
+    for_each_vector<1, 2>(
+        r, lanes, [&](T*, const T* row, int column) { return load_or_zero<1>(row + column, in_bounds(row, column)); },
+        [](T* shared, const Vector<T, 1>& value) { *shared = value.value[0]; });
+  else
+    for_each_vector<kVector, 1>(
+        r, lanes,
+        [&](T* shared, const T* row, int column) {
+          const bool valid = in_bounds(row, column);
+          copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
+          return 0;
+        },
+        [](T*, int) {});
+}
+
+template <class T>
+__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, int lanes) {
+  switch (vector) {
+    case 8: return copy_rectangle<8>(r, lanes);
+    case 4: return copy_rectangle<4>(r, lanes);
+    case 2: return copy_rectangle<2>(r, lanes);
+    default: return copy_rectangle<1>(r, lanes);
+  }
+}
+
+// channels_last: two pixels of kChannels channels, stored as one word into each channel's plane. `channel_of(k)`: where the
+// k-th channel lies, or -1.
+template <int kChannels, int kBatch, class T, class ChannelOf>
+__device__ __forceinline__ void transpose_rectangle(const Rectangle<T, T>& r, bool whole, int lanes, int channels,
+                                                    int plane_elements, ChannelOf channel_of) {
+  struct Pixels {
+    Vector<T, kChannels> first, second;
+  };
+  const auto in_bounds = [&](const T* row, int column) {
+    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+  };
+  const auto store = [&](T* shared, int k, T first, T second) {
+    *reinterpret_cast<unsigned*>(shared + k * plane_elements) = first.bits | static_cast<unsigned>(second.bits) << 16;
+  };
+  if (whole)
+    for_each_vector<2, kBatch>(
+        r, lanes,
+        [&](T*, const T* row, int column) {
+          const T* const pixel = row + static_cast<int64_t>(column) * channels + channel_of(0);
+          return Pixels{load_or_zero<kChannels>(pixel, in_bounds(row, column)),
+                        load_or_zero<kChannels>(pixel + channels, in_bounds(row, column + 1))};
+        },
+        [&](T* shared, const Pixels& pixels) {
+#pragma unroll
+          for (int k = 0; k < kChannels; ++k) store(shared, k, pixels.first.value[k], pixels.second.value[k]);
+        });
+  else
+    for_each_vector<2, 1>(
+        r, lanes,
+        [&](T* shared, const T* row, int column) {
+          const T* const pixel = row + static_cast<int64_t>(column) * channels;
+#pragma unroll 1
+          for (int k = 0; k < kChannels; ++k) {
+            const int channel = channel_of(k);
+            store(shared, k, load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0],
+                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0]);
+          }
+          return 0;
+        },
+        [](T*, int) {});
+}
+
+// Threads along a row for `vectors` vectors: a power of two, a warp at most.
+inline int row_lanes(int vectors) {
+  int lanes = 1;
+  while (lanes < vectors && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+}  // namespace depthwise
