@@ -297,7 +297,7 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
   return tiling;
 }
 
-// Tiles of select.h's table: NCHW, channels_last.
+// Tiles of variants.h's table: NCHW, channels_last.
 template <class Traits>
 int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_t stream) {
   const BlockedGradWeightTiling tiling = blocked_grad_weight_tiling<Traits>(args, tile == 1);

@@ -139,7 +139,7 @@ int launch_direct_nchw(const DirectArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The tiles of select.h's table, in its order.
+// The tiles of variants.h's table, in its order.
 template <class Traits>
 int launch_direct_nchw(const DirectArgs& args, int tile, cudaStream_t stream) {
   if constexpr (sizeof(typename Traits::T) == 4) {

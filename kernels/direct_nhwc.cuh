@@ -118,7 +118,7 @@ int launch_direct_nhwc(const DirectArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The tiles of select.h's table, in its order.
+// The tiles of variants.h's table, in its order.
 template <class Traits>
 int launch_direct_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
   constexpr int kPixels = window_pixels(4, Traits::kKernelH, Traits::kKernelW, Traits::kStrideH, Traits::kStrideW,

@@ -98,7 +98,7 @@ int launch_grad_input_nchw(const DirectArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The tiles of select.h's table, in its order.
+// The tiles of variants.h's table, in its order.
 template <class Traits>
 int launch_grad_input_nchw(const DirectArgs& args, int tile, cudaStream_t stream) {
   constexpr int kColumns = sizeof(typename Traits::T) == 4 ? 4 : 8;

@@ -116,7 +116,7 @@ int launch_grad_input_nhwc(const DirectArgs& args, cudaStream_t stream) {
   return cudaErrorInvalidValue;
 }
 
-// The tiles of select.h's table, in its order.
+// The tiles of variants.h's table, in its order.
 template <class Traits>
 int launch_grad_input_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
   switch (tile) {

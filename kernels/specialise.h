@@ -4,6 +4,7 @@
 #include <string>
 
 #include "select.h"
+#include "specialisation.h"
 
 namespace depthwise {
 

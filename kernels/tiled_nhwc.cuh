@@ -4,7 +4,7 @@
 // Owns    a block computes a rectangle of pixels of kLanes * kVector channels, of one image or of several small ones;
 //         each thread kColumns x kRows neighbouring pixels of kVector channels in fp32 registers.
 // Memory  input rectangle and halo in shared memory, copied asynchronously with zeros for the padding; the filters
-//         beside it as fp32, [tap][channel]. select.h keeps the sum below the architecture's limit.
+//         beside it as fp32, [tap][channel]. can_serve.h keeps the sum below the architecture's limit.
 // Chosen  select.h.
 #pragma once
 
@@ -224,7 +224,7 @@ int launch_tiled_nhwc(const DirectArgs& args, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-// The tiles of select.h's table, in its order.
+// The tiles of variants.h's table, in its order.
 template <class Traits>
 int launch_tiled_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
   constexpr int kRows = Traits::kKernelH * Traits::kKernelW <= 9 && Traits::kStrideH == 1 ? 4 : 2;

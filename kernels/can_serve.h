@@ -1,0 +1,306 @@
+// Whether a kernel with a tile can serve a problem at all: what it was written for, and what fits registers, shared memory
+// and 32-bit indices on every architecture. Which of those that can is chosen: select.h.
+#pragma once
+
+#include "variants.h"
+
+namespace depthwise {
+
+// 7x7: beyond this many fp32 weights a thread, registers spill.
+constexpr int kMaxRegisterTaps = 49;
+// direct_nhwc's filters are registers as well.
+constexpr int kMaxDirectNhwcTaps = 9;
+// stream_nhwc: filters, sums of the live rows and one row of the window.
+constexpr int kMaxStreamNhwcRegisters = 116;
+// Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
+constexpr int kMaxSpan = 35;
+constexpr int64_t kInt32Max = 0x7fffffff;
+
+// The problem as a direct kernel sees it; only the sizes are filled in.
+inline DirectArgs direct_args(const Problem& p) {
+  DirectArgs args{};
+  args.n = p.n;
+  args.out_c = p.out_c;
+  args.multiplier = static_cast<int>(p.multiplier);
+  args.flip = p.direction == Direction::kGradInput;
+  args.h = static_cast<int>(args.flip ? p.out_h : p.h);
+  args.w = static_cast<int>(args.flip ? p.out_w : p.w);
+  args.out_h = static_cast<int>(args.flip ? p.h : p.out_h);
+  args.out_w = static_cast<int>(args.flip ? p.w : p.out_w);
+  args.padding_h = static_cast<int>(args.flip ? p.dilation_h * (p.kernel_h - 1) - p.padding_h : p.padding_h);
+  args.padding_w = static_cast<int>(args.flip ? p.dilation_w * (p.kernel_w - 1) - p.padding_w : p.padding_w);
+  args.kernel_h = static_cast<int>(p.kernel_h);
+  args.kernel_w = static_cast<int>(p.kernel_w);
+  args.stride_h = static_cast<int>(p.stride_h);
+  args.dilation_h = static_cast<int>(p.dilation_h);
+  args.dilation_w = static_cast<int>(p.dilation_w);
+  return args;
+}
+
+inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+// toeplitz: columns are counted in chunks of eight.
+struct Band {
+  int chunks;        // that eight outputs read
+  int origin;        // where the chunks of output column 0 begin
+  int tiles_w;       // columns of a block, in eights
+  int image_chunks;  // of an input row; 0: outputs are too wide for one block
+  int tiles_h;       // rows of a warp, in sixteens
+
+  int chunks_in(int stride_w) const { return (tiles_w - 1) * stride_w + chunks; }
+};
+
+inline Band band_of(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  Band band{};
+  band.origin = floor_divide(-args.padding_w, 8);
+  const int last = static_cast<int>(7 * p.stride_w) + (args.kernel_w - 1) * args.dilation_w - args.padding_w;
+  band.chunks = floor_divide(last, 8) - band.origin + 1;
+  band.image_chunks = floor_divide(args.w + 7, 8);
+  band.tiles_w = floor_divide(args.out_w + 7, 8);
+  const int stride = static_cast<int>(p.stride_w);
+  // A warp's rows: many where a block holds many small images or, in channels_last, lays out the weights of eight
+  // channels; few where shared memory bounds the rows (channels_last; 32x128x56x56, 31x31, fp16, H200: 0.48 ms with 16
+  // rows, 0.54 with 32; 32x256x28x28, 29x29: 0.34 and 0.14 with 64; NCHW: 0.156 ms with 16, 0.112 with 32;
+  // 32x512x14x14, 27x27: 0.106 with 16, 0.044 with 64).
+  const auto rows_of = [&](int tiles_w) {
+    if (p.layout == Layout::kNhwc) return tiles_w > 4 ? 1 : 4;
+    return tiles_w > 2 ? 2 : 4;
+  };
+  band.tiles_h = rows_of(band.tiles_w);
+  const bool meets_image = band.origin < band.image_chunks && band.origin + band.chunks_in(stride) > 0;
+  if (band.tiles_w <= 8 && band.image_chunks <= 16 && meets_image) return band;
+  // The width that wastes the fewest columns; of equals the widest.
+  const int all = band.tiles_w;
+  band.image_chunks = 0;
+  band.tiles_w = 8;
+  for (int tiles = 7; tiles >= 5; --tiles)
+    if (floor_divide(all + tiles - 1, tiles) * tiles <
+        floor_divide(all + band.tiles_w - 1, band.tiles_w) * band.tiles_w)
+      band.tiles_w = tiles;
+  band.tiles_h = rows_of(band.tiles_w);
+  return band;
+}
+
+// Weights and the rows that sixteen outputs read, of eight channels in channels_last.
+constexpr int64_t kMaxBandBytes = 160 << 10;
+constexpr int kMaxBandChunks = 12;
+
+// toeplitz, blocked: filters of fewer taps are for the other kernels.
+constexpr int kMinLargeTaps = 25;
+
+inline bool can_serve_toeplitz(const Problem& p) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return false;
+  const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
+  if (p.stride_h > 4 || p.stride_w > 2 || span_h > 512 || span_w > 96) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.n * p.out_c * ((p.out_h + 15) / 16) * ((p.out_w + 31) / 32) > kInt32Max) return false;
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  const bool channels_last = p.layout == Layout::kNhwc;
+  if (channels_last && p.multiplier != 1) return false;
+  const Band band = band_of(p);
+  if (band.chunks > kMaxBandChunks) return false;
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = 15 * p.stride_h + span_h + 1;
+  const int64_t pitch = band.chunks_in(static_cast<int>(p.stride_w)) + 2;
+  return ((rows < in_h ? rows : in_h) * pitch * 16 + p.kernel_h * (8 * band.chunks + 13) * 4) *
+             (channels_last ? 8 : 1) <=
+         kMaxBandBytes;
+}
+
+// blocked: a row of a thread's window lies in registers.
+constexpr int kMaxBlockedWindow = 80;
+
+inline bool can_serve_blocked(const Problem& p) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
+  const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
+  if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w > 64 || span_h > 512) return false;
+  if (6 * p.stride_w + span_w >= kMaxBlockedWindow) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.out_w + 6) / 7) > kInt32Max) return false;
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  const bool channels_last = p.layout == Layout::kNhwc;
+  if (channels_last && p.multiplier != 1) return false;
+  // Weights, and what a block one thread wide and high reads.
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = 3 * p.stride_h + span_h + 1;
+  const int64_t channels = channels_last ? 16 / element_size(p.dtype) : 1;
+  const int64_t weight_bytes = p.kernel_h * (p.kernel_w + 3) * 4 * channels;
+  const int64_t in_bytes = (rows < in_h ? rows : in_h) * (6 * p.stride_w + span_w + 1) * 4 * channels;
+  // The weights of many channels leave room for few threads (8x64x128x128, 63x63, fp32, channels_last, H200: 67 ms).
+  return weight_bytes + in_bytes <= kSharedBytesEverywhere && (!channels_last || weight_bytes <= 24 << 10);
+}
+
+// Grad of weight: every tap is a register (11x11), and a dilated row of taps must leave room beside them.
+constexpr int kMaxGradWeightTaps = 121;
+constexpr int kMaxGradWeightSpan = 40;
+// Beyond these, registers spill: a thread of channels_last has an address for each load as well.
+constexpr int kMaxMarchRegisters = 200;
+constexpr int kMaxMarchRegistersNhwc = 225;
+constexpr int kGradWeightThreads = 128;  // a block, at most
+constexpr int kMaxWideStripTaps = 25;    // NCHW, strips of eight columns
+
+inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
+  const bool channels_last = kernel == Kernel::kGradWeightNhwc;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || taps > kMaxGradWeightTaps) return false;
+  // Rows that are `dilation_h` apart are a problem of their own; with a stride they are not.
+  if (p.dilation_h > 1 && p.stride_h > 1) return false;
+  if (p.stride_h > 2 || p.stride_w > 2 || (p.kernel_w - 1) * p.dilation_w > kMaxGradWeightSpan) return false;
+  // Rows of grad_output that meet padding alone would be missed.
+  if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > 64) return false;
+  if (p.h * p.w > kInt32Max || p.n * p.out_h * p.out_w > kInt32Max) return false;
+  const int load = channels_last || tile.vector < tile.grad_vector ? tile.vector : tile.grad_vector;
+  const MarchRegisters registers =
+      march_registers(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                      static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
+                      channels_last ? tile.vector : 1, load, element_size(p.dtype));
+  if (channels_last) {
+    const int loads = registers.step * 4 / (tile.vector * (load == 1 ? 4 : element_size(p.dtype)));
+    const int limit = tile.vector == 1 ? kMaxMarchRegistersNhwc : kMaxMarchRegisters;
+    return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) &&
+           registers.kept + registers.step + 2 * loads <= limit && p.h * p.w * p.c <= kInt32Max &&
+           p.out_h * p.out_w * p.c <= kInt32Max;
+  }
+  if (registers.kept + registers.step > kMaxMarchRegisters) return false;
+  if (tile.staged) {
+    // The images that a block's threads may meet at once, and one more at either end.
+    const int64_t strips = (p.out_w + tile.columns - 1) / tile.columns;
+    const int64_t elements = (kGradWeightThreads / strips + 2) * (p.h * p.w + p.out_h * p.out_w);
+    if (p.dilation_h != 1 || strips > kGradWeightThreads || elements * element_size(p.dtype) > 44 << 10) return false;
+  }
+  if (tile.columns == 8 && taps > kMaxWideStripTaps) return false;
+  return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
+         p.out_w % tile.grad_vector == 0;
+}
+
+// stream_nchw and planes_nchw: registers for the filter, the sums of the live rows and a row of the window, and the
+// multiply-adds of an unrolled stage, which are compile time.
+constexpr int kMaxRollingRegisters = 150;
+constexpr int kMaxRollingStage = 3000;
+constexpr int kMaxThreadsW = 256;
+
+inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, const Tile& tile) {
+  const bool aligned = p.aligned || tile.vector == 1;
+  if (p.layout != Layout::kNchw || p.multiplier != 1 || !aligned || args.w % tile.vector != 0 || args.padding_w < -64 ||
+      args.out_w > kMaxThreadsW * tile.columns)
+    return false;
+  const int taps = static_cast<int>(p.kernel_h * p.kernel_w);
+  const int live_rows =
+      rolling_live_rows(static_cast<int>(p.kernel_h), static_cast<int>(p.stride_h), static_cast<int>(p.dilation_h));
+  const int stage_rows = rolling_stage_outputs(live_rows) * static_cast<int>(p.stride_h);
+  const int window = window_size(tile.columns, static_cast<int>(p.stride_w), static_cast<int>(p.kernel_w),
+                                 static_cast<int>(p.dilation_w));
+  if (taps + live_rows * tile.columns + window > kMaxRollingRegisters ||
+      stage_rows * taps * tile.columns > kMaxRollingStage * static_cast<int>(p.stride_h))
+    return false;
+  // Shared memory for the smallest launch: one plane, or a ring of the fewest stages, and its outputs.
+  const int64_t granule = 16 / element_size(p.dtype);
+  const int64_t depth = stream_depth(args.w % granule == 0 && p.aligned ? 2 : 3, stage_rows * args.w, granule);
+  const int64_t elements = kernel == Kernel::kPlanesNchw
+                               ? static_cast<int64_t>(args.h) * args.w + static_cast<int64_t>(args.out_h) * args.out_w
+                               : depth * stage_rows * args.w + rolling_stage_outputs(live_rows) * args.out_w;
+  return (elements + 4 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
+}
+
+// toeplitz_grad_weight and blocked_grad_weight: a kernel's sums are a block's registers.
+constexpr int kMaxLargeGradWeight = 64;
+
+inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
+  const bool channels_last =
+      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kernel == Kernel::kToeplitzGradWeightNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (is_toeplitz_grad_weight(kernel) && p.dtype == DType::kFloat32) return false;
+  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
+  // Columns of grad_output that meet padding alone would be missed by the bias.
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  const int64_t channels = channels_last ? p.out_c : 1;  // that lie between neighbouring columns
+  return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.w * channels <= kInt32Max &&
+         p.out_w * channels <= kInt32Max && p.out_c <= kInt32Max &&
+         p.n * p.out_h * (p.w + p.out_w + 15) / 16 <= kInt32Max;
+}
+
+// blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
+// kRows - 1 steps more than rows are counted in, at 12 rows.
+struct TapTile {
+  int rows, columns;
+};
+constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
+  constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4}, {7, 4}, {6, 4}, {5, 4}, {4, 4}, {3, 4}};
+  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 256;
+  TapTile best{};
+  int64_t least = 0;
+  for (const TapTile tile : kCandidates) {
+    const int64_t tiles = ((kernel_h + tile.rows - 1) / tile.rows) * ((kernel_w + tile.columns - 1) / tile.columns);
+    const int64_t cost = tiles * (tile.rows * tile.columns + tile.columns + kLoads) * (kSteps + tile.rows - 1);
+    if (tiles <= kMaxThreads && (least == 0 || cost < least)) least = cost, best = tile;
+  }
+  return best;
+}
+
+// Whether `kernel` with tile `tile` can serve `p` at all.
+inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
+  if (kernel == Kernel::kGeneral) return true;
+  if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
+    return false;
+  if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
+    return can_serve_large_grad_weight(p, kernel, tile);
+  if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
+  const bool grad_input_kernel = is_grad_input_kernel(kernel);
+  if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
+  // The grad of input is a flipped forward pass only where every output position has its own input position.
+  const bool strided = p.stride_h != 1 || p.stride_w != 1;
+  if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
+  if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
+  if (kernel == Kernel::kToeplitz) return can_serve_toeplitz(p);
+  if (kernel == Kernel::kBlocked) return can_serve_blocked(p);
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
+  if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;
+  const int64_t span = (p.kernel_h - 1) * p.dilation_h > (p.kernel_w - 1) * p.dilation_w
+                           ? (p.kernel_h - 1) * p.dilation_h
+                           : (p.kernel_w - 1) * p.dilation_w;
+  if (span > kMaxSpan) return false;
+  if (p.n * p.out_c * p.out_h * p.out_w / 4 > kInt32Max || p.padding_h > 1 << 20 || p.padding_w > 64) return false;
+
+  const DirectArgs args = direct_args(p);
+  const Tile& t = tile_table(kernel, p.dtype)[tile];
+  const bool aligned = p.aligned || t.vector == 1;
+  const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
+  const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
+  const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
+  if (grad_input_kernel) {
+    const bool channels_last = kernel == Kernel::kGradInputNhwc;
+    if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || !aligned || args.padding_w < -64 ||
+        (channels_last ? p.c : args.w) % t.vector != 0)
+      return false;
+    if (channels_last && (p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)) return false;
+    return grad_input_registers(t.columns, t.rows, channels_last ? t.vector : 1, kernel_h, kernel_w, stride_h, stride_w,
+                                dilation_h, dilation_w) <= kMaxGradInputRegisters;
+  }
+  if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, t);
+  if (taps > kMaxRegisterTaps) return false;
+  if (kernel == Kernel::kDirectNchw)
+    return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
+  if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
+    return false;
+
+  if (kernel == Kernel::kDirectNhwc)
+    return aligned && p.c % t.vector == 0 && taps <= kMaxDirectNhwcTaps &&
+           window_pixels(t.rows, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) <= kMaxWindowPixels;
+  const int in_rows = window_size(4, stride_h, kernel_h, dilation_h);
+  const int in_columns = window_size(4, stride_w, kernel_w, dilation_w);
+  if (kernel == Kernel::kStreamNhwc) {
+    const int vector = stream_nhwc_vector(kernel_h, kernel_w);
+    const int live_rows = rolling_live_rows(kernel_h, stride_h, dilation_h);
+    const int stage_rows = rolling_stage_outputs(live_rows) * stride_h;
+    const int stage_bytes = stage_rows * in_columns * t.vector * element_size(p.dtype);
+    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && 2 * stage_bytes <= kSharedBytesEverywhere &&
+           static_cast<int>(taps) * vector + (4 * live_rows + in_columns) * vector <= kMaxStreamNhwcRegisters;
+  }
+  const int pixel_bytes = (t.vector * 4 + 8) * element_size(p.dtype);
+  return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
+         in_rows * in_columns * pixel_bytes + taps * t.vector * 16 <= kSharedBytesEverywhere;
+}
+
+}  // namespace depthwise

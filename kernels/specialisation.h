@@ -1,0 +1,155 @@
+// What a kernel is compiled for, the name of that, and its CUDA source.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "can_serve.h"
+
+namespace depthwise {
+
+// What a specialisation is compiled for: the compile-time part of a problem.
+struct Specialisation {
+  Kernel kernel;
+  DType dtype;
+  int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+  int padding_w;      // NCHW and grad of input: where aligned words lie (window_phase), and which taps meet
+  int padding_h;      // grad of input alone
+  int tile;           // of a kernel that is compiled tile by tile, else 0
+  int channels_last;  // toeplitz, blocked
+  Band band;          // toeplitz, which takes the kernel's size at run time
+
+  bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
+};
+
+// direct_nchw, stream_nchw, planes_nchw: where windows start within aligned words of input. A specialisation of
+// direct_nchw serves all tiles of its table, so its words are the widest.
+inline int window_phase(int padding_w, Kernel kernel, DType dtype, int tile) {
+  const int words = tile_table(kernel, dtype)[is_compiled_by_tile(kernel) ? tile : 0].vector;
+  return (padding_w % words + words) % words;
+}
+
+inline Specialisation specialisation_of(const Problem& p, const Config& config) {
+  const Kernel kernel = config.kernel;
+  Specialisation s{};
+  s.kernel = kernel;
+  s.dtype = p.dtype;
+  s.stride_w = static_cast<int>(p.stride_w);
+  if (kernel == Kernel::kToeplitz || kernel == Kernel::kBlocked) s.channels_last = p.layout == Layout::kNhwc;
+  if (kernel == Kernel::kToeplitz) {
+    s.band = band_of(p);
+    return s;
+  }
+  if (is_toeplitz_grad_weight(kernel)) {  // compiled for the kernel's size in eights
+    s.kernel_h = static_cast<int>(p.kernel_h + 7) / 8 * 8;
+    s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.tile = config.tile;
+    return s;
+  }
+  if (kernel == Kernel::kBlockedGradWeight) {  // compiled for the taps of a thread
+    const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
+    s.kernel_h = taps.rows;
+    s.kernel_w = taps.columns;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    return s;
+  }
+  if (kernel != Kernel::kBlocked) s.kernel_h = static_cast<int>(p.kernel_h);
+  s.kernel_w = static_cast<int>(p.kernel_w);
+  s.stride_h = static_cast<int>(p.stride_h);
+  s.dilation_h = static_cast<int>(p.dilation_h);
+  s.dilation_w = static_cast<int>(p.dilation_w);
+  if (is_direct_nchw(kernel)) s.padding_w = window_phase(direct_args(p).padding_w, kernel, p.dtype, config.tile);
+  if (is_grad_input_kernel(kernel)) {
+    s.padding_w = direct_args(p).padding_w;
+    s.padding_h = direct_args(p).padding_h;
+  }
+  if (kernel == Kernel::kGradWeightNchw) s.padding_w = static_cast<int>(p.padding_w);
+  if (is_compiled_by_tile(kernel)) s.tile = config.tile;
+  return s;
+}
+
+inline std::string specialisation_name(const Specialisation& s) {
+  char name[128];
+  if (s.kernel == Kernel::kBlocked) {
+    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d", s.channels_last ? "nhwc" : "nchw",
+                  dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
+    return name;
+  }
+  if (s.kernel == Kernel::kToeplitz) {
+    std::snprintf(name, sizeof(name), "toeplitz_%s_%s_b%d_s%d_o%s%d_i%d_t%d", s.channels_last ? "nhwc" : "nchw",
+                  dtype_name(s.dtype), s.band.chunks, s.stride_w, s.band.origin < 0 ? "m" : "",
+                  s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
+    return name;
+  }
+  std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
+                s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
+                s.padding_w < 0 ? -s.padding_w : s.padding_w);
+  std::string full = name;
+  if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
+  if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
+  return full;
+}
+
+// The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
+inline std::string specialisation_source(const Specialisation& s) {
+  constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
+  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight" : kernel_name(s.kernel);
+  char arguments[128];
+  std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+                s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
+  std::string traits = std::string("NhwcTraits<") + arguments;
+  if (is_direct_nchw(s.kernel)) traits = std::string("NchwTraits<") + arguments + ", " + std::to_string(s.padding_w);
+  if (is_grad_input_kernel(s.kernel))
+    traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
+             ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
+  if (is_toeplitz_grad_weight(s.kernel)) {
+    const bool channels_last = s.kernel == Kernel::kToeplitzGradWeightNhwc;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
+                  s.kernel_w / 8, tile_table(s.kernel, s.dtype)[s.tile].columns / 16, channels_last ? "true" : "false");
+    traits = std::string("ToeplitzGradWeightTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kBlockedGradWeight) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  s.kernel_w);
+    traits = std::string("BlockedGradWeightTraits<") + arguments;
+  }
+  if (is_marching_grad_weight(s.kernel)) {
+    const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+    traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
+             arguments + ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
+    if (s.kernel == Kernel::kGradWeightNchw)
+      traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w) +
+                (tile.staged ? ", true" : ", false");
+  }
+  if (s.kernel == Kernel::kToeplitz) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
+                  s.band.chunks, s.stride_w, s.band.origin, s.band.image_chunks, s.band.tiles_w, s.band.tiles_h,
+                  s.channels_last ? "true" : "false");
+    traits = std::string("ToeplitzTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kBlocked) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
+                  s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.channels_last ? "true" : "false");
+    traits = std::string("BlockedTraits<") + arguments;
+  }
+  traits += ">";
+  const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+  if (is_rolling_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
+  if (s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
+  const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
+  return "#include \"" + kernel + ".cuh\"\n" +
+         "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +
+         "  return depthwise::launch_" + kernel + "<depthwise::" + traits + ">(*static_cast<const " + args +
+         "*>(args), tile, static_cast<cudaStream_t>(stream));\n}\n";
+}
+
+// "specialisation/tile", or "general".
+inline std::string variant_name(const Problem& p, const Config& config) {
+  if (config.kernel == Kernel::kGeneral) return "general";
+  return specialisation_name(specialisation_of(p, config)) + "/" + tile_table(config.kernel, p.dtype)[config.tile].name;
+}
+
+}  // namespace depthwise

@@ -1,0 +1,163 @@
+// The kernels and their tiles: everything that can be selected, and forced by name.
+#pragma once
+
+#include "problem.h"
+
+namespace depthwise {
+
+enum class Kernel : int {
+  kGeneral,
+  kDirectNchw,
+  kStreamNchw,
+  kPlanesNchw,
+  kDirectNhwc,
+  kTiledNhwc,
+  kStreamNhwc,
+  kGradInputNchw,
+  kGradInputNhwc,
+  kGradWeightNchw,
+  kGradWeightNhwc,
+  kToeplitz,
+  kBlocked,
+  kToeplitzGradWeightNchw,
+  kToeplitzGradWeightNhwc,
+  kBlockedGradWeight,
+};
+constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
+                                          Kernel::kStreamNchw,
+                                          Kernel::kPlanesNchw,
+                                          Kernel::kDirectNhwc,
+                                          Kernel::kTiledNhwc,
+                                          Kernel::kStreamNhwc,
+                                          Kernel::kGradInputNchw,
+                                          Kernel::kGradInputNhwc,
+                                          Kernel::kGradWeightNchw,
+                                          Kernel::kGradWeightNhwc,
+                                          Kernel::kToeplitz,
+                                          Kernel::kBlocked,
+                                          Kernel::kToeplitzGradWeightNchw,
+                                          Kernel::kToeplitzGradWeightNhwc,
+                                          Kernel::kBlockedGradWeight};
+
+inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
+inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
+inline bool is_marching_grad_weight(Kernel kernel) {
+  return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
+}
+inline bool is_toeplitz_grad_weight(Kernel kernel) {
+  return kernel == Kernel::kToeplitzGradWeightNchw || kernel == Kernel::kToeplitzGradWeightNhwc;
+}
+inline bool is_grad_weight_kernel(Kernel kernel) {
+  return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight;
+}
+// Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
+inline bool is_compiled_by_tile(Kernel kernel) {
+  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
+         is_toeplitz_grad_weight(kernel);
+}
+// Kernels for the grad of input alone; their padding is compile-time.
+inline bool is_grad_input_kernel(Kernel kernel) {
+  return kernel == Kernel::kGradInputNchw || kernel == Kernel::kGradInputNhwc;
+}
+// Grad-of-weight kernels that write the results themselves where there is one split.
+inline bool stores_grad_weight(Kernel kernel) { return is_grad_weight_kernel(kernel); }
+
+struct Config {
+  Kernel kernel = Kernel::kGeneral;
+  int tile = 0;  // row of the kernel's tile table
+};
+
+// Tile tables; the launchers' switches follow their order. The last tile of a direct kernel reads element by element
+// and serves every alignment.
+constexpr Tile kDirectNchwTiles32[] = {{"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
+constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
+constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
+constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
+constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
+constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
+constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32}};
+constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
+// Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
+// tile a specialisation: each is seconds of compilation.
+constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2},
+                                           {"weight_x2g2", 4, 0, 2, 2}, {"weight_staged", 4, 0, 1, 1, true},
+                                           {"weight_x1g1", 4, 0, 1, 1}, {"weight_x1g1_narrow", 2, 0, 1, 1}};
+constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},         {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x8g2", 8, 0, 8, 2},         {"weight_x2g2", 4, 0, 2, 2},
+                                           {"weight_staged", 4, 0, 1, 1, true}, {"weight_x1g1", 4, 0, 1, 1},
+                                           {"weight_x1g1_narrow", 2, 0, 1, 1}};
+// Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
+constexpr Tile kGradWeightNhwcTiles[] = {
+    {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
+
+constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
+constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
+// Columns of input that a stage holds.
+constexpr Tile kToeplitzGradWeightNchwTiles[] = {
+    {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band16", 16, 0, 1}};
+constexpr Tile kToeplitzGradWeightNhwcTiles[] = {{"weight_band32_nhwc", 32, 0, 1}, {"weight_band16_nhwc", 16, 0, 1}};
+// One for each layout.
+constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
+
+struct TileTable {
+  const Tile* tiles;
+  int size;
+
+  template <int kSize>
+  constexpr TileTable(const Tile (&table)[kSize]) : tiles(table), size(kSize) {}
+  constexpr TileTable() : tiles(nullptr), size(0) {}
+  const Tile& operator[](int tile) const { return tiles[tile]; }
+};
+
+inline TileTable tile_table(Kernel kernel, DType dtype) {
+  const bool wide = dtype == DType::kFloat32;
+  switch (kernel) {
+    case Kernel::kDirectNchw: return wide ? TileTable(kDirectNchwTiles32) : TileTable(kDirectNchwTiles16);
+    case Kernel::kDirectNhwc: return kDirectNhwcTiles;
+    case Kernel::kTiledNhwc: return kTiledNhwcTiles;
+    case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
+    case Kernel::kPlanesNchw: return wide ? TileTable(kPlanesNchwTiles32) : TileTable(kPlanesNchwTiles16);
+    case Kernel::kStreamNhwc: return kStreamNhwcTiles;
+    case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
+    case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
+    case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
+    case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
+    case Kernel::kToeplitz: return kToeplitzTiles;
+    case Kernel::kBlocked: return kBlockedTiles;
+    case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
+    case Kernel::kToeplitzGradWeightNhwc: return kToeplitzGradWeightNhwcTiles;
+    case Kernel::kBlockedGradWeight: return kBlockedGradWeightTiles;
+    default: return {};
+  }
+}
+
+inline const char* kernel_name(Kernel kernel) {
+  constexpr const char* kNames[] = {"general",
+                                    "direct_nchw",
+                                    "stream_nchw",
+                                    "planes_nchw",
+                                    "direct_nhwc",
+                                    "tiled_nhwc",
+                                    "stream_nhwc",
+                                    "grad_input_nchw",
+                                    "grad_input_nhwc",
+                                    "grad_weight_nchw",
+                                    "grad_weight_nhwc",
+                                    "toeplitz",
+                                    "blocked",
+                                    "toeplitz_grad_weight_nchw",
+                                    "toeplitz_grad_weight_nhwc",
+                                    "blocked_grad_weight"};
+  return kNames[static_cast<int>(kernel)];
+}
+
+inline const char* dtype_name(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "float16", "bfloat16", "float64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+}  // namespace depthwise
