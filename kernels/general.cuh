@@ -148,7 +148,7 @@ __device__ __forceinline__ T sum_of_warp(T value) {
 // A block of 32 x 8 threads. NCHW: all of them along positions of one channel. channels_last: x along channels, y along
 // positions. A position is (n, out_h, out_w), out_w fastest. grid: x channels, y groups of taps, z splits.
 template <class T, bool kChannelsLast>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, 4)
     general_grad_weight_kernel(const GeneralArgs args, const T* grad_output, const T* input, accumulator_t<T>* partial,
                                accumulator_t<T>* partial_bias) {
   using Sum = accumulator_t<T>;
