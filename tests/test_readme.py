@@ -41,8 +41,9 @@ def test_ci_runs_the_test_command():
 
 def test_files_and_options_named_exist():
     assert (ROOT / "requirements.txt").is_file()
-    for name in set(re.findall(r"`([\w/]+\.(?:py|txt|json)|[\w/]+/)`", TEXT)):
-        assert (ROOT / name).exists() or name.startswith("results/"), name
+    for name in set(re.findall(r"`([\w/]+\.(?:py|txt|json|h|cuh|cu|cpp)|[\w/]+/)`", TEXT)):
+        exists = (ROOT / name).exists() or (ROOT / "kernels" / name).exists()
+        assert exists or name.startswith("results/") or name == "kernels/NAME.cuh", name
     known = bench.parser(report.load_cases()).format_help()
     for line in re.findall(r"`python bench\.py([^`]*)`", TEXT):
         for option in shlex.split(line):
