@@ -15,8 +15,11 @@ constexpr int64_t kGeneralPositions = 2048;  // a split worth its second pass
 constexpr int kGradWeightLanes = 32;                // channels_last: threads along channels, at most
 constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
 
-// Blocks of the kernels for large sizes: several for each that a multiprocessor holds, of an H100's 132.
-constexpr int64_t kToeplitzBlocksNchw = 1056, kToeplitzBlocksNhwc = 528, kBlockedBlocks = 1056;
+// Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each; three
+// of toeplitz NCHW for small kernels), and few of them, as each leaves a kernel's worth of sums (32x512x14x14 fp16 27x27,
+// H200: 512 blocks 0.098 ms, 1024 0.115, 2048 0.129; channels_last 256 blocks 0.067, 512 0.072).
+constexpr int64_t kToeplitzBlocksNchw = 792, kToeplitzBlocksNhwc = 528, kBlockedBlocks = 1056;
+constexpr int64_t kManyTaps = 256;        // half as many blocks, channels_last
 constexpr int64_t kLargePositions = 256;  // a split worth its second pass
 // A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
 constexpr int64_t kMostPositions = 1 << 17;
@@ -69,7 +72,7 @@ inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& ti
 // Kernels whose blocks take one channel, or several, and a share of the images: `blocks` blocks wanted in all.
 inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels, int64_t blocks) {
   const int64_t positions = p.n * p.out_h * p.out_w;
-  const int64_t splits = (blocks + channels / 2) / channels;
+  const int64_t splits = blocks / channels;
   const int64_t worthwhile = positions / kLargePositions;
   const int64_t fewest = positions / kMostPositions;
   return {bounded_splits(p, splits > worthwhile ? worthwhile : splits < fewest ? fewest : splits), 0};
@@ -81,7 +84,9 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kToeplitzGradWeightNchw: return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNchw);
     case Kernel::kToeplitzGradWeightNhwc:
-      return large_grad_weight_plan(p, divide_up64(p.out_c, 8), kToeplitzBlocksNhwc);
+      return large_grad_weight_plan(
+          p, divide_up64(p.out_c, 8),
+          p.kernel_h * p.kernel_w > kManyTaps ? kToeplitzBlocksNhwc / 2 : kToeplitzBlocksNhwc);
     case Kernel::kBlockedGradWeight: return large_grad_weight_plan(p, p.out_c, kBlockedBlocks);
     default: return general_grad_weight_plan(p);
   }
