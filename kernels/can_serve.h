@@ -10,6 +10,8 @@ namespace depthwise {
 constexpr int kMaxRegisterTaps = 49;
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
+// tiled_nhwc: 7x7 at stride 2 spills.
+constexpr int kMaxTiledStridedTaps = 25;
 // stream_nhwc: filters, sums of the live rows and one row of the window.
 constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
@@ -196,6 +198,8 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
   // Shared memory for the smallest launch: one plane, or a ring of the fewest stages, and its outputs.
   const int64_t granule = 16 / element_size(p.dtype);
   const int64_t depth = stream_depth(args.w % granule == 0 && p.aligned ? 2 : 3, stage_rows * args.w, granule);
+  // A granule at the end of a stage may reach into the next stage, not beyond: rows of one fp16 element are eight a granule.
+  if (kernel == Kernel::kStreamNchw && stage_rows * args.w < granule) return false;
   const int64_t elements = kernel == Kernel::kPlanesNchw
                                ? static_cast<int64_t>(args.h) * args.w + static_cast<int64_t>(args.out_h) * args.out_w
                                : depth * stage_rows * args.w + rolling_stage_outputs(live_rows) * args.out_w;
@@ -298,6 +302,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && 2 * stage_bytes <= kSharedBytesEverywhere &&
            static_cast<int>(taps) * vector + (4 * live_rows + in_columns) * vector <= kMaxStreamNhwcRegisters;
   }
+  if (taps > kMaxTiledStridedTaps && (stride_h > 1 || stride_w > 1)) return false;
   const int pixel_bytes = (t.vector * 4 + 8) * element_size(p.dtype);
   return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
          in_rows * in_columns * pixel_bytes + taps * t.vector * 16 <= kSharedBytesEverywhere;

@@ -59,8 +59,9 @@ __device__ __forceinline__ void store_row_realigned(int shift, T* row, int colum
   }
 }
 
+// Rows of more than 7 taps spill in as few registers as the compiler would take by itself.
 template <class Traits, int kColumns, int kRows, int kVector>
-__global__ void __launch_bounds__(kDirectNchwThreads)
+__global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 : 0)
     direct_nchw_kernel(const DirectArgs args, const unsigned tiles_w, const unsigned tiles_h, const int store_width) {
   using T = typename Traits::T;
   using Row = NchwRow<Traits, kColumns, kVector>;

@@ -27,6 +27,7 @@ void launch_general(const Problem& p, int splits, const void* grad_output, const
 
 // Room for the general kernel too: it serves where a specialisation is missing while a CUDA graph is captured.
 int64_t grad_weight_workspace(const Problem& p) {
+  if (p.n == 0) return 0;
   const int64_t general = general_grad_weight_plan(p).splits, chosen = grad_weight_plan(p, choose(p).config).splits;
   return (general > chosen ? general : chosen) * grad_weight_split_bytes(p);
 }
@@ -34,6 +35,12 @@ int64_t grad_weight_workspace(const Problem& p) {
 void launch_grad_weight(const Problem& p, const void* grad_output, const void* input, void* grad_weight,
                         void* grad_bias, void* workspace, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (p.n == 0) {  // sums of nothing
+    const int64_t bytes = element_size(p.dtype);
+    check_launch(cudaMemsetAsync(grad_weight, 0, p.out_c * p.kernel_h * p.kernel_w * bytes, cuda_stream));
+    if (grad_bias) check_launch(cudaMemsetAsync(grad_bias, 0, p.out_c * bytes, cuda_stream));
+    return;
+  }
   const Choice choice = choose(p);
   const Config& config = choice.config;
   const Launcher launcher = obtain_launcher(p, choice, cuda_stream);

@@ -47,8 +47,11 @@ struct ToeplitzTraits {
   // warps, 0.129 with four); but two a multiprocessor, and the widest take more than 128 registers a thread.
   static constexpr int kWarps = kChannelsLast ? kChannelsNhwc : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  // 512 threads a multiprocessor leave 128 registers each, too few for the largest tiles under a wide band.
-  static constexpr bool kManyRegisters = kTilesW * kTilesH >= 16 && (!kChannelsLast || kChunks > 6);
+  // 512 threads a multiprocessor leave 128 registers each: too few for the largest tiles, which in channels_last are
+  // those under bands that are very wide or narrow, and for large ones at stride 2.
+  static constexpr bool kManyRegisters =
+      kStrideW == 2 ? kTilesW * kTilesH >= 12
+                    : kTilesW * kTilesH >= 16 && (!kChannelsLast || kChunks > 6 || kChunks < 4);
   static constexpr int kMinBlocks = (kManyRegisters ? 384 : 512) / kThreads;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;
