@@ -191,6 +191,17 @@ def load_records() -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("bench_*.json"))]
 
 
+def _stale(record: dict[str, Any]) -> str:
+    """What has to be said of a record whose sources are not the present ones; '' of a fresh one."""
+    now = sources_sha256()
+    if record["sources_sha256"] == now:
+        return ""
+    return (
+        f"**Measured on earlier sources (sha256 {record['sources_sha256'][:12]}), not on the present ones "
+        f"({now[:12]}): kernels and their selection have changed since.**"
+    )
+
+
 def readme_headline(records: Sequence[dict[str, Any]]) -> str:
     """The measured benefit in one or two sentences for each recorded GPU."""
     paragraphs = []
@@ -214,8 +225,9 @@ def readme_headline(records: Sequence[dict[str, Any]]) -> str:
             )
         slower = sum(speed < LOSS for speed in speedups(rows))
         paragraphs.append(
-            text + f"Geometric mean over {len(rows)} measured rows against PyTorch's best mode in the "
-            f"same layout: {', '.join(means)}; rows slower than it: {slower}."
+            text
+            + f"Geometric mean over {len(rows)} measured rows against PyTorch's best mode in the "
+            f"same layout: {', '.join(means)}; rows slower than it: {slower}. {_stale(record)}".rstrip()
         )
     return "\n\n".join(paragraphs) or "No GPU run is recorded in `results/` yet, so no speed is claimed here."
 
@@ -235,6 +247,7 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
         f"torch {record['torch']}, CUDA {record['cuda']}, cuDNN {record['cudnn']}, driver {record['driver']}, "
         f"{record['date'][:10]}. Copy bandwidth {record['copy_tbps']:.2f} TB/s, read and written.",
         "",
+        *([_stale(record), ""] if _stale(record) else []),
         "Speedup over PyTorch's best mode in the same layout: geometric mean over dtypes and layouts, "
         "lowest and highest in brackets.",
         "",

@@ -70,13 +70,11 @@ inline Config select_nchw(const Problem& p) {
       if (stream.kernel != Kernel::kGeneral) return stream;
     }
   }
-  // Arrays, not braces in the loop's head: nvcc 13.0 with g++ 13 lets the list of such a loop die before the loop runs.
-  constexpr Kernel kRest[] = {Kernel::kDirectNchw, Kernel::kPlanesNchw, Kernel::kStreamNchw};
-  for (const Kernel kernel : kRest) {
-    const Config config = first_that_serves(p, kernel);
-    if (config.kernel != Kernel::kGeneral) return config;
-  }
-  return {};
+  const Config direct = first_that_serves(p, Kernel::kDirectNchw);
+  if (direct.kernel != Kernel::kGeneral) return direct;
+  const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
+  if (planes.kernel != Kernel::kGeneral) return planes;
+  return first_that_serves(p, Kernel::kStreamNchw);
 }
 
 inline Config select_nhwc(const Problem& p) {
@@ -85,9 +83,9 @@ inline Config select_nhwc(const Problem& p) {
   // same (96x112x112: 0.058 / 0.038 against 0.063 / 0.043).
   const auto padded = [&](int64_t block) { return (p.c + block - 1) / block * block; };
   const bool narrow = padded(32) < padded(64) && (p.stride_w == 1 || p.c < 64);
-  const int tiles[] = {narrow ? 1 : 0, narrow ? 0 : 1};
-  for (const int tile : tiles)
-    if (can_serve(p, Kernel::kStreamNhwc, tile)) return {Kernel::kStreamNhwc, tile};
+  const int tile = narrow ? 1 : 0;
+  if (can_serve(p, Kernel::kStreamNhwc, tile)) return {Kernel::kStreamNhwc, tile};
+  if (can_serve(p, Kernel::kStreamNhwc, 1 - tile)) return {Kernel::kStreamNhwc, 1 - tile};
   // Dilated kernels of few taps, and what is not aligned.
   const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
   if (direct.kernel != Kernel::kGeneral) return direct;

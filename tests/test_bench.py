@@ -413,3 +413,10 @@ def test_update_readme_replaces_what_stands_between_the_markers():
     )
     with pytest.raises(ValueError, match="lacks the markers"):
         report.update_readme("no markers", [], CASES)
+
+
+def test_readme_says_of_a_record_that_its_sources_are_not_the_present_ones(monkeypatch):
+    record = {"sources_sha256": "a" * 64}
+    assert "earlier sources" in report._stale(record)
+    monkeypatch.setattr(report, "sources_sha256", lambda: "a" * 64)
+    assert report._stale(record) == ""

@@ -235,6 +235,22 @@ def test_no_shipped_kernel_spills(architecture, specialisations, request):
 
 
 @needs_compiler
+def test_no_benchmark_case_is_left_to_the_general_kernels(shipped):
+    """The library as this C++ compiler made it; a GPU run of the suite asks the one it runs."""
+    cases = {name: case.sizes() for name, case in bench_report.load_cases().items()}
+    (shipped.folder / "cases.json").write_text(json.dumps(cases))
+    out, _ = shipped.run("""
+        import itertools, json, torch, depthwise_inline
+        where = depthwise_inline._DIRECTIONS, (torch.float32, torch.float16, torch.bfloat16), (False, True)
+        for (name, sizes), *where in itertools.product(json.load(open("cases.json")).items(), *where):
+            if depthwise_inline._select(*where, sizes)[0] == "general":
+                print(name, *where)
+        print("done")
+    """)
+    assert out.strip() == "done"
+
+
+@needs_compiler
 def test_cache_follows_the_sources(project):
     _, err = project.run(USE)
     assert err.count("depthwise_inline: compiling") == 2

@@ -17,6 +17,7 @@ import torch
 from reference import DEVICE, HALF_AND_SINGLE, LAYOUTS, Failures, Problem
 from torch.nn import functional as F
 
+import bench_report
 import depthwise_inline
 from depthwise_inline import depthwise_conv2d
 
@@ -107,6 +108,16 @@ def test_the_automatic_choice_is_the_selected_variant(direction):
     automatic = reference.launches(run)
     with reference.forced(tile):
         assert reference.launches(run) == automatic
+
+
+def test_no_benchmark_case_is_left_to_the_general_kernels():
+    cases = bench_report.load_cases().values()
+    slow = [
+        (case.name, *where)
+        for case, *where in itertools.product(cases, reference.DIRECTIONS, HALF_AND_SINGLE, (False, True))
+        if depthwise_inline._select(*where, case.sizes())[0] == "general"
+    ]
+    assert not slow
 
 
 def test_a_variant_that_does_not_exist_is_named():
