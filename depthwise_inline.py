@@ -843,7 +843,7 @@ def _stage1_sources() -> tuple[list[str], list[str]]:
         escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
         return f'#line 1 "{escaped}"\n{path.read_text()}'
 
-    return [read(folder / "operators.cpp")], [read(path) for path in sorted(folder.glob("*.cu"))]
+    return tuple([read(path) for path in sorted(folder.glob(pattern))] for pattern in ("*.cpp", "*.cu"))
 
 
 # ---- Build: the cache
