@@ -1,17 +1,37 @@
 // Asynchronous copies from global to shared memory; before sm_80 they are loads and stores.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "vector.cuh"
 
 namespace depthwise {
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+// 4, 8 or 16 bytes, aligned to their size; zeros where `in_bounds` is false, and nothing is read then.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool in_bounds = true) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16)  // past L1: nobody else reads it
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(in_bounds ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(in_bounds ? kBytes : 0), "n"(kBytes)
+                 : "memory");
+#else
+  using Word = typename RawWord<kBytes>::type;
+  *static_cast<Word*>(shared) = in_bounds ? __ldg(static_cast<const Word*>(global)) : Word{};
+#endif
+}
 
 // Copies `bytes` of the 16 bytes at `global`, and zeros for the rest; both pointers are aligned to 16 bytes.
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 800
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
 #else
   const unsigned short* const source = static_cast<const unsigned short*>(global);
   union {
@@ -41,6 +61,14 @@ __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
+}
+
+// All copies of all threads of the block have arrived.
+__device__ __forceinline__ void wait_for_all_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  __syncthreads();
 }
 
 // Waits for the oldest of `ahead` committed groups, 1 to 3.

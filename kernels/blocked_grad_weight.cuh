@@ -20,9 +20,9 @@
 namespace depthwise {
 
 constexpr int kBlockedSharedBytes = 48 << 10;
-constexpr int kBlockedThreads = 256;     // a block, at most
-constexpr int kStrip = 4;                // columns of grad_output a step takes
-constexpr int kBlockedTileColumns = 64;  // of grad_output a stage holds, at most
+constexpr int kBlockedGradWeightThreads = 256;  // a block, at most
+constexpr int kStrip = 4;                       // columns of grad_output a step takes
+constexpr int kBlockedTileColumns = 64;         // of grad_output a stage holds, at most
 
 template <class T_, int kRows_, int kColumns_>
 struct BlockedGradWeightTraits {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int 
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kBlockedThreads, 2)
+__global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
     blocked_grad_weight_kernel(const GradWeightArgs args, const BlockedGradWeightTiling tiling,
                                const int shared_bytes) {
   using T = typename Traits::T;
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kBlockedThreads, 2)
       out.low = 0;
       out.high = one_column_tile ? args.out_w : grad_pitch;
       copy_as_float(out, tiling.grad_lanes, grad_step);
-      wait_for_copies();
+      wait_for_all_copies();
     }
 
     if (args.partial_bias != nullptr || args.grad_bias != nullptr) {
@@ -259,7 +259,7 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
   BlockedGradWeightTiling tiling;
   tiling.tiles_h = divide_up(args.kernel_h, Traits::kRows);
   tiling.tiles_w = divide_up(args.kernel_w, Traits::kColumns);
-  const int max_groups = kBlockedThreads / (tiling.tiles_h * tiling.tiles_w);
+  const int max_groups = kBlockedGradWeightThreads / (tiling.tiles_h * tiling.tiles_w);
   tiling.channels_last = channels_last;
   tiling.num_column_tiles = divide_up(args.out_w, kBlockedTileColumns);
   tiling.tile_columns = divide_up(divide_up(args.out_w, tiling.num_column_tiles), kStrip) * kStrip;

@@ -2,8 +2,7 @@
 // channels_last with the channels put planar.
 #pragma once
 
-#include "tensor_core.cuh"
-#include "vector.cuh"
+#include "async_copy.cuh"
 
 namespace depthwise {
 

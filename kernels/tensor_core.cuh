@@ -1,4 +1,4 @@
-// Warp-wide building blocks of the tensor-core kernels, and asynchronous copies into shared memory.
+// Warp-wide building blocks of the tensor-core kernels.
 //
 // Fragments of D[16][8] += A[16][K] * B[K][8], for lane = 4 * g + t (g 0..7, t 0..3); a register holds two neighbouring
 // 16-bit elements, the first in its low half:
@@ -8,54 +8,9 @@
 // So K = 16 is two K = 8 side by side, and any two neighbouring chunks of eight columns make one.
 #pragma once
 
-#include "vector.cuh"
+#include "async_copy.cuh"
 
 namespace depthwise {
-
-__device__ __forceinline__ unsigned shared_address(const void* shared) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
-}
-
-// 4, 8 or 16 bytes, aligned to their size; zeros where `in_bounds` is false, and nothing is read then.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool in_bounds = true) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (kBytes == 16)  // past L1: nobody else reads it
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(in_bounds ? 16 : 0)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(in_bounds ? kBytes : 0), "n"(kBytes)
-                 : "memory");
-#else
-  using Word = typename RawWord<kBytes>::type;
-  *static_cast<Word*>(shared) = in_bounds ? __ldg(static_cast<const Word*>(global)) : Word{};
-#endif
-}
-
-// Closes a group of copies; wait_for_groups<k> returns once at most the k groups closed last are still on their way.
-// Other threads see the copies after a barrier.
-__device__ __forceinline__ void close_copy_group() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-template <int kGroups>
-__device__ __forceinline__ void wait_for_groups() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-#endif
-}
-
-// All copies of all threads of the block have arrived.
-__device__ __forceinline__ void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-  __syncthreads();
-}
 
 // 8x8 matrices of 16-bit elements: lane l names row l % 8 of matrix l / 8 (16 aligned bytes), and gets elements 2t,
 // 2t+1 of row g of each; transposed: elements g of rows 2t, 2t+1. Addresses are shared_address's.

@@ -10,7 +10,6 @@
 
 #include "async_copy.cuh"
 #include "direct.cuh"
-#include "tensor_core.cuh"
 
 namespace depthwise {
 

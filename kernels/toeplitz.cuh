@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
   }
   load_weights<Traits>(pairs, args, block);
-  wait_for_copies();
+  wait_for_all_copies();
 
   // Which rows: lane l names row l % 16 of each tile to ldmatrix; the rows outside the image are the row of zeros.
   const int channel = Traits::kChannelsLast ? warp : 0;  // of the block's

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       out.global += first_channel * args.out_h * args.out_w;
       copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
       copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
-      close_copy_group();
+      commit_copies();
     }
   };
 
@@ -256,9 +256,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     for (int idx = begin; idx < end; ++idx) {
       if (idx + 1 < end) {
         load_stage(idx + 1, planes + (idx + 1 - begin) % 2 * plane_elements);
-        wait_for_groups<1>();
+        wait_for_copies<1>();
       } else {
-        wait_for_groups<0>();
+        wait_for_copies<0>();
       }
       __syncthreads();
       multiply_stage(idx, planes + (idx - begin) % 2 * plane_elements);
