@@ -591,6 +591,11 @@ def run_table(
             groups += [(case, dtype, direction) for direction in args.direction]
         else:
             print(f"{case.name} {dtype} is left out: it needs about {needed / 2**30:.0f} GiB of GPU memory")
+    selected = [
+        depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
+        for (case, dtype, direction), layout in itertools.product(groups, args.layout)
+    ]
+    depthwise_inline._obtain_all({name.rpartition("/")[0]: source for name, source in selected if source})
     print(f"\n{'':>9}{HEADER}")
     rows: list[dict[str, Any]] = []
     for case, dtype, direction in groups:

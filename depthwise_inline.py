@@ -18,6 +18,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import json
 import operator
 import os
 import platform
@@ -1167,10 +1168,45 @@ def precompile(
     for sizes in _problems(model, input_shape):
         for direction in _DIRECTIONS if backward else _DIRECTIONS[:1]:
             name, source = _select(direction, dtype, channels_last, sizes)
-            if source:
-                _load_specialisation(name.rpartition("/")[0], source)
-            variants[name] = None
+            variants[name] = source
+    sources = {name.rpartition("/")[0]: source for name, source in variants.items() if source}
+    _obtain_all(sources)
+    for name, source in sources.items():
+        _load_specialisation(name, source)
     return list(variants)
+
+
+def _obtain_all(sources: dict[str, str]) -> None:
+    """Compile specialisations into the cache on disk, a process a core. What fails here fails again, and tells, when it
+    is loaded."""
+    build = """if True:
+        import contextlib, importlib.util, json, sys
+        path, items = json.load(sys.stdin)
+        spec = importlib.util.spec_from_file_location("depthwise_inline", path)
+        module = sys.modules["depthwise_inline"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for name, source in items:
+            with contextlib.suppress(Exception):
+                module._obtain(name, name, (), (source,))
+    """
+    items = sorted(sources.items())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(len(items), cores)
+    if count < 2:
+        return
+    what = f"{len(items)} specialisations in {count} processes"
+    print(
+        f"depthwise_inline: compiling {what}, where they are not cached in {_cache_root()}", file=sys.stderr, flush=True
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", build], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(count)
+    ]
+    for index, worker in enumerate(workers):
+        json.dump((str(Path(__file__).resolve()), items[index::count]), worker.stdin)
+        worker.stdin.close()
+    for worker in workers:
+        worker.wait()
 
 
 def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[int, ...]]:

@@ -4,24 +4,18 @@
 #include <array>
 #include <atomic>
 #include <cstddef>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
-#include <vector>
 
 namespace depthwise {
 namespace {
 
-struct Entry {
-  Specialisation specialisation;
-  std::string name;
-  Launcher launcher;
-};
-
 std::shared_mutex mutex;
-std::vector<Entry>& entries() {
-  static std::vector<Entry>* const all = new std::vector<Entry>;  // outlives threads that launch at exit
+std::map<std::string, Launcher>& launchers() {
+  static std::map<std::string, Launcher>* const all = new std::map<std::string, Launcher>;  // outlives threads at exit
   return *all;
 }
 Builder builder = nullptr;
@@ -31,9 +25,8 @@ std::atomic<unsigned> generation{1};  // of all that choices depend on
 
 Launcher find_launcher(const Specialisation& specialisation) {
   const std::shared_lock lock(mutex);
-  for (const Entry& entry : entries())
-    if (entry.specialisation == specialisation) return entry.launcher;
-  return nullptr;
+  const auto found = launchers().find(specialisation_name(specialisation));
+  return found == launchers().end() ? nullptr : found->second;
 }
 
 Config config_for(const Problem& problem) {
@@ -86,20 +79,13 @@ void set_builder(Builder new_builder) { builder = new_builder; }
 
 void add_launcher(const std::string& name, Launcher launcher) {
   const std::unique_lock lock(mutex);
-  for (Entry& entry : entries())
-    if (entry.name == name) entry.launcher = launcher;
+  launchers()[name] = launcher;
   ++generation;
 }
 
 Launcher find_or_build_launcher(const Specialisation& specialisation) {
   if (const Launcher launcher = find_launcher(specialisation)) return launcher;
   const std::string name = specialisation_name(specialisation);
-  {
-    const std::unique_lock lock(mutex);
-    bool known = false;
-    for (const Entry& entry : entries()) known = known || entry.specialisation == specialisation;
-    if (!known) entries().push_back({specialisation, name, nullptr});
-  }
   if (builder == nullptr || builder(name.c_str(), specialisation_source(specialisation).c_str()) != 0)
     throw std::runtime_error("depthwise_inline: could not build the specialisation " + name);
   if (const Launcher launcher = find_launcher(specialisation)) return launcher;

@@ -16,11 +16,8 @@ Everything here runs on the CPU too: test_reference.py plants errors and expects
 import contextlib
 import ctypes
 import itertools
-import json
 import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -316,28 +313,6 @@ def all_variants(direction, problem, dtype, layout, aligned=True):
     variants = names.value.decode().split()
     assert "general" in variants, f"{direction} of {problem}: the general variant is not among {variants}"
     return variants
-
-
-def compile_ahead(sources):
-    """Build specialisations, {name: source}, into the cache on disk, several processes at a time.
-
-    One that fails to build is no error here: it fails again, with its message, in each test that needs it.
-    """
-    build = """if True:
-        import contextlib, json, sys
-        import depthwise_inline
-        for name, source in json.load(sys.stdin):
-            with contextlib.suppress(Exception):
-                depthwise_inline._obtain(name, name, (), (source,))
-    """
-    items, count = sorted(sources.items()), min(len(sources), os.cpu_count())
-    options = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT}
-    workers = [subprocess.Popen([sys.executable, "-c", build], **options) for _ in range(count)]
-    for index, worker in enumerate(workers):
-        json.dump(items[index::count], worker.stdin)
-        worker.stdin.close()
-    for worker in workers:
-        worker.wait()
 
 
 @contextlib.contextmanager

@@ -120,6 +120,18 @@ def test_no_benchmark_case_is_left_to_the_general_kernels():
     assert not slow
 
 
+def test_what_was_precompiled_serves_the_first_call(builds):
+    layer = depthwise_inline.DepthwiseConv2d(6, (2, 5), device=DEVICE)
+    names = depthwise_inline.precompile(layer, (3, 6, 19, 23))
+    assert names and "general" not in names
+    builds.clear()
+    x = torch.randn(3, 6, 19, 23, device=DEVICE)
+    out = layer(x)
+    out.sum().backward()
+    assert not builds
+    torch.testing.assert_close(out, F.conv2d(x, layer.weight, layer.bias, groups=6))
+
+
 def test_a_variant_that_does_not_exist_is_named():
     tensors = reference.make_tensors(PROBLEM, torch.float32, "nchw", reference.fresh_generator())
     for direction in reference.DIRECTIONS:
