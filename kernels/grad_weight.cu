@@ -54,7 +54,7 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
     Sum* const partial_bias = grad_bias ? partial + splits * weights : nullptr;
     if constexpr (sizeof(T) < sizeof(double)) {
       if (launcher) {
-        const bool stores = splits == 1 && stores_grad_weight(config.kernel);
+        const bool stores = splits == 1;
         const GradWeightArgs args = {grad_output,
                                      input,
                                      partial,

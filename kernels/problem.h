@@ -49,7 +49,7 @@ struct DirectArgs {
 };
 
 // Grad of weight and bias. A kernel writes its sums split by split, [split][out_channel][tap], and another adds the
-// splits in order. With one split, kernels of which `stores_grad_weight` holds write the results themselves.
+// splits in order. With one split, the kernels write the results themselves.
 struct GradWeightArgs {
   const void* grad_output;
   const void* input;

@@ -59,8 +59,6 @@ inline bool is_compiled_by_tile(Kernel kernel) {
 inline bool is_grad_input_kernel(Kernel kernel) {
   return kernel == Kernel::kGradInputNchw || kernel == Kernel::kGradInputNhwc;
 }
-// Grad-of-weight kernels that write the results themselves where there is one split.
-inline bool stores_grad_weight(Kernel kernel) { return is_grad_weight_kernel(kernel); }
 
 struct Config {
   Kernel kernel = Kernel::kGeneral;

@@ -38,7 +38,6 @@ HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*HALF_AND_SINGLE, torch.float64)
 
 FLOOR_UNITS = 2.0
-SUM_FLOOR_UNITS = 4.0  # gradients of weight and bias: sums over all images, which no order of adding rounds once
 FLOOR_UNITS_FLOAT64 = 16.0  # there the reference itself is float64 and off by as much
 CAP_UNITS = 32.0
 
@@ -244,23 +243,23 @@ def errors_in_units(result, expected):
     return torch.where(same & ~rounded.isfinite(), 0.0, errors).nan_to_num(nan=torch.inf)
 
 
-def allowed_units(dtype, expected, peer=None, floor=FLOOR_UNITS):
+def allowed_units(dtype, expected, peer=None):
     """The bound for our errors, from the largest error of PyTorch's result (no peer: as if it were one unit)."""
-    floor = FLOOR_UNITS_FLOAT64 if dtype is torch.float64 else floor
+    floor = FLOOR_UNITS_FLOAT64 if dtype is torch.float64 else FLOOR_UNITS
     if peer is None:
         return 2.0 + floor
     worst = errors_in_units(peer, expected).max().item() if peer.numel() else 0.0
     return min(2 * worst, CAP_UNITS) + floor
 
 
-def mismatch(result, expected, peer=None, floor=FLOOR_UNITS):
+def mismatch(result, expected, peer=None):
     """None, or a text with the first coordinate where the result breaks the rule."""
     shape = tuple(expected.value.shape)
     if tuple(result.shape) != shape:
         return f"shape {tuple(result.shape)}, expected {shape}"
     if peer is not None and result.dtype != peer.dtype:
         return f"dtype {result.dtype}, expected {peer.dtype}"
-    allowed = allowed_units(result.dtype, expected, peer, floor)
+    allowed = allowed_units(result.dtype, expected, peer)
     errors = errors_in_units(result, expected)
     wrong = errors > allowed
     if not wrong.any():
@@ -355,9 +354,8 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
             with failures.catch(*where), forced(variant):
                 poison(*(peer[name] for name in names))
                 results = run(direction, problem, tensors, layout)
-                floor = SUM_FLOOR_UNITS if direction == "grad_weight" else FLOOR_UNITS
                 for name in names:
-                    failures.add(mismatch(results[name], expected[name], peer[name], floor), *where, name)
+                    failures.add(mismatch(results[name], expected[name], peer[name]), *where, name)
 
 
 def poison(*tensors, copies=3):
