@@ -266,6 +266,8 @@ constexpr int kMaxDirectNchwRegisters = 150;
 
 inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, const Tile& tile) {
   if (p.layout != Layout::kNchw || args.padding_w < -64 || (!p.aligned && tile.vector > 1)) return false;
+  // Offsets within a plane, of rows around it too, are 32-bit numbers.
+  if ((p.h + 64) * p.w > kInt32Max || (p.out_h + 64) * p.out_w > kInt32Max) return false;
   const int skew = tile.vector > 1 ? max_skew(tile.rows, tile.columns, args.out_w % tile.columns) : 0;
   const int window = window_size(tile.columns + skew, static_cast<int>(p.stride_w), args.kernel_w, args.dilation_w);
   const int span = (args.kernel_h - 1) * args.dilation_h + 1, live_rows = span < tile.rows ? span : tile.rows;

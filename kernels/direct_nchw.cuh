@@ -56,16 +56,19 @@ struct DirectTile {
   static constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, (64 - Traits::kTaps) / kRowRegisters));
 };
 
-// Stores kColumns outputs at `out`, column `first` of a row, as many as lie in the row; kPartial: not always all or none of them.
+// Stores kColumns outputs at `out`, column `first` of a row, as many as lie in the row; kPartial: not always all or none
+// of them. `whole_below`: where a whole vector may begin in the row.
 template <int kWidth, bool kPartial, class T, int kColumns>
-__device__ __forceinline__ void store_tile_row(T* out, int first, int width, const float (&values)[kColumns]) {
+__device__ __forceinline__ void store_tile_row(T* out, int first, int width, unsigned whole_below,
+                                               const float (&values)[kColumns]) {
   if constexpr (kWidth == kColumns) {
-    if (first >= 0 && first + kColumns <= width) return store_streaming(out, values);
+    if (static_cast<unsigned>(first) < whole_below) return store_streaming(out, values);
   }
   if constexpr (kPartial) {
 #pragma unroll
     for (int v = 0; v < kColumns; ++v)
-      if (static_cast<unsigned>(first + v) < static_cast<unsigned>(width)) out[v] = from_float<T>(values[v]);
+      if (static_cast<unsigned>(first + v) < static_cast<unsigned>(width))
+        store_streaming(out + v, Vector<T, 1>{{from_float<T>(values[v])}});
   }
 }
 
@@ -91,8 +94,9 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
 
   const unsigned out_channel = plane % static_cast<unsigned>(args.out_c);
   const unsigned in_plane = args.multiplier == 1 ? plane : plane / args.multiplier;
-  const T* input = static_cast<const T*>(args.input) + static_cast<int64_t>(in_plane) * args.h * args.w;
-  T* out = static_cast<T*>(args.out) + static_cast<int64_t>(plane) * args.out_h * args.out_w;
+  const T* const input =
+      ptx::opaque(static_cast<const T*>(args.input) + static_cast<int64_t>(in_plane) * args.h * args.w);
+  T* const out = ptx::opaque(static_cast<T*>(args.out) + static_cast<int64_t>(plane) * args.out_h * args.out_w);
 
   // The window: its first row, its first column, and which of its columns exist where words straddle.
   const int first_row = row * Traits::kStrideH - args.padding_h;
@@ -103,13 +107,15 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
     exists[k] = static_cast<unsigned>(first_column + k) < static_cast<unsigned>(args.w) ? ~0u : 0u;
 
   T ahead[Tile::kRowsAhead][Tile::kWindow];
+  int offset = first_row * args.w + first_column;
   const auto load_row = [&](auto index) {
     constexpr int r = decltype(index)::value;
     using Row = typename Tile::template Row<r>;
     if constexpr (r < Tile::kRowsIn && (Tile::kUsedRows >> r & 1))
-      Row::template load<GlobalMemory>(
-          ahead[r % Tile::kRowsAhead], input + static_cast<int64_t>(first_row + r) * args.w,
-          first_column + Tile::phase(r), args.w, static_cast<unsigned>(first_row + r) < static_cast<unsigned>(args.h));
+      Row::template load<GlobalMemory>(ahead[r % Tile::kRowsAhead], input + (offset + Tile::phase(r)),
+                                       first_column + Tile::phase(r), args.w,
+                                       static_cast<unsigned>(first_row + r) < static_cast<unsigned>(args.h));
+    offset += args.w;
   };
   for_each_index(std::make_integer_sequence<int, Tile::kRowsAhead>{}, load_row);
 
@@ -122,6 +128,7 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
 #pragma unroll
     for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
 
+  const unsigned whole_below = static_cast<unsigned>(max_int(0, args.out_w - kColumns + 1));
   int out_offset = row * args.out_w + column;
   // Each row is added to all output rows that it meets, so that only kKernelH rows of sums are ever live.
   for_each_index(std::make_integer_sequence<int, Tile::kRowsIn>{}, [&](auto index) {
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
         if (tap_h != Tile::kLastTap) continue;
         if (static_cast<unsigned>(row + o) < static_cast<unsigned>(args.out_h))
           store_tile_row<kVector == 1 ? 1 : kColumns, kVector == 1 || Traits::kOutWidth != 0>(
-              out + out_offset - Tile::skew(o), column - Tile::skew(o), args.out_w, sum[o]);
+              out + (out_offset - Tile::skew(o)), column - Tile::skew(o), args.out_w, whole_below, sum[o]);
         out_offset += args.out_w;
       }
     } else {
