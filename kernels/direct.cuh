@@ -44,6 +44,19 @@ int allow_shared_bytes(Kernel kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
+// Division by a number known at launch alone: a multiplication and a shift. For dividends below 2^31.
+struct Divider {
+  unsigned divisor, factor, shift;
+
+  explicit Divider(unsigned divisor) : divisor(divisor), shift(31) {
+    while (uint64_t{1} << (shift - 31) < divisor) ++shift;
+    factor = static_cast<unsigned>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  __device__ __forceinline__ unsigned quotient(unsigned dividend) const {
+    return static_cast<unsigned>(static_cast<uint64_t>(dividend) * factor >> shift);
+  }
+};
+
 // Walks (outer, middle, inner) in steps of `step` items without a division a step.
 struct Walk {
   int inner, middle, outer;

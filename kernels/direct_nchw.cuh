@@ -18,8 +18,7 @@
 
 namespace depthwise {
 
-constexpr int kDirectNchwThreads = 256;  // a block, at most
-constexpr int64_t kMaxGridY = 65535;     // and z
+constexpr int kDirectNchwThreads = 128;  // a block
 
 // kPhase_: of the first row of a tile; kWidth, kOutWidth: of rows, modulo a word and modulo a thread's columns.
 template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kPhase,
@@ -27,6 +26,20 @@ template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int k
 struct DirectNchwTraits : NchwTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kPhase> {
   static constexpr int kWidth = kWidth_, kOutWidth = kOutWidth_;
 };
+
+// Stores elements [kBegin, kEnd) of a vector whose first element would lie at `out`, a vector's boundary, in as few
+// stores as there can be.
+template <int kBegin, int kEnd, class T, int kColumns>
+__device__ __forceinline__ void store_part(T* out, const float (&values)[kColumns]) {
+  if constexpr (kBegin < kEnd) {
+    constexpr int kWidth = widest_store(kBegin, kEnd, kColumns);
+    Vector<T, kWidth> part;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) part.value[k] = from_float<T>(values[kBegin + k]);
+    store_streaming(out + kBegin, part);
+    store_part<kBegin + kWidth, kEnd>(out, values);
+  }
+}
 
 template <class Traits, int kColumns, int kRows, int kVector>
 struct DirectTile {
@@ -51,48 +64,57 @@ struct DirectTile {
   template <int r>
   using Row = WindowRow<T, kWindow, kUsed, kVector, phase(r), kStraddles>;
 
+  // Stores a row's outputs from column `first` on, which lie at `out`: of a row that begins kSkew elements within a
+  // vector, the first and the last thread have a part.
+  template <int kSkew>
+  __device__ __forceinline__ static void store(T* out, int first, int width, const float (&values)[kColumns]) {
+    if constexpr (kVector == 1) {  // rows begin anywhere
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v)
+        if (first + v < width) store_streaming(out + v, Vector<T, 1>{{from_float<T>(values[v])}});
+    } else {
+      constexpr int kTail = (Traits::kOutWidth + kSkew) % kColumns;
+      const bool head = kSkew > 0 && first < 0, whole = first + kColumns <= width;
+      if (!head && whole) return store_part<0, kColumns>(out, values);
+      if (head && whole) return store_part<kSkew, kColumns>(out, values);
+      if (!head && first < width) return store_part<0, kTail>(out, values);
+      if (head) store_part<kSkew, kTail>(out, values);
+    }
+  }
+
   // Rows in flight before the first is used, as many as about 64 registers less the filter's hold.
   static constexpr int kRowRegisters = (kWindow * static_cast<int>(sizeof(T)) + 3) / 4;
   static constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, (64 - Traits::kTaps) / kRowRegisters));
 };
-
-// Stores kColumns outputs at `out`, column `first` of a row, as many as lie in the row; kPartial: not always all or none
-// of them. `whole_below`: where a whole vector may begin in the row.
-template <int kWidth, bool kPartial, class T, int kColumns>
-__device__ __forceinline__ void store_tile_row(T* out, int first, int width, unsigned whole_below,
-                                               const float (&values)[kColumns]) {
-  if constexpr (kWidth == kColumns) {
-    if (static_cast<unsigned>(first) < whole_below) return store_streaming(out, values);
-  }
-  if constexpr (kPartial) {
-#pragma unroll
-    for (int v = 0; v < kColumns; ++v)
-      if (static_cast<unsigned>(first + v) < static_cast<unsigned>(width))
-        store_streaming(out + v, Vector<T, 1>{{from_float<T>(values[v])}});
-  }
-}
 
 template <class Body, int... kIndices>
 __device__ __forceinline__ void for_each_index(std::integer_sequence<int, kIndices...>, Body&& body) {
   (body(std::integral_constant<int, kIndices>{}), ...);
 }
 
+// How threads are counted: all columns of a tile row, all tile rows of a plane, all planes.
+struct DirectNchwPlan {
+  SkewRows skew_rows;
+  unsigned threads;
+  Divider columns, rows, out_channels;
+};
+
 // Rows of more than 7 taps spill in as few registers as the compiler would take by itself.
 template <class Traits, int kColumns, int kRows, int kVector>
 __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 : 0)
-    direct_nchw_kernel(const DirectArgs args, const unsigned tiles_w, const SkewRows skew_rows) {
+    direct_nchw_kernel(const DirectArgs args, const DirectNchwPlan plan) {
   using T = typename Traits::T;
   using Tile = DirectTile<Traits, kColumns, kRows, kVector>;
 
-  // Which outputs: a block covers blockDim.z planes, blockDim.y x kRows rows, blockDim.x x kColumns columns.
-  const unsigned tile_h = tiles_w == 1 ? blockIdx.x : blockIdx.x / tiles_w, tile_w = blockIdx.x - tile_h * tiles_w;
-  const unsigned plane = (blockIdx.z * gridDim.y + blockIdx.y) * blockDim.z + threadIdx.z;
-  if (plane >= static_cast<unsigned>(args.n * args.out_c)) return;
-  const int column = (tile_w * blockDim.x + threadIdx.x) * kColumns;
-  const int row = (tile_h * blockDim.y + threadIdx.y) * kRows - skew_rows.before(plane);
+  // Which outputs.
+  const unsigned thread = blockIdx.x * kDirectNchwThreads + threadIdx.x;
+  if (thread >= plan.threads) return;
+  const unsigned tile = plan.columns.quotient(thread), plane = plan.rows.quotient(tile);
+  const int column = (thread - tile * plan.columns.divisor) * kColumns;
+  const int row = (tile - plane * plan.rows.divisor) * kRows - plan.skew_rows.before(plane);
   if (row >= args.out_h) return;
 
-  const unsigned out_channel = plane % static_cast<unsigned>(args.out_c);
+  const unsigned out_channel = plane - plan.out_channels.quotient(plane) * plan.out_channels.divisor;
   const unsigned in_plane = args.multiplier == 1 ? plane : plane / args.multiplier;
   const T* const input =
       ptx::opaque(static_cast<const T*>(args.input) + static_cast<int64_t>(in_plane) * args.h * args.w);
@@ -128,7 +150,6 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
 #pragma unroll
     for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
 
-  const unsigned whole_below = static_cast<unsigned>(max_int(0, args.out_w - kColumns + 1));
   int out_offset = row * args.out_w + column;
   // Each row is added to all output rows that it meets, so that only kKernelH rows of sums are ever live.
   for_each_index(std::make_integer_sequence<int, Tile::kRowsIn>{}, [&](auto index) {
@@ -142,23 +163,23 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
           if (Tile::kStraddles) window[k] = __uint_as_float(__float_as_uint(window[k]) & exists[k]);
         }
       load_row(std::integral_constant<int, r + Tile::kRowsAhead>{});
+      for_each_index(std::make_integer_sequence<int, kRows>{}, [&](auto out_index) {
+        constexpr int o = decltype(out_index)::value, kTapH = r - o * Traits::kStrideH;
+        if constexpr (kTapH >= 0 && kTapH % Traits::kDilationH == 0 && kTapH <= Tile::kLastTap) {
+          constexpr int kSkew = Tile::skew(o), kShift = Tile::kMaxSkew - kSkew;
 #pragma unroll
-      for (int o = 0; o < kRows; ++o) {
-        const int tap_h = r - o * Traits::kStrideH;
-        if (tap_h < 0 || tap_h % Traits::kDilationH != 0 || tap_h > Tile::kLastTap) continue;
-        const int shift = Tile::kMaxSkew - Tile::skew(o);
+          for (int j = 0; j < Traits::kKernelW; ++j)
 #pragma unroll
-        for (int j = 0; j < Traits::kKernelW; ++j)
-#pragma unroll
-          for (int v = 0; v < kColumns; ++v)
-            sum[o][v] = fmaf(window[(v + shift) * Traits::kStrideW + j * Traits::kDilationW],
-                             weight[tap_h / Traits::kDilationH * Traits::kKernelW + j], sum[o][v]);
-        if (tap_h != Tile::kLastTap) continue;
-        if (static_cast<unsigned>(row + o) < static_cast<unsigned>(args.out_h))
-          store_tile_row<kVector == 1 ? 1 : kColumns, kVector == 1 || Traits::kOutWidth != 0>(
-              out + (out_offset - Tile::skew(o)), column - Tile::skew(o), args.out_w, whole_below, sum[o]);
-        out_offset += args.out_w;
-      }
+            for (int v = 0; v < kColumns; ++v)
+              sum[o][v] = fmaf(window[(v + kShift) * Traits::kStrideW + j * Traits::kDilationW],
+                               weight[kTapH / Traits::kDilationH * Traits::kKernelW + j], sum[o][v]);
+          if constexpr (kTapH == Tile::kLastTap) {
+            if (static_cast<unsigned>(row + o) < static_cast<unsigned>(args.out_h))
+              Tile::template store<kSkew>(out + (out_offset - kSkew), column - kSkew, args.out_w, sum[o]);
+            out_offset += args.out_w;
+          }
+        }
+      });
     } else {
       load_row(std::integral_constant<int, r + Tile::kRowsAhead>{});
     }
@@ -171,15 +192,11 @@ int launch_direct_nchw(const DirectArgs& args, int, cudaStream_t stream) {
   const SkewRows skew_rows = skew_rows_of(args, Traits::kStrideH, kColumns, kVector);
   const int columns = divide_up(args.out_w + Tile::kMaxSkew, kColumns);
   const int rows = divide_up(args.out_h + skew_rows.period - 1, kRows);
-  const int x = divide_up(columns, divide_up(columns, 128));
-  int y = max_int(1, min_int(rows, kDirectNchwThreads / x));
-  y = divide_up(rows, divide_up(rows, y));
-  const int z = max_int(1, min_int(64, kDirectNchwThreads / (x * y)));
-
-  const unsigned tiles_w = divide_up(columns, x), tiles_h = divide_up(rows, y);
-  const int64_t planes = divide_up<int64_t>(args.n * args.out_c, z), grid_z = divide_up<int64_t>(planes, kMaxGridY);
-  const dim3 grid(tiles_w * tiles_h, static_cast<unsigned>(divide_up(planes, grid_z)), static_cast<unsigned>(grid_z));
-  direct_nchw_kernel<Traits, kColumns, kRows, kVector><<<grid, dim3(x, y, z), 0, stream>>>(args, tiles_w, skew_rows);
+  const unsigned threads = static_cast<unsigned>(args.n * args.out_c * rows * columns);
+  const DirectNchwPlan plan{skew_rows, threads, Divider(columns), Divider(rows),
+                            Divider(static_cast<unsigned>(args.out_c))};
+  direct_nchw_kernel<Traits, kColumns, kRows, kVector>
+      <<<divide_up(threads, static_cast<unsigned>(kDirectNchwThreads)), kDirectNchwThreads, 0, stream>>>(args, plan);
   return cudaGetLastError();
 }
 

@@ -62,6 +62,13 @@ constexpr int max_skew(int rows, int columns, int width) {
   return most;
 }
 
+// The widest store of elements from `begin` on of a vector on its boundary.
+constexpr int widest_store(int begin, int end, int columns) {
+  int width = columns;
+  while (begin % width != 0 || begin + width > end) width /= 2;
+  return width;
+}
+
 // By how many rows the tiles of a plane begin before it, so that the rows at which tiles begin, counted through all
 // planes of `height` rows, are multiples of `period`.
 struct SkewRows {

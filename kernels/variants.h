@@ -67,7 +67,8 @@ struct Config {
 
 // Tile tables; the launchers' switches follow their order. The last tile of a direct kernel reads element by element
 // and serves every alignment.
-constexpr Tile kDirectNchwTiles32[] = {{"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles32[] = {
+    {"v4r16", 4, 16, 4}, {"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNchwTiles16[] = {
     {"v8r8", 8, 8, 8}, {"v8r4", 8, 4, 8}, {"v4r8", 4, 8, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
