@@ -144,12 +144,12 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
   typename Strip::GradRow ahead_grad[kAhead];
   typename Strip::InputRow ahead_input[kAhead][kStrideH];
   const auto load_step = [&](int t, int slot) {
-    strip.grad(next_grad, t < piece.end, ahead_grad[slot]);
+    strip.grad(ptx::opaque(next_grad), t < piece.end, ahead_grad[slot]);
     next_grad += grad_step;
 #pragma unroll
     for (int e = 0; e < kStrideH; ++e) {
       const int row = origin + t * kInputStep + e;
-      strip.input(next_input, t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
+      strip.input(ptx::opaque(next_input), t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
                   ahead_input[slot][e]);
       next_input += input_step;
     }
