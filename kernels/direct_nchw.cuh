@@ -82,9 +82,14 @@ struct DirectTile {
     }
   }
 
-  // Rows in flight before the first is used, as many as about 64 registers less the filter's hold.
+  // Rows in flight before they are used, in registers that the filter leaves. More of them cost warps: 3x3 in fp32 is
+  // fastest with three rows, a filter of twice the work or 16-bit rows with more (16x64x512x512, H200, fp32: 0.521 ms,
+  // 0.527 with four, 0.551 with six; 16-bit grad of input: 0.284 with seven, 0.302 with six, 0.340 with four).
+  static constexpr int kAheadRegisters = kRows >= 16                            ? 88 - Traits::kTaps
+                                         : sizeof(T) == 4 && Traits::kTaps <= 9 ? 28
+                                                                                : min_int(42, 64 - Traits::kTaps);
   static constexpr int kRowRegisters = (kWindow * static_cast<int>(sizeof(T)) + 3) / 4;
-  static constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, (64 - Traits::kTaps) / kRowRegisters));
+  static constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, kAheadRegisters / kRowRegisters));
 };
 
 template <class Body, int... kIndices>

@@ -149,7 +149,8 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
 #pragma unroll
     for (int e = 0; e < kStrideH; ++e) {
       const int row = origin + t * kInputStep + e;
-      strip.input(ptx::opaque(next_input), t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
+      strip.input(ptx::opaque(next_input),
+                  t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
                   ahead_input[slot][e]);
       next_input += input_step;
     }

@@ -46,35 +46,53 @@ inline Config select_large(const Problem& p) {
   return {};
 }
 
+// direct_nchw: a tile that reads and writes whole vectors, or the general kernel, which stands for none. H200, ms.
+inline Config select_direct_nchw(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  const bool wide = p.dtype == DType::kFloat32, strided = p.stride_h > 1 || p.stride_w > 1;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const auto tile_of = [&](int rows, int columns) {
+    const TileTable table = tile_table(Kernel::kDirectNchw, p.dtype);
+    for (int tile = 0; tile < table.size; ++tile)
+      if (table[tile].rows == rows && table[tile].columns == columns && table[tile].vector == columns &&
+          can_serve(p, Kernel::kDirectNchw, tile))
+        return Config{Kernel::kDirectNchw, tile};
+    return Config{};
+  };
+  // Eight rows a thread, but for kernels of one row (1x11, 64x128x64x64: 0.038 / 0.025 with four, 0.040 / 0.029 with
+  // eight) and 3x3 at stride 2 (32x96x112x112: 0.054 / 0.032, 0.057 / 0.035). Sixteen for more work on tall planes (3x7,
+  // 32x128x128x256, fp32: 0.277, 0.285 with eight). In 16 bits four where outputs are not aligned, whose windows are
+  // wide (3x3, 16x64x512x512: 0.279, 0.305 with eight; 3x7: 0.196, 0.204), and narrow vectors for 5x5 at stride 2
+  // (32x144x56x56: 0.022, 0.024).
+  const bool few_rows = p.kernel_h == 1 || (strided && taps <= 9) || (!wide && args.out_w % 8 != 0);
+  const int columns = wide ? 4 : 8;
+  Config best;
+  if (wide && !strided && taps > 9 && taps < 25 && args.out_h >= 64) best = tile_of(16, 4);
+  if (!wide && strided && taps > 9) best = tile_of(8, 4);
+  if (best.kernel == Kernel::kGeneral) best = tile_of(few_rows ? 4 : 8, columns);
+  if (best.kernel == Kernel::kGeneral) best = tile_of(8, columns);
+  return best.kernel != Kernel::kGeneral ? best : tile_of(8, 4);
+}
+
 // Forward, and grad of input at stride 1. Times are of 32 images on an H200, ms, fp32 / fp16 where nothing else is said.
 inline Config select_nchw(const Problem& p) {
   const DirectArgs args = direct_args(p);
   const int64_t taps = p.kernel_h * p.kernel_w;
-  if (p.dilation_h == 1 && p.dilation_w == 1) {
-    // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.016 / 0.014), and
-    // filters that cost registers or loads elsewhere (7x7, 96x56x56: 0.048 / 0.046, direct 0.064 / 0.058). Larger planes
-    // of few taps are read faster without the detour (3x3, 144x56x56: 0.037 / 0.029, direct 0.036 / 0.026).
-    if (args.h * args.w <= 32 * 32 || taps >= 25) {
-      const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
-      if (planes.kernel != Kernel::kGeneral) return planes;
-    }
-    // Rows that fill a warp at least, where a thread saves instructions by rolling down them: 16-bit (3x3, 16x64x512x512:
-    // 0.31, direct 0.44) and larger filters (3x7, 128x128x256: 0.31 / 0.24, direct 0.39 / 0.29), not 3x1 (64x8x512x512:
-    // 0.28 / 0.15, direct 0.26 / 0.13) nor 3x3 in fp32 (16x64x512x512: 0.60, direct 0.58).
-    // Rows off the boundaries of words: shared memory is where they cost little.
-    const bool fills_warps = args.out_w * element_size(p.dtype) >= 28 * 16;
-    const bool saves = p.kernel_h > 1 && (taps > 9 || (taps > 3 && p.dtype != DType::kFloat32));
-    const bool unaligned = !p.aligned || args.w % 4 != 0;
-    if (p.stride_h == 1 && p.stride_w == 1 && fills_warps && (saves || unaligned)) {
-      const Config stream = first_that_serves(p, Kernel::kStreamNchw);
-      if (stream.kernel != Kernel::kGeneral) return stream;
-    }
+  // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.014 / 0.012; 5x5,
+  // 480x14x14, fp16: 0.021, 0.024). In fp32 large filters repay that detour later (5x5, 480x14x14: 0.026, direct 0.022;
+  // 7x7, 96x56x56: 0.049, 0.039; 192x28x28: 0.031, 0.026; 768x7x7: 0.015, 0.023).
+  const int64_t small = p.dtype == DType::kFloat32 && taps >= 25 ? 12 * 12 : 32 * 32;
+  if (p.dilation_h == 1 && p.dilation_w == 1 && args.h * args.w <= small) {
+    const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
+    if (planes.kernel != Kernel::kGeneral) return planes;
   }
-  const Config direct = first_that_serves(p, Kernel::kDirectNchw);
+  const Config direct = select_direct_nchw(p);
   if (direct.kernel != Kernel::kGeneral) return direct;
+  // What has too many taps, or lies off the boundaries of words: shared memory is where that costs little.
   const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
   if (planes.kernel != Kernel::kGeneral) return planes;
-  return first_that_serves(p, Kernel::kStreamNchw);
+  const Config stream = first_that_serves(p, Kernel::kStreamNchw);
+  return stream.kernel != Kernel::kGeneral ? stream : first_that_serves(p, Kernel::kDirectNchw);
 }
 
 inline Config select_nhwc(const Problem& p) {

@@ -70,7 +70,7 @@ struct Config {
 constexpr Tile kDirectNchwTiles32[] = {
     {"v4r16", 4, 16, 4}, {"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNchwTiles16[] = {
-    {"v8r16", 8, 16, 8}, {"v8r8", 8, 8, 8}, {"v8r4", 8, 4, 8}, {"v4r8", 4, 8, 4}, {"v4r4_unaligned", 4, 4, 1}};
+    {"v8r8", 8, 8, 8}, {"v8r4", 8, 4, 8}, {"v4r8", 4, 8, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
 constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
 constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
