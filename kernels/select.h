@@ -59,15 +59,17 @@ inline Config select_direct_nchw(const Problem& p) {
         return Config{Kernel::kDirectNchw, tile};
     return Config{};
   };
-  // Eight rows a thread, but for kernels of one row (1x11, 64x128x64x64: 0.038 / 0.025 with four, 0.040 / 0.029 with
-  // eight) and 3x3 at stride 2 (32x96x112x112: 0.054 / 0.032, 0.057 / 0.035). Sixteen for more work on tall planes (3x7,
-  // 32x128x128x256, fp32: 0.277, 0.285 with eight). In 16 bits four where outputs are not aligned, whose windows are
-  // wide (3x3, 16x64x512x512: 0.279, 0.305 with eight; 3x7: 0.196, 0.204), and narrow vectors for 5x5 at stride 2
-  // (32x144x56x56: 0.022, 0.024).
-  const bool few_rows = p.kernel_h == 1 || (strided && taps <= 9) || (!wide && args.out_w % 8 != 0);
+  // Eight rows a thread, but four for kernels of one row (1x11, 16x64x128x128: 0.038 / 0.025, 0.040 / 0.029 with eight),
+  // for dilated ones (3x3, dilation 12, 8x256x64x64: 0.025 / 0.020, 0.030 / 0.022) and for 3x3 at stride 2
+  // (32x96x112x112: 0.054 / 0.032, 0.057 / 0.035), and sixteen for more work on tall planes (3x7, 32x128x128x256, fp32:
+  // 0.277, 0.285 with eight). In 16 bits four also where outputs are not aligned, whose windows are wide (3x3,
+  // 16x64x512x512: 0.279, 0.305 with eight; 3x7: 0.196, 0.204), and narrow vectors for 5x5 at stride 2 (32x144x56x56:
+  // 0.022, 0.024 with wide ones).
+  const bool few_rows = p.kernel_h == 1 || p.dilation_h > 1 || (strided && taps <= 9) || (!wide && args.out_w % 8 != 0);
   const int columns = wide ? 4 : 8;
   Config best;
-  if (wide && !strided && taps > 9 && taps < 25 && args.out_h >= 64) best = tile_of(16, 4);
+  if (wide && !strided && !few_rows && taps > 9 && taps < 25 && args.w % 4 == 0 && args.out_h >= 64)
+    best = tile_of(16, 4);
   if (!wide && strided && taps > 9) best = tile_of(8, 4);
   if (best.kernel == Kernel::kGeneral) best = tile_of(few_rows ? 4 : 8, columns);
   if (best.kernel == Kernel::kGeneral) best = tile_of(8, columns);
@@ -79,7 +81,7 @@ inline Config select_nchw(const Problem& p) {
   const DirectArgs args = direct_args(p);
   const int64_t taps = p.kernel_h * p.kernel_w;
   // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.014 / 0.012; 5x5,
-  // 480x14x14, fp16: 0.021, 0.024). In fp32 large filters repay that detour later (5x5, 480x14x14: 0.026, direct 0.022;
+  // 672x14x14, fp16: 0.021, 0.024). In fp32 large filters repay that detour later (5x5, 672x14x14: 0.026, direct 0.022;
   // 7x7, 96x56x56: 0.049, 0.039; 192x28x28: 0.031, 0.026; 768x7x7: 0.015, 0.023).
   const int64_t small = p.dtype == DType::kFloat32 && taps >= 25 ? 12 * 12 : 32 * 32;
   if (p.dilation_h == 1 && p.dilation_w == 1 && args.h * args.w <= small) {
