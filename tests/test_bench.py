@@ -548,6 +548,7 @@ def test_matplotlib_that_is_missing_is_told_before_anything_is_measured(monkeypa
 
 def test_without_a_gpu_there_is_nothing_to_draw_but_a_record(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "without_gpu", lambda *arguments: pytest.fail("it goes on"))
     assert bench.main(["--plot", "pictures"]) == 1
     assert "--from FILE draws a record instead" in capsys.readouterr().err
     with pytest.raises(SystemExit):
