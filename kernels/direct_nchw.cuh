@@ -12,8 +12,6 @@
 // Chosen  for kernels whose weights fit registers (select.h).
 #pragma once
 
-#include <utility>
-
 #include "nchw_tile.cuh"
 
 namespace depthwise {
@@ -92,11 +90,6 @@ struct DirectTile {
   static constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, kAheadRegisters / kRowRegisters));
 };
 
-template <class Body, int... kIndices>
-__device__ __forceinline__ void for_each_index(std::integer_sequence<int, kIndices...>, Body&& body) {
-  (body(std::integral_constant<int, kIndices>{}), ...);
-}
-
 // How threads are counted: all columns of a tile row, all tile rows of a plane, all planes.
 struct DirectNchwPlan {
   SkewRows skew_rows;
@@ -144,7 +137,7 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
                                        static_cast<unsigned>(first_row + r) < static_cast<unsigned>(args.h));
     offset += args.w;
   };
-  for_each_index(std::make_integer_sequence<int, Tile::kRowsAhead>{}, load_row);
+  for_each_index<Tile::kRowsAhead>(load_row);
 
   float weight[Traits::kTaps];
   load_filter<Traits>(weight, args, out_channel);
@@ -157,7 +150,7 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
 
   int out_offset = row * args.out_w + column;
   // Each row is added to all output rows that it meets, so that only kKernelH rows of sums are ever live.
-  for_each_index(std::make_integer_sequence<int, Tile::kRowsIn>{}, [&](auto index) {
+  for_each_index<Tile::kRowsIn>([&](auto index) {
     constexpr int r = decltype(index)::value;
     if constexpr (Tile::kUsedRows >> r & 1) {
       float window[Tile::kWindow];
@@ -168,7 +161,7 @@ __global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 :
           if (Tile::kStraddles) window[k] = __uint_as_float(__float_as_uint(window[k]) & exists[k]);
         }
       load_row(std::integral_constant<int, r + Tile::kRowsAhead>{});
-      for_each_index(std::make_integer_sequence<int, kRows>{}, [&](auto out_index) {
+      for_each_index<kRows>([&](auto out_index) {
         constexpr int o = decltype(out_index)::value, kTapH = r - o * Traits::kStrideH;
         if constexpr (kTapH >= 0 && kTapH % Traits::kDilationH == 0 && kTapH <= Tile::kLastTap) {
           constexpr int kSkew = Tile::skew(o), kShift = Tile::kMaxSkew - kSkew;
