@@ -1,13 +1,15 @@
 // Which kernel and which tile serve a problem, and why: the one place that decides. Pure C++: no launch, no device.
 #pragma once
 
+#include <cstring>
 #include <string>
 
 #include "can_serve.h"
 
 namespace depthwise {
 
-// tiled_nhwc: the tile that wastes the fewest channels; of equals the widest (whole cache lines a pixel).
+// tiled_nhwc: the tile that wastes the fewest channels; of equals 12 lanes, whose blocks are smaller (7x7 on 32x192x28x28,
+// fp32 / fp16, H200: 0.039 / 0.036 ms, 16 lanes 0.040 / 0.038).
 inline int tiled_nhwc_tile(int64_t channels) {
   int best = 0;
   int64_t least = 0;
@@ -35,9 +37,9 @@ inline Config select_large(const Problem& p) {
     // 9x9 on 768x32x32: 0.077, planes 0.158.
     if (taps > kMaxRegisterTaps) return {Kernel::kToeplitz, 0};
     // 7x7. NCHW: 96x56x56: 0.031, planes 0.046; 192x28x28: 0.024, 0.030; 384x14x14: 0.019, 0.019; 768x7x7: 0.019, 0.014.
-    // channels_last: 96x56x56: 0.060, tiled 0.053; 192x28x28: 0.036, 0.039; 384x14x14: 0.021, 0.027.
+    // channels_last: 96x56x56: 0.058, tiled 0.053; 192x28x28: 0.041, 0.036; 384x14x14: 0.023, 0.026; 768x7x7: 0.019 both.
     // Dilation 3, 8x64x56x56: NCHW 0.012, direct 0.016; channels_last 0.021. 5x5 on 240x28x28: 0.027, planes 0.024.
-    const bool fits = nchw ? args.out_w > 14 : args.out_w <= 28;
+    const bool fits = nchw ? args.out_w > 14 : args.out_w <= 16;
     if (taps == kMaxRegisterTaps && (dilated || fits)) return {Kernel::kToeplitz, 0};
   }
   // fp32 9x9 on 768x32x32: NCHW 0.345, planes 0.163; channels_last 0.325.
@@ -114,11 +116,38 @@ inline Config select_nhwc(const Problem& p) {
   return {};
 }
 
+// Grad of weight. H200, 32 images, ms.
+inline Config select_marching_nhwc(const Problem& p) {
+  const auto tile_called = [&](const char* name) {
+    const TileTable table = tile_table(Kernel::kGradWeightNhwc, p.dtype);
+    int tile = table.size - 1;
+    while (tile >= 0 && std::strcmp(table[tile].name, name) != 0) --tile;
+    return tile >= 0 && can_serve(p, Kernel::kGradWeightNhwc, tile) ? Config{Kernel::kGradWeightNhwc, tile} : Config{};
+  };
+  // One channel a thread: small images, of which there would be too few threads otherwise (3x3, 384x14x14, fp32 / fp16:
+  // 0.016 / 0.014, four channels 0.022 / 0.018; 5x5, 672x14x14: 0.031 / 0.028, two 0.044 / 0.035), and in fp32 what has
+  // too many taps for four (3x3 at stride 2, 96x112x112: 0.072, two 0.076; 1x11, 16x64x128x128: 0.068, 0.083).
+  const bool small = p.out_h * p.out_w <= 14 * 14;
+  const bool four = tile_called("weight_c4q4").kernel != Kernel::kGeneral;
+  if (small || (p.dtype == DType::kFloat32 && !four)) {
+    const Config one = tile_called("weight_c1q4");
+    if (one.kernel != Kernel::kGeneral) return one;
+  }
+  // Large images (16x64x512x512, fp16: 0.317, 0.348 with fewer blocks; not 144x56x56: 0.047, 0.043).
+  if (p.n * p.out_h * p.out_w >= 1 << 20) {
+    const Config dense = tile_called("weight_c4q4_dense");
+    if (dense.kernel != Kernel::kGeneral) return dense;
+  }
+  return first_that_serves(p, Kernel::kGradWeightNhwc);
+}
+
 inline Config select_grad_weight(const Problem& p) {
   const bool channels_last = p.layout == Layout::kNhwc;
-  const Config marching = first_that_serves(p, channels_last ? Kernel::kGradWeightNhwc : Kernel::kGradWeightNchw);
-  if (marching.kernel != Kernel::kGeneral) return marching;
   const Kernel toeplitz = channels_last ? Kernel::kToeplitzGradWeightNhwc : Kernel::kToeplitzGradWeightNchw;
+  // channels_last of more than 7x7 in 16 bits: 9x9, 768x32x32: 0.149, marching 0.201.
+  const bool prefers_toeplitz = channels_last && p.kernel_h * p.kernel_w > 49 && can_serve(p, toeplitz, 0);
+  const Config marching = channels_last ? select_marching_nhwc(p) : first_that_serves(p, Kernel::kGradWeightNchw);
+  if (marching.kernel != Kernel::kGeneral && !prefers_toeplitz) return marching;
   if (can_serve(p, toeplitz, 0)) {
     // The narrowest tile that holds a row, or the widest.
     int tile = tile_table(toeplitz, p.dtype).size - 1;
