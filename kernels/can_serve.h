@@ -157,7 +157,6 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
                       static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
                       channels_last ? tile.vector : 1, load, element_size(p.dtype));
   if (channels_last) {
-    if (tile.blocks > 0 && (taps > 9 || registers.kept > 108)) return false;  // 168 registers have to do
     const int loads = registers.step * 4 / (tile.vector * (load == 1 ? 4 : element_size(p.dtype)));
     const int limit = tile.vector == 1 ? kMaxMarchRegistersNhwc : kMaxMarchRegisters;
     return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) &&
