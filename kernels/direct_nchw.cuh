@@ -97,9 +97,15 @@ struct DirectNchwPlan {
   Divider columns, rows, out_channels;
 };
 
-// Rows of more than 7 taps spill in as few registers as the compiler would take by itself.
+// Rows of more than 7 taps, and strided windows, spill in as few registers as the compiler would take by itself.
+template <class Traits>
+constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2     ? 1
+                                  : Traits::kStrideW == 1                          ? 0
+                                  : Traits::kTaps <= 25 && Traits::kDilationW == 1 ? 4
+                                                                                   : 1;
+
 template <class Traits, int kColumns, int kRows, int kVector>
-__global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 : 0)
+__global__ void __launch_bounds__(kDirectNchwThreads, kDirectNchwBlocks<Traits>)
     direct_nchw_kernel(const DirectArgs args, const DirectNchwPlan plan) {
   using T = typename Traits::T;
   using Tile = DirectTile<Traits, kColumns, kRows, kVector>;
