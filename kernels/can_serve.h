@@ -267,6 +267,8 @@ constexpr int kMaxDirectNchwRegisters = 150;
 inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, const Tile& tile) {
   if (p.layout != Layout::kNchw || args.padding_w < -64 || (!p.aligned && tile.vector > 1)) return false;
   if (tile.rows > 8 && args.kernel_w > 7) return false;  // rows in flight that spill
+  const int64_t tiles_w = (args.out_w + 2 * tile.columns) / tile.columns, tiles_h = (args.out_h + 8) / tile.rows + 1;
+  if (p.n * p.out_c * tiles_h * tiles_w > kInt32Max) return false;  // threads
   // Offsets within a plane, of rows around it too, are 32-bit numbers.
   if ((p.h + 64) * p.w > kInt32Max || (p.out_h + 64) * p.out_w > kInt32Max) return false;
   const int skew = tile.vector > 1 ? max_skew(tile.rows, tile.columns, args.out_w % tile.columns) : 0;
