@@ -266,7 +266,9 @@ constexpr int kMaxDirectNchwRegisters = 150;
 
 inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, const Tile& tile) {
   if (p.layout != Layout::kNchw || args.padding_w < -64 || (!p.aligned && tile.vector > 1)) return false;
-  if (tile.rows > 8 && args.kernel_w > 7) return false;  // rows in flight that spill
+  // Tiles of many rows are much code, and spill where windows are large.
+  if (tile.rows > 4 && (p.stride_h > 2 || p.dilation_h > 1)) return false;
+  if (tile.rows > 8 && (p.stride_h > 1 || p.stride_w > 1 || p.dilation_w > 1 || p.kernel_w > 7)) return false;
   const int64_t tiles_w = (args.out_w + 2 * tile.columns) / tile.columns, tiles_h = (args.out_h + 8) / tile.rows + 1;
   if (p.n * p.out_c * tiles_h * tiles_w > kInt32Max) return false;  // threads
   // Offsets within a plane, of rows around it too, are 32-bit numbers.
