@@ -909,13 +909,14 @@ def _exclusive(path: Path) -> Iterator[bool]:
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
         except OSError:
-            yield False
-            return
+            locked = False
         try:
-            yield True
+            yield locked
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do: a process forked meanwhile holds the file open
+            if locked:  # closing alone would not do: a process forked meanwhile holds the file open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
@@ -957,8 +958,11 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
         from torch.utils import cpp_extension  # slow to import, and needed for compiling alone
     cuda_home = cpp_extension.CUDA_HOME or str(compiler.root)
     cpp_extension.CUDA_HOME = str(compiler.root)
+    with contextlib.suppress(OSError):
+        tempfile.gettempdir()  # remembered, lest another thread takes what TMPDIR is below
     try:
-        with _environment(PATH=os.pathsep.join((ninja, os.environ.get("PATH", os.defpath)))):
+        # The tools' temporary files go the same way as the folder when the disk is full or this process is killed.
+        with _environment(PATH=os.pathsep.join((ninja, os.environ.get("PATH", os.defpath))), TMPDIR=str(folder)):
             cpp_extension.load_inline(
                 name="depthwise_inline",
                 cpp_sources=list(cpp),
@@ -990,7 +994,7 @@ def _open_root(root: Path) -> None:
         raise _CacheUnusable("this user has no home folder")
     root.mkdir(parents=True, exist_ok=True)
     if root.stat().st_uid not in (os.getuid(), 0):  # a library in there would run as this user
-        raise _CacheUnusable(f"{root} belongs to another user")
+        raise _CacheUnusable("it belongs to another user")
 
 
 def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) -> Path:
@@ -1017,8 +1021,8 @@ def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) 
         except BuildError:
             raise
         except RuntimeError as error:
-            if "No space left on device" in str(error):
-                raise _CacheUnusable(f"{root}: no space left on device") from None
+            if "No space left on device" in str(error) or shutil.disk_usage(root).free < 1 << 25:
+                raise _CacheUnusable("no space left on device") from None
             log = root / f"{entry}.log"
             log.write_text(str(error))
             raise BuildError(
@@ -1051,8 +1055,8 @@ def _obtain(name: str, what: str, cpp: Sequence[str], cuda: Sequence[str]) -> Pa
         return _build_in(_cache_root(), entry, what, build)
     except OSError as problem:
         warnings.warn(
-            f"depthwise_inline: the cache cannot be used ({problem}); compiling in a temporary folder, for this "
-            f"process alone. {_SET_CACHE}",
+            f"depthwise_inline: the cache {_cache_root()} cannot be used ({problem}); compiling in a temporary folder, "
+            f"for this process alone. {_SET_CACHE}",
             stacklevel=2,
         )
     try:
@@ -1150,7 +1154,7 @@ def _build_callback(name: bytes, source: bytes, message: int, capacity: int) -> 
             _load_specialisation(key, source.decode())
             return 0
         except Exception as problem:
-            error = _specialisation_errors[key] = str(problem)
+            error = _specialisation_errors[key] = str(problem) or repr(problem)
         except BaseException as problem:  # such as Ctrl-C, which would be lost in C
             error = f"depthwise_inline: compiling {key} was interrupted by {problem!r}"
     text = error.encode()[: capacity - 1] + b"\0"

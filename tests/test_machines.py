@@ -136,7 +136,7 @@ def test_library_that_does_not_load(project):
     first, reason, _ = out.splitlines()
     assert first == "depthwise_inline: compiling the operators for sm_90 failed:"
     assert "the library does not load: " in reason and "undefined symbol: absent" in reason
-    assert "the cache cannot be used" not in err
+    assert "cannot be used" not in err
 
 
 # --- compilers and sources -------------------------------------------------------------------------------------------
@@ -221,6 +221,7 @@ def fake_nvcc(folder, version):
 
 def test_missing_nvcc(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(depthwise_inline, "_CUDA_BUILD", True)
     monkeypatch.setattr(depthwise_inline, "_nvcc_candidates", lambda: iter([tmp_path / "nvcc"]))
     with pytest.raises(BuildError, match=r'no CUDA compiler .* pip install "cuda-toolkit\[nvcc,cccl\]==13\.\*"'):
         depthwise_inline._find_compiler()
@@ -253,7 +254,9 @@ def test_cache_folder_that_is_none(project):
     (project.folder / "file").write_text("")
     code = textwrap.dedent(USE) + "print(depthwise_inline.status().library)\n"
     out, err = project.run(code, TORCH_EXTENSIONS_DIR=project.folder / "file", TMPDIR=project.folder)
-    assert "the cache cannot be used" in err and "set TORCH_EXTENSIONS_DIR" in err
+    assert (
+        f"the cache {project.folder}/file/depthwise_inline cannot be used" in err and "set TORCH_EXTENSIONS_DIR" in err
+    )
     assert Path(out.strip()).is_relative_to(project.folder) and not Path(out.strip()).exists()
 
 
@@ -273,7 +276,7 @@ def test_no_home_to_write_in(project, home):
     hidden = {"TORCH_EXTENSIONS_DIR": None, "XDG_CACHE_HOME": None}
     before = set(project.folder.iterdir())
     _, err = project.run(code, HOME=home and project.folder / home, **hidden)
-    assert "the cache cannot be used" in err and (home or "this user has no home folder" in err)
+    assert re.search(r"the cache \S.* cannot be used", err) and (home or "this user has no home folder" in err)
     assert {path.suffix for path in set(project.folder.iterdir()) - before} <= {".out", ".err"} | {""}
     assert not (project.folder / "~").exists()
 
@@ -294,7 +297,7 @@ def test_read_only_cache_folder(warm):
     finally:
         folder.chmod(0o755)
     assert "compiling the operators" not in err and "compiling stand_in_k3" in err
-    assert "the cache cannot be used" in err and "Permission denied" in err
+    assert f"the cache {folder} cannot be used" in err and "Permission denied" in err
     assert warm.libraries() == before
 
 
@@ -321,28 +324,36 @@ def mounting(options, folder):
 
 @needs_compiler
 def test_full_disk(project):
-    """First the cache's, while the compiler writes; then that of the temporary folder as well."""
+    """The cache's, while the compiler writes; that of temporary files; both."""
+    full = project.folder / "full"
     code = """
         import os, tempfile, torch, depthwise_inline
         assert depthwise_inline._load_library().call_built_in() == 1
-        assert not list(depthwise_inline._cache_root().rglob("library.so"))
-        tempfile.tempdir = os.environ["TORCH_EXTENSIONS_DIR"]
+        full, cache = os.environ["TORCH_EXTENSIONS_DIR"], os.path.abspath("cache")
+        os.environ.update(TORCH_EXTENSIONS_DIR=cache, TMPDIR=full)
+        assert depthwise_inline._load_library().call() == 3
+        os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.tempdir = full
         depthwise_inline._private_root.cache_clear()
         try:
-            depthwise_inline.precompile(depthwise_inline.DepthwiseConv2d(2, 3), (1, 2, 5, 5))
+            depthwise_inline._obtain("other", "other", (), ("#include <cuda_fp16.h>",))
         except RuntimeError as error:
             print(error)
+        assert not list(depthwise_inline._cache_root().rglob("library.so"))
     """
-    out, err = project.run(code, prefix=mounting("size=48k", project.cache))
-    assert re.search("the cache cannot be used .*[Nn]o space left on device.*compiling in a temporary folder", err)
-    assert re.search("neither .* nor a temporary folder can be used .*[Nn]o space left on device", out)
-    assert f"neither {project.cache}" in out and "set TORCH_EXTENSIONS_DIR" in out
+    out, err = project.run(code, prefix=mounting("size=1m", full), TORCH_EXTENSIONS_DIR=full)
+    unusable = (
+        rf"the cache {full}/depthwise_inline cannot be used \(.*[Nn]o space left on device\); compiling in a temp"
+    )
+    assert len(re.findall(unusable, err)) == 2 and len(project.libraries()) == 1
+    assert re.search(rf"neither {full}/depthwise_inline nor a temporary folder can be used \(.*[Nn]o space left", out)
+    assert "set TORCH_EXTENSIONS_DIR" in out
 
 
 @needs_compiler
 def test_cache_from_which_nothing_can_be_loaded(project):
     _, err = project.run(IMPORT + "; depthwise_inline._load_library()", prefix=mounting("noexec", project.cache))
-    assert "the cache cannot be used" in err and "compiling in a temporary folder" in err
+    assert f"the cache {project.cache}/depthwise_inline cannot be used" in err
+    assert "compiling in a temporary folder" in err
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------
