@@ -730,6 +730,12 @@ class _Compiler:
     def major(self) -> str:
         return self.version.split(".")[0]
 
+    @property
+    def runtime(self) -> Path:
+        """The folder of the CUDA runtime: its own, unless pip put the packages of one version into two places."""
+        roots = [self.root, *(root for root in _package_roots() if root.name == self.root.name)]
+        return next((root for root in roots if (root / "include" / "cuda_runtime.h").is_file()), self.root)
+
     def arch_flags(self, architectures: Sequence[str]) -> list[str]:
         """-gencode flags. A GPU newer than the compiler gets PTX of the newest architecture that it knows."""
         flags = []
@@ -769,14 +775,20 @@ def _output(command: Sequence[str | Path]) -> str:
     return done.stdout.decode(errors="replace")
 
 
+def _package_roots() -> list[Path]:
+    """Where pip puts the CUDA toolkit, newest first: nvidia/cu13 in each folder of packages."""
+    packages = importlib.util.find_spec("nvidia")
+    folders = (packages and packages.submodule_search_locations) or ()
+    return [root for folder in folders for root in sorted(Path(folder).glob("cu[0-9]*"), reverse=True)]
+
+
 def _nvcc_candidates() -> Iterator[Path]:
     """Where nvcc may be, best first."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             yield Path(os.environ[variable], "bin", "nvcc")
-    packages = importlib.util.find_spec("nvidia")
-    for folder in (packages and packages.submodule_search_locations) or ():
-        yield from sorted(Path(folder).glob("cu[0-9]*/bin/nvcc"), reverse=True)
+    for root in _package_roots():
+        yield root / "bin" / "nvcc"
     yield _SYSTEM_CUDA / "bin" / "nvcc"
     if on_path := shutil.which("nvcc"):
         yield Path(on_path)
@@ -948,8 +960,7 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
     link_flags = []
     if not any((compiler.root / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
         # The package of the CUDA runtime names its library by version alone, which the linker does not look for.
-        runtime = compiler.root / "lib" / f"libcudart.so.{compiler.major}"
-        (folder / "libcudart.so").symlink_to(runtime)
+        (folder / "libcudart.so").symlink_to(compiler.runtime / "lib" / f"libcudart.so.{compiler.major}")
         link_flags.append(f"-L{shlex.quote(str(folder))}")
     nvcc_flags = [*_NVCC_FLAGS, *flags]
     if "CXX" in os.environ and "CC" not in os.environ:
@@ -970,7 +981,7 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
                 extra_cflags=list(_CXX_FLAGS),
                 extra_cuda_cflags=nvcc_flags,
                 extra_ldflags=link_flags,
-                extra_include_paths=[str(_kernels_folder())],
+                extra_include_paths=[str(_kernels_folder()), str(compiler.runtime / "include")],
                 build_directory=str(folder),
                 is_python_module=False,
                 no_implicit_headers=True,

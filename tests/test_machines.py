@@ -181,12 +181,21 @@ def test_wrapper_as_cuda_home_and_ninja_off_path(project):
 
 
 @needs_compiler
-def test_compiler_package_alone(project):
-    """Build with the compiler from Python's packages: no CUDA_HOME, no nvcc on PATH, no system toolkit."""
-    if not any("nvidia" in nvcc.parts for nvcc in depthwise_inline._nvcc_candidates()):
+@pytest.mark.parametrize("places", (1, 2))
+def test_compiler_package_alone(project, places):
+    """Build with the compiler from Python's packages: no CUDA_HOME, no nvcc on PATH, no system toolkit. The package of
+    the runtime may lie elsewhere, as in an environment that is given a compiler on top of the system's torch."""
+    root = next((root for root in depthwise_inline._package_roots() if (root / "bin" / "nvcc").is_file()), None)
+    if root is None:
         pytest.skip("the package cuda-toolkit[nvcc,cccl] is not installed")
-    code = """
-        import os, pathlib, depthwise_inline
+    if places == 2:
+        own = project.folder.parent / "packages" / "nvidia" / root.name
+        without = shutil.ignore_patterns("cuda_runtime.h", "libcudart*")
+        shutil.copytree(root, own, copy_function=os.symlink, ignore=without)
+    code = f"""
+        import os, pathlib, sys
+        sys.path.insert(0, {str(project.folder.parent / "packages")!r})
+        import depthwise_inline
         depthwise_inline._SYSTEM_CUDA = pathlib.Path("/nonexistent")
         os.environ["TORCH_CUDA_ARCH_LIST"] = "9.0"
         depthwise_inline.precompile()
@@ -195,7 +204,7 @@ def test_compiler_package_alone(project):
     """
     hidden = {"TORCH_CUDA_ARCH_LIST": None, "CUDA_HOME": None, "CUDA_PATH": None}
     out, _ = project.run(code, **hidden, PATH=path_without(project, "nvcc"))
-    assert f"{os.sep}nvidia{os.sep}cu" in out
+    assert out.endswith(f" in {own if places == 2 else root}\n")
 
 
 @needs_compiler
