@@ -79,6 +79,21 @@ def test_failing_build(project, name):
     assert "broken" in Path(log.removeprefix("The whole output is in ")).read_text()
 
 
+def test_failure_at_first_use_is_kept(project):
+    code = """
+        import torch, depthwise_inline
+        calls = []
+        depthwise_inline._obtain = lambda *arguments: calls.append(arguments) or 1 / 0
+        for _ in range(2):
+            try:
+                depthwise_inline._load_library()
+            except Exception as error:
+                assert str(error) == "division by zero"
+        assert len(calls) == 1
+    """
+    project.run(code, TORCH_CUDA_ARCH_LIST=None)
+
+
 @needs_compiler
 def test_failing_specialisation(project):
     """The library gets the message to throw, and does not ask again; precompile() tries again."""
@@ -557,7 +572,7 @@ def test_doctor_with_a_gpu(warm, driver):
 def test_clean_empties_the_cache_of_its_own_alone(project):
     """The folder may be a link, and hold what is not ours."""
     folder, cache = project.folder / "elsewhere", project.cache / "depthwise_inline"
-    (folder / "kernels").mkdir(parents=True)
+    (folder / "the-kernels").mkdir(parents=True)
     project.cache.mkdir()
     cache.symlink_to(folder)
     for name in ("operators-0123456789abcdef0123", "stand_in_k3-0123456789abcdef0123.tmpab_1"):
@@ -573,7 +588,7 @@ def test_clean_empties_the_cache_of_its_own_alone(project):
         text=True,
     )
     assert done.returncode == 0 and done.stdout == f"removing 1 libraries in {cache}\n", done
-    assert {path.name for path in folder.iterdir()} == {"kernels", "depthwise_inline.py"}
+    assert {path.name for path in folder.iterdir()} == {"the-kernels", "depthwise_inline.py"}
     assert command(project, "clean")[:2] == (0, f"removing 0 libraries in {cache}\n")
     status, _, err = command(project, "wash")
     assert status == 1 and "usage: python depthwise_inline.py doctor" in err
