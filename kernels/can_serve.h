@@ -266,7 +266,9 @@ constexpr int kMaxDirectNchwRegisters = 150;
 
 inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, const Tile& tile) {
   if (p.layout != Layout::kNchw || args.padding_w < -64 || (!p.aligned && tile.vector > 1)) return false;
-  // Tiles of many rows are much code, and spill where windows are large.
+  // Strided windows of many taps spill, and tiles of many rows where windows are large.
+  const int64_t stride = p.stride_h > p.stride_w ? p.stride_h : p.stride_w;
+  if (p.kernel_h * p.kernel_w > 9 && (stride > 2 || (stride > 1 && args.w % tile.vector != 0))) return false;
   if (tile.rows > 4 && (p.stride_h > 2 || p.dilation_h > 1)) return false;
   if (tile.rows > 8 && (p.stride_h > 1 || p.stride_w > 1 || p.dilation_w > 1 || p.kernel_w > 7)) return false;
   const int64_t tiles_w = (args.out_w + 2 * tile.columns) / tile.columns, tiles_h = (args.out_h + 8) / tile.rows + 1;
