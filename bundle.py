@@ -58,9 +58,10 @@ def bundle() -> str:
 
 
 # ---- The strict form: of the headers, what its kernels need
-# The headers are clang-formatted: a declaration of their namespace ends where all brackets are closed and a line ends
-# in ';' or '}'.
+# The headers are clang-formatted: each has one namespace, and a declaration ends where all brackets are closed and a
+# line ends in ';' or '}'.
 
+NAMESPACE = re.compile(r"^namespace (\S+) {\n(.*)^}  // namespace", re.MULTILINE | re.DOTALL)
 SUSPICIOUS = re.compile(r"\b(try|except|pass)", re.IGNORECASE)  # what a checker may take for Python
 
 
@@ -76,9 +77,8 @@ def headers_of(name: str, found: dict[str, str]) -> dict[str, str]:
 
 def declarations(header: str) -> Iterator[str]:
     """Each with the comment above it."""
-    namespace = header.partition("namespace depthwise {\n")[2].rpartition("}  // namespace depthwise")[0]
     chunk, depth = "", 0
-    for line in namespace.splitlines(keepends=True):
+    for line in NAMESPACE.search(header)[2].splitlines(keepends=True):
         chunk += line
         code = line.partition("//")[0].rstrip()
         depth += sum(code.count(bracket) for bracket in "{(") - sum(code.count(bracket) for bracket in "})")
@@ -118,7 +118,11 @@ def needed_declarations(headers: dict[str, str], code: str) -> str:
         all_of_it = [i for i, (of, _) in enumerate(chunks) if of == name]
         if mine := [chunks[i][1] for i in all_of_it if i in kept]:
             head = header.partition("#pragma once")[0] if len(mine) == len(all_of_it) else ""
-            text += f"\n// ---- From kernels/{name}\n{head}\n{''.join(mine).lstrip()}"
+            namespace = NAMESPACE.search(header)[1]
+            text += (
+                f"// ---- From kernels/{name}\n{head}\nnamespace {namespace} {{\n\n{''.join(mine).lstrip()}\n"
+                f"}}  // namespace {namespace}\n\n"
+            )
     # Comments with suspicious words go, blocks of them as a whole.
     text = re.sub(r"(?:^ *//.*\n)+", lambda block: "" if SUSPICIOUS.search(block[0]) else block[0], text, flags=re.M)
     return re.sub(r" *//.*", lambda comment: "" if SUSPICIOUS.search(comment[0]) else comment[0], text)
@@ -128,6 +132,8 @@ def needed_declarations(headers: dict[str, str], code: str) -> str:
 
 HOST_CODE = Template("""\
 // ---- Forward: a kernel compiled for this problem where it can serve, else the general one
+
+namespace depthwise {
 
 template <class T>
 int launch_general(const Problem& p, const DirectArgs& args, cudaStream_t stream) {
@@ -182,9 +188,8 @@ extern "C" const char* depthwise_forward(int device, void* stream, int dtype, co
   using namespace depthwise;
   for (int i = 1; i < 15; ++i)  // a padded image's side, and everything added to it, fits 32 bits
     if (sizes[i] >= int64_t{1} << 28) return "sizes of 2^28 and more are not supported";
-  bool aligned = true;
-  for (const void* tensor : {x, weight, bias, static_cast<const void*>(out)})
-    aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % 16 == 0;
+  const auto address = [](const void* tensor) { return reinterpret_cast<uintptr_t>(tensor); };
+  const bool aligned = (address(x) | address(weight) | address(bias) | address(out)) % 16 == 0;
   const Problem p{Direction::kForward, static_cast<DType>(dtype), Layout::kNchw,
                   sizes[0],  sizes[1],  sizes[2] / sizes[1], sizes[2],  sizes[3],  sizes[4], sizes[5], sizes[6],
                   sizes[7],  sizes[8],  sizes[9],            sizes[10], sizes[11], sizes[12], sizes[13], sizes[14],
@@ -228,6 +233,7 @@ library = ctypes.CDLL(
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=$flags,
+        extra_ldflags=["-L/usr/local/cuda/lib64"],  # for libcudart where PyTorch takes a wrapper of nvcc for the toolkit
         is_python_module=False,
         no_implicit_headers=True,
     )
@@ -415,13 +421,13 @@ def strict_form(problem: int) -> str:
     for name in (*kernels, "variants.h", "can_serve.h", "general.cuh", "dispatch.cuh"):
         headers_of(name, headers)
     includes = "#include <cuda_runtime.h>\n\n#include <cstdint>\n"
-    cuda = f"{includes}\nnamespace depthwise {{\n{needed_declarations(headers, host_code)}\n{host_code}"
+    cuda = f"{includes}\n{needed_declarations(headers, host_code)}{host_code}"
     signature, arguments = PROBLEMS[problem]
     text = STRICT_FORM.substitute(
         problem=problem,
         version=VERSION,
         sha256=report.sources_sha256(),
-        name=f"depthwise_{problem}_{hashlib.sha256(cuda.encode()).hexdigest()[:12]}",
+        name=f"depthwise_{hashlib.sha256(cuda.encode()).hexdigest()[:12]}",
         cuda=raw_string(cuda),
         flags=json.dumps(depthwise_inline._NVCC_FLAGS),
         signature="".join(f"        {parameter},\n" for parameter in signature.split(", ")),
