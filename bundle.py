@@ -233,7 +233,7 @@ library = ctypes.CDLL(
         cpp_sources="",
         cuda_sources=CUDA_SOURCE,
         extra_cuda_cflags=$flags,
-        extra_ldflags=["-L/usr/local/cuda/lib64"],  # for libcudart where PyTorch takes a wrapper of nvcc for the toolkit
+        extra_ldflags=["-L/usr/local/cuda/lib64"],  # where a wrapper of nvcc looks like its toolkit
         is_python_module=False,
         no_implicit_headers=True,
     )
