@@ -61,6 +61,7 @@ def bundle() -> str:
 # The headers are clang-formatted: each has one namespace, and a declaration ends where all brackets are closed and a
 # line ends in ';' or '}'.
 
+INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 NAMESPACE = re.compile(r"^namespace (\S+) {\n(.*)^}  // namespace", re.MULTILINE | re.DOTALL)
 SUSPICIOUS = re.compile(r"\b(try|except|pass)", re.IGNORECASE)  # what a checker may take for Python
 
@@ -69,10 +70,19 @@ def headers_of(name: str, found: dict[str, str]) -> dict[str, str]:
     """A header and all that it includes, each after what it needs itself."""
     if name not in found:
         text = (KERNELS / name).read_text()
-        for needed in re.findall(r'^#include "(.+)"$', text, re.MULTILINE):
+        for needed in INCLUDE.findall(text):
             headers_of(needed, found)
         found[name] = text
     return found
+
+
+def bare(code: str) -> str:
+    """Without comments and the contents of strings."""
+    return re.sub(r'"(?:\\.|[^"\\])*"|//.*', lambda found: '""' if found[0][0] == '"' else "", code)
+
+
+def words(code: str) -> set[str]:
+    return set(re.findall(r"\w+", bare(code)))
 
 
 def declarations(header: str) -> Iterator[str]:
@@ -80,20 +90,16 @@ def declarations(header: str) -> Iterator[str]:
     chunk, depth = "", 0
     for line in NAMESPACE.search(header)[2].splitlines(keepends=True):
         chunk += line
-        code = line.partition("//")[0].rstrip()
+        code = bare(line).rstrip()
         depth += sum(code.count(bracket) for bracket in "{(") - sum(code.count(bracket) for bracket in "})")
         if depth == 0 and code.endswith((";", "}")):
             yield chunk
             chunk = ""
 
 
-def without_comments(code: str) -> str:
-    return re.sub(r"//.*", "", code)
-
-
 def declared_names(declaration: str) -> set[str]:
     """What a declaration gives a name to: a type, constants or a function."""
-    code = without_comments(declaration).strip()
+    code = bare(declaration).strip()
     while code.startswith("template"):  # its arguments are no names of the namespace
         ends = (match.end() for match in re.finditer(">", code))
         code = code[next(end for end in ends if code.count("<", 0, end) == code.count(">", 0, end)) :].lstrip()
@@ -109,15 +115,16 @@ def declared_names(declaration: str) -> set[str]:
 def needed_declarations(headers: dict[str, str], code: str) -> str:
     """The declarations of some headers that `code` needs, header by header."""
     chunks = [(name, chunk) for name, text in headers.items() for chunk in declarations(text)]
-    needed, kept = set(re.findall(r"\w+", without_comments(code))), set()
+    needed, kept = words(code), set()
     while fresh := {i for i, (_, chunk) in enumerate(chunks) if i not in kept and declared_names(chunk) & needed}:
         kept |= fresh
-        needed |= {word for i in fresh for word in re.findall(r"\w+", without_comments(chunks[i][1]))}
-    text = ""
+        needed = needed.union(*(words(chunks[i][1]) for i in fresh))
+    system, text = set(), ""
     for name, header in headers.items():
-        all_of_it = [i for i, (of, _) in enumerate(chunks) if of == name]
-        if mine := [chunks[i][1] for i in all_of_it if i in kept]:
-            head = header.partition("#pragma once")[0] if len(mine) == len(all_of_it) else ""
+        of_header = [i for i, (of, _) in enumerate(chunks) if of == name]
+        if mine := [chunks[i][1] for i in of_header if i in kept]:
+            system.update(re.findall(r"^#include <.+>$", header, re.MULTILINE))
+            head = header.partition("#pragma once")[0] if len(mine) == len(of_header) else ""
             namespace = NAMESPACE.search(header)[1]
             text += (
                 f"// ---- From kernels/{name}\n{head}\nnamespace {namespace} {{\n\n{''.join(mine).lstrip()}\n"
@@ -125,15 +132,39 @@ def needed_declarations(headers: dict[str, str], code: str) -> str:
             )
     # Comments with suspicious words go, blocks of them as a whole.
     text = re.sub(r"(?:^ *//.*\n)+", lambda block: "" if SUSPICIOUS.search(block[0]) else block[0], text, flags=re.M)
-    return re.sub(r" *//.*", lambda comment: "" if SUSPICIOUS.search(comment[0]) else comment[0], text)
+    text = re.sub(r" *//.*", lambda comment: "" if SUSPICIOUS.search(comment[0]) else comment[0], text)
+    return "\n".join(sorted(system)) + f"\n\n{text}"
 
 
 # ---- The strict form: its host code and its Python
 
 HOST_CODE = Template("""\
-// ---- Forward: a kernel compiled for this problem where it can serve, else the general one
+// ---- The kernels compiled for KernelBench's sizes of this problem
 
+$launchers
 namespace depthwise {
+
+struct Compiled {
+  Launcher launch;
+  Kernel kernel;
+  Specialisation specialisation;
+};
+
+const Compiled& compiled_for(DType dtype) {
+  const auto compiled = [](DType dtype, const char* tile, Launcher launch) {
+    const Problem own{Direction::kForward, dtype, Layout::kNchw,
+                      $own, /*aligned=*/true};
+    Config config;
+    forced_config(own, tile, &config);
+    return Compiled{launch, config.kernel, specialisation_of(own, config)};
+  };
+  static const Compiled all[] = {
+$compiled
+  };
+  return all[static_cast<int>(dtype)];
+}
+
+// ---- Forward: the compiled kernel where it serves, else the general one
 
 template <class T>
 int launch_general(const Problem& p, const DirectArgs& args, cudaStream_t stream) {
@@ -145,23 +176,18 @@ int launch_general(const Problem& p, const DirectArgs& args, cudaStream_t stream
   return cudaGetLastError();
 }
 
-// `launch` runs `kernel`, compiled for Traits, with one of `tiles`.
-template <class Traits, int kTiles, class Launch>
-int launch_compiled(const Problem& p, const DirectArgs& args, Kernel kernel, const Tile (&tiles)[kTiles], Launch launch,
-                    cudaStream_t stream) {
-  const bool compiled = p.kernel_h == Traits::kKernelH && p.kernel_w == Traits::kKernelW &&
-                        p.stride_h == Traits::kStrideH && p.stride_w == Traits::kStrideW &&
-                        p.dilation_h == Traits::kDilationH && p.dilation_w == Traits::kDilationW &&
-                        p.padding_w % tiles[0].vector == Traits::kPhase;
-  for (int tile = 0; compiled && within_limits(p) && tile < kTiles; ++tile)
-    if (can_serve_nchw(p, kernel, tiles[tile])) return launch(args, tile, stream);
-  return launch_general<typename Traits::T>(p, args, stream);
-}
-
 int launch_forward(const Problem& p, const DirectArgs& args, cudaStream_t stream) {
+  const Compiled& compiled = compiled_for(p.dtype);
+  for (int tile = 0; tile < tile_table(compiled.kernel, p.dtype).size; ++tile) {
+    const bool serves = can_serve(p, compiled.kernel, tile) &&
+                        specialisation_of(p, {compiled.kernel, tile}) == compiled.specialisation;
+    const int error = serves ? compiled.launch(&args, tile, stream) : kTooLittleSharedMemory;
+    if (error != kTooLittleSharedMemory) return error;
+  }
   switch (p.dtype) {
-$cases
-    default: return cudaErrorInvalidValue;
+    case DType::kFloat32: return launch_general<float>(p, args, stream);
+    case DType::kFloat16: return launch_general<float16>(p, args, stream);
+    default: return launch_general<bfloat16>(p, args, stream);
   }
 }
 
@@ -377,51 +403,28 @@ PROBLEMS = {
 }
 
 
-def compiled_kernel(problem: int, dtype: str) -> tuple[str, str]:
-    """The header of the kernel that kernels/select.h chooses for a problem, and the case of launch_forward for it."""
+def strict_form(problem: int) -> str:
+    """The text that KernelBench's evaluator takes for a level-1 problem."""
     import torch
 
     import depthwise_inline
 
-    sizes = report.load_cases()[f"kb{problem}"].sizes()
-    variant, source = depthwise_inline._select("forward", getattr(torch, dtype), False, sizes)
-    found = re.search(r"launch_(\w+_nchw)<depthwise::(NchwTraits<.+?>)((?:, \d+)*)>", source)
-    if found is None:
-        raise ValueError(f"expected a kernel with NchwTraits for problem {problem} in {dtype}, but got {variant}")
-    kernel, traits, tile_arguments = found.groups()
-    camel = "k" + kernel.title().replace("_", "")
-    table = f"{camel}Tiles{32 if dtype == 'float32' else 16}"
-    tiles = f"constexpr const auto& tiles = {table};"
-    if tile_arguments:  # compiled for one tile of the table
-        rows = re.search(rf"{table}\[\] = (.+?);", (KERNELS / "variants.h").read_text(), re.DOTALL)[1]
-        row = re.findall('"(.+?)"', rows).index(variant.rpartition("/")[2])
-        tiles = f"constexpr Tile tiles[] = {{{table}[{row}]}};"
-    dtype = {"float32": "kFloat32", "float16": "kFloat16", "bfloat16": "kBFloat16"}[dtype]
-    return f"{kernel}.cuh", (
-        f"    case DType::{dtype}: {{\n"
-        f"      using Traits = {traits.replace('depthwise::', '')};\n"
-        f"      {tiles}\n"
-        f"      const auto launch = [](const DirectArgs& args, int tile, cudaStream_t stream) {{\n"
-        f"        return launch_{kernel}<Traits{tile_arguments}>(args, tile, stream);\n"
-        "      };\n"
-        f"      return launch_compiled<Traits>(p, args, Kernel::{camel}, tiles, launch, stream);\n"
-        "    }"
-    )
-
-
-def strict_form(problem: int) -> str:
-    """The text that KernelBench's evaluator takes for a level-1 problem."""
-    import depthwise_inline
-
-    kernels, cases = zip(
-        *(compiled_kernel(problem, dtype) for dtype in ("float32", "float16", "bfloat16")), strict=True
-    )
-    host_code = HOST_CODE.substitute(cases="\n".join(cases))
-    headers: dict[str, str] = {}
-    for name in (*kernels, "variants.h", "can_serve.h", "general.cuh", "dispatch.cuh"):
-        headers_of(name, headers)
-    includes = "#include <cuda_runtime.h>\n\n#include <cstdint>\n"
-    cuda = f"{includes}\n{needed_declarations(headers, host_code)}{host_code}"
+    case, headers, launchers, compiled = report.load_cases()[f"kb{problem}"], {}, "", []
+    for dtype, name in (("float32", "kFloat32"), ("float16", "kFloat16"), ("bfloat16", "kBFloat16")):
+        variant, source = depthwise_inline._select("forward", getattr(torch, dtype), False, case.sizes())
+        if not source:
+            raise ValueError(f"expected a specialised kernel for problem {problem} in {dtype}, but got {variant}")
+        for header in INCLUDE.findall(source):
+            headers_of(header, headers)
+        launcher = INCLUDE.sub("", source).strip().replace(">(*static_cast", ">(\n      *static_cast")
+        launchers += launcher.replace('extern "C" int depthwise_inline_launch', f"int launch_{dtype}") + "\n"
+        compiled.append(f'      compiled(DType::{name}, "{variant.rpartition("/")[2]}", launch_{dtype}),')
+    n, c, multiplier, h, w, *geometry, _ = case.sizes()
+    own = n, c, multiplier, c * multiplier, h, w, *case.out_shape[2:], *geometry
+    host_code = HOST_CODE.substitute(launchers=launchers, own=", ".join(map(str, own)), compiled="\n".join(compiled))
+    for header in ("select.h", "specialisation.h", "general.cuh", "dispatch.cuh"):
+        headers_of(header, headers)
+    cuda = needed_declarations(headers, host_code) + host_code
     signature, arguments = PROBLEMS[problem]
     text = STRICT_FORM.substitute(
         problem=problem,
