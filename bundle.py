@@ -49,9 +49,9 @@ folder ``kernels/`` embedded before the last lines. Sources' sha256:
 
 def bundle() -> str:
     """The text of depthwise_inline.py with the files of kernels/ in it."""
-    files = {path.name: path.read_text() for path in sorted(KERNELS.iterdir())}
+    files = {path.name: path.read_text() for path in sorted(KERNELS.iterdir()) if path.is_file()}
     first_line = MODULE.partition("\n")[0] + "\n"
-    sources = "".join(f"    {name!r}: {raw_string(text)},\n".replace("'", '"', 2) for name, text in files.items())
+    sources = "".join(f'    "{name}": {raw_string(text)},\n' for name, text in files.items())
     text = replace_once(MODULE, first_line, BUNDLE_HEAD.format(version=VERSION, sha256=report.sources_sha256()))
     empty = "_BUNDLED_SOURCES: dict[str, str] = {}  # bundle.py puts the files of kernels/ here\n"
     return replace_once(text, empty, f"_BUNDLED_SOURCES: dict[str, str] = {{\n{sources}}}\n")

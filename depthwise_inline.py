@@ -1388,7 +1388,7 @@ def _clean() -> int:
 def _bundle() -> int:
     """Write this project as one file: bundle.py does it."""
     folder = _own_file().parent
-    for name in ("bundle.py", "bench_report.py", "kernels"):
+    for name in ("bundle.py", "bench_report.py", "bench_cases.json", "kernels"):
         if not (folder / name).exists():
             sys.exit(f"depthwise_inline: {folder / name} is missing. To mend it: bundle in a checkout of the project")
     return subprocess.call([sys.executable, folder / "bundle.py", *sys.argv[2:]])
