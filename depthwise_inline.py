@@ -110,7 +110,7 @@ def check_arguments(
         if tensor.dtype not in _DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise RuntimeError(f"expected {name} to have one of the dtypes {names}, but got {tensor.dtype}")
-        if tensor.dtype != input.dtype:
+        if tensor.dtype != input.dtype and not _autocasts(input.device.type):
             raise RuntimeError(f"Input type ({input.dtype}) and {name} type ({tensor.dtype}) should be the same")
         if tensor.device != input.device:
             raise RuntimeError(
@@ -360,6 +360,10 @@ def _grad_weight_backward(ctx, grad, grad_bias):
             grad_output, grad, *input.shape[2:], *ctx.geometry, ctx.channels_last, multiplier
         )
     return grad_grad_output, grad_input, *(None,) * 10
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast_cast(tensor: Tensor | None, device_type: str, dtype: torch.dtype) -> Tensor | None:

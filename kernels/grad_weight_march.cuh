@@ -121,7 +121,7 @@ __device__ __forceinline__ Piece piece_at(const GradWeightArgs& args, const Piec
 }
 
 // Marches down a piece. `strip` loads a row's elements for the piece: grad(pointer, in_bounds, row) and input(pointer,
-// in_bounds, row), whose element(column, channel) is taken later; the pointers are to the strip's first column in the piece's image, and step by
+// in_bounds, row), whose element<column>(channel) is taken later; the pointers are to the strip's first column in the piece's image, and step by
 // rows: only additions are left in the loop. Grad of bias is summed in parts of about 40 rows, so that equal gradients
 // do not all round the same way; the last part is the caller's to add.
 template <class Traits, class Strip>
@@ -149,12 +149,13 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
   typename Strip::GradRow ahead_grad[kAhead];
   typename Strip::InputRow ahead_input[kAhead][kStrideH];
   const auto load_step = [&](int t, int slot) {
-    strip.grad(next_grad, t < piece.end, ahead_grad[slot]);
+    strip.grad(ptx::opaque(next_grad), t < piece.end, ahead_grad[slot]);
     next_grad += grad_step;
 #pragma unroll
     for (int e = 0; e < kStrideH; ++e) {
       const int row = origin + t * kInputStep + e;
-      strip.input(next_input, t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
+      strip.input(ptx::opaque(next_input),
+                  t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
                   ahead_input[slot][e]);
       next_input += input_step;
     }
@@ -165,8 +166,10 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
 #pragma unroll
     for (int e = 0; e < kChannels; ++e) {
       float tree[kColumns];
-#pragma unroll
-      for (int v = 0; v < kColumns; ++v) tree[v] = converted[v][e] = row.element(v, e);
+      for_each_index<kColumns>([&](auto index) {
+        constexpr int v = decltype(index)::value;
+        tree[v] = converted[v][e] = row.template element<v>(e);
+      });
 #pragma unroll
       for (int width = kColumns / 2; width > 0; width /= 2)
 #pragma unroll
@@ -197,11 +200,12 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
       float window[kStrideH][kWindow][kChannels];
 #pragma unroll
       for (int e = 0; e < kStrideH; ++e)
+        for_each_index<kWindow>([&](auto index) {
+          constexpr int k = decltype(index)::value;
+          if constexpr (Traits::kUsed >> k & 1)
 #pragma unroll
-        for (int k = 0; k < kWindow; ++k)
-          if (Traits::kUsed >> k & 1)
-#pragma unroll
-            for (int c = 0; c < kChannels; ++c) window[e][k][c] = ahead_input[0][e].element(k, c);
+            for (int c = 0; c < kChannels; ++c) window[e][k][c] = ahead_input[0][e].template element<k>(c);
+        });
 #pragma unroll
       for (int slot = 0; slot + 1 < kAhead; ++slot) {
         ahead_grad[slot] = ahead_grad[slot + 1];

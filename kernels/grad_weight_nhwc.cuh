@@ -15,14 +15,14 @@
 namespace depthwise {
 
 template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kColumns,
-          int kChannels>
+          int kChannels, int kLeastBlocks>
 struct GradWeightNhwcTraits
     : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels> {
   using March =
       MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels>;
   static constexpr int kBatch = 16 / kChannels;  // taps that are reduced together: 8 KB of shared memory
   // A load of one channel has an address of its own beside its register.
-  static constexpr int kBlocks = kChannels == 1 ? min_int(2, March::kBlocks) : March::kBlocks;
+  static constexpr int kBlocks = max_int(kLeastBlocks, kChannels == 1 ? min_int(2, March::kBlocks) : March::kBlocks);
 };
 
 // Loads a piece's rows.
@@ -48,7 +48,10 @@ struct NhwcStrip {
   template <int kPixels>
   struct PixelRow {
     PackedLoad<T, kChannels> load[kPixels];
-    __device__ __forceinline__ float element(int k, int channel) const { return load[k][channel]; }
+    template <int k>
+    __device__ __forceinline__ float element(int channel) const {
+      return load[k][channel];
+    }
   };
   using GradRow = PixelRow<Traits::kColumns>;
   using InputRow = PixelRow<Traits::kWindow>;

@@ -52,7 +52,7 @@ inline bool is_grad_weight_kernel(Kernel kernel) {
 }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
-  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
+  return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          is_toeplitz_grad_weight(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
@@ -67,10 +67,12 @@ struct Config {
 
 // Tile tables; the launchers' switches follow their order. The last tile of a direct kernel reads element by element
 // and serves every alignment.
-constexpr Tile kDirectNchwTiles32[] = {{"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
-constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles32[] = {
+    {"v4r16", 4, 16, 4}, {"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles16[] = {
+    {"v8r8", 8, 8, 8}, {"v8r4", 8, 4, 8}, {"v4r8", 4, 8, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
-constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
+constexpr Tile kTiledNhwcTiles[] = {{"lanes12", 4, 0, 12}, {"lanes16", 4, 0, 16}, {"lanes8", 4, 0, 8}};
 constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
@@ -88,9 +90,15 @@ constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},         
                                            {"weight_x8g2", 8, 0, 8, 2},         {"weight_x2g2", 4, 0, 2, 2},
                                            {"weight_staged", 4, 0, 1, 1, true}, {"weight_x1g1", 4, 0, 1, 1},
                                            {"weight_x1g1_narrow", 2, 0, 1, 1}};
-// Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
-constexpr Tile kGradWeightNhwcTiles[] = {
+// Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns. In 16 bits the first tile
+// fits registers for more blocks, which large images keep busy.
+constexpr Tile kGradWeightNhwcTiles32[] = {
     {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
+constexpr Tile kGradWeightNhwcTiles16[] = {{"weight_c4q4", 4, 0, 4},
+                                           {"weight_c2q4", 4, 0, 2},
+                                           {"weight_c1q4", 4, 0, 1},
+                                           {"weight_c1q2", 2, 0, 1},
+                                           {"weight_c4q4_dense", 4, 0, 4, 0, false, 3}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
@@ -123,7 +131,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
     case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
-    case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
+    case Kernel::kGradWeightNhwc: return wide ? TileTable(kGradWeightNhwcTiles32) : TileTable(kGradWeightNhwcTiles16);
     case Kernel::kToeplitz: return kToeplitzTiles;
     case Kernel::kBlocked: return kBlockedTiles;
     case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
