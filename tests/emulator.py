@@ -121,7 +121,7 @@ class Emulator:
     """The library, loaded. Specialisations are compiled on demand, or several at a time by `obtain`."""
 
     def __init__(self, root):
-        self.build = Build(root)
+        self.root, self.build = root, Build(root)
         texts = self.build.texts
         sources = [
             (texts["operators.cpp"], f"-I{TORCH / 'include'}"),
@@ -159,6 +159,17 @@ class Emulator:
                 self.loaded[name] = ctypes.CDLL(str(path))
                 launcher = ctypes.cast(self.loaded[name].depthwise_inline_launch, ctypes.c_void_p)
                 self.library.depthwise_inline_add_launcher(name.encode(), launcher)
+
+    @contextlib.contextmanager
+    def replaced(self, build, sources):
+        """Specialisations of another build for a while."""
+        self.obtain(sources, build)
+        try:
+            yield
+        finally:
+            for name in sources:  # to be loaded again when they are wanted
+                del self.loaded[name]
+                self.library.depthwise_inline_add_launcher(name.encode(), None)
 
     @contextlib.contextmanager
     def device(self, multiprocessors, shared_bytes, shared_bytes_block):

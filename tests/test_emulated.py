@@ -4,7 +4,6 @@ Problems and bodies are mostly those of test_gpu_numerics.py. Of its kernel size
 which every kernel and every tile occurs; --all-instances takes all, in every layout and dtype.
 """
 
-import contextlib
 import itertools
 import re
 import shutil
@@ -57,13 +56,21 @@ def everything(request):
 
 
 def pytest_generate_tests(metafunc):
-    """Tests with these arguments run for the sample, or for everything."""
+    """The sample, or everything."""
+    everything = metafunc.config.getoption("--all-instances")
     if "dilation" in metafunc.fixturenames:
-        sample = [(*shape, *where) for shape, places in SAMPLE.items() for where in places]
-        everything = [(*shape[:3], *where) for shape in gpu.SHAPES for where in gpu.ALL]
-        cases = everything if metafunc.config.getoption("--all-instances") else sample
+        cases = [(*shape, *where) for shape, places in SAMPLE.items() for where in places]
+        if everything:
+            cases = [(*shape[:3], *where) for shape in gpu.SHAPES for where in gpu.ALL]
         ids = [f"{gpu.shape_id(*case[:3])}-{case[3]}-{reference.short(case[4])}" for case in cases]
         metafunc.parametrize(("kernel", "stride", "dilation", "layout", "dtype"), cases, ids=ids)
+    elif "view" in metafunc.fixturenames:
+        views, places = (gpu.misaligned, gpu.constant), (("nchw", F32), ("nhwc", F16))
+        if everything:
+            views, places = gpu.VIEWS, gpu.ALL
+        cases = [(view, *where) for view in views for where in places]
+        ids = [f"{view.__name__}-{layout}-{reference.short(dtype)}" for view, layout, dtype in cases]
+        metafunc.parametrize(("view", "layout", "dtype"), cases, ids=ids)
 
 
 def same_padding(kernel, dilation=(1, 1)):
@@ -135,3 +142,103 @@ def test_smaller_devices(emulator, device, everything, kernel, stride, dilation,
     """Launches are cut by the number of multiprocessors and by shared memory."""
     with emulator.device(*device):
         check(emulator, shape_problems(kernel, stride, dilation, everything)[:1], layout, dtype)
+
+
+def test_views(emulator, everything, view, layout, dtype):
+    problems = gpu.view_problems() if everything else gpu.view_problems(gpu.USUAL[:1])
+    emulator.obtain(reference.specialisations(problems, dtype, layout))
+    gpu.check_views(problems, view, layout, dtype)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), reference.pair_grid(LAYOUTS, DTYPES))
+def test_general(emulator, layout, dtype):
+    gpu.test_general_variant_on_random_problems(layout, dtype)
+    gpu.test_empty_batch(layout, dtype)
+
+
+def only(direction, variant, problem, dtype, layout):
+    """The specialisation of one variant."""
+    with reference.forced(variant):
+        name, source = reference.select(direction, problem, dtype, layout)
+    return {name.rpartition("/")[0]: source}
+
+
+def messages(direction, variant, problem, dtype, layout):
+    """What is wrong with one variant."""
+    failures, tensors = Failures(), reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
+    reference.check(failures, problem, tensors, layout, [direction], [variant])
+    assert failures.checked
+    return "\n".join(failures.messages)
+
+
+SMALL = Problem((11, 16), (3, 3), padding=(1, 1), batch=3, channels=16)
+ODD = replace(SMALL, image=(11, 15))
+TALL = replace(SMALL, image=(60, 16))
+LARGE = Problem((11, 24), (13, 13), padding=(6, 6), batch=3, channels=16)
+
+BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
+    ("forward", "planes_v8", SMALL, F16, "nchw"),
+    ("forward", "stream_v1", replace(TALL, image=(60, 15)), F16, "nchw"),
+    ("forward", "stream_channels32", TALL, BF16, "nhwc"),
+    ("forward", "lanes8", SMALL, F32, "nhwc"),
+    ("forward", "band", LARGE, BF16, "nchw"),
+    ("grad_weight", "weight_band32", LARGE, BF16, "nchw"),
+    ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
+]
+
+
+def test_before_sm_80(emulator):
+    build = Build(emulator.root, arch=750)
+    sources = {name: source for where in BEFORE_SM_80 for name, source in only(*where).items()}
+    with emulator.device(*T4), emulator.replaced(build, sources):
+        assert {where: found for where in BEFORE_SM_80 if (found := messages(*where))} == {}
+
+
+PLANTED = {  # what is said of an error: file, text, its replacement; direction, variant, problem, dtype, layout
+    "without a barrier between": (
+        ("stream_nhwc.cuh", "__syncthreads();  // and every", "// and every"),
+        ("forward", "stream_channels32", TALL, F16, "nhwc"),
+    ),
+    "got nan": (
+        ("planes_nchw.cuh", "wait_for_copies<0>();", ""),
+        ("forward", "planes_v4", SMALL, F32, "nchw"),
+    ),
+    "bytes of shared memory at": (
+        ("planes_nchw.cuh", "static_cast<int>(bytes(plan.planes));", "static_cast<int>(bytes(plan.planes)) - 256;"),
+        ("forward", "planes_v4", SMALL, F32, "nchw"),
+    ),
+    "reads 4 bytes at offset": (
+        ("nchw_tile.cuh", "static_cast<unsigned>(start) < static_cast<unsigned>(width)", "start < width"),
+        ("forward", "v4r4_unaligned", ODD, F32, "nchw"),
+    ),
+    "writes 8 bytes at offset": (
+        ("direct_nhwc.cuh", "if (column + q < args.out_w)", ""),
+        ("forward", "q4r4", ODD, F16, "nhwc"),
+    ),
+    "no multiple": (
+        ("blocked.cuh", "kWeightPitch = divide_up(kKernelW, 4) * 4", "kWeightPitch = kKernelW"),
+        ("forward", "blocked", LARGE, F32, "nchw"),
+    ),
+    "launch bounds 128": (
+        ("direct_nhwc.cuh", "const int y = kDirectNhwcThreads / x;", "const int y = 2 * kDirectNhwcThreads / x;"),
+        ("forward", "q2r2", SMALL, F16, "nhwc"),
+    ),
+    "hangs": (
+        ("tiled_nhwc.cuh", "  wait_for_copies<0>();", "  if (thread == 0) return;\n  wait_for_copies<0>();"),
+        ("forward", "lanes8", SMALL, F32, "nhwc"),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", PLANTED)
+def test_planted_errors_are_found(emulator, tmp_path, said):
+    """By the results or by what the emulator sees; without the error, nothing is said."""
+    (name, text, replacement), where = PLANTED[said]
+
+    def edit(file, source):
+        assert file != name or text in source
+        return source.replace(text, replacement) if file == name else source
+
+    with emulator.replaced(Build(tmp_path, edit=edit), only(*where)):
+        assert said in messages(*where)
+    assert messages(*where) == ""

@@ -5,6 +5,11 @@
 
 namespace depthwise::ptx {
 
+template <class T>
+T* opaque(T* pointer) {
+  return pointer;
+}
+
 inline float from_float16(unsigned short bits) { return static_cast<float>(emulated_bit_cast<_Float16>(bits)); }
 inline unsigned short to_float16(float value) {
   return emulated_bit_cast<unsigned short>(static_cast<_Float16>(value));
