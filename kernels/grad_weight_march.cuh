@@ -41,6 +41,11 @@ struct MarchTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, kStrideW_, 
     return kRing ? (step + kDepth - age) % kDepth : kDepth - 1 + step - age;
   }
 
+  // Whether a row's terms are added up before they join a tap's sum: equal ones would round the same way every time. It
+  // is a fifth of the arithmetic, which few taps have to spare; more of them, and registers would cost a multiprocessor
+  // a block (sm_90: 21x1, and 5x5 at stride 2). 16-bit results hide it.
+  static constexpr bool kSumsRows = sizeof(T_) == 4 && kTaps <= (kStrideW_ == 1 && kKernelH_ <= 5 ? 25 : 9);
+
   // Steps whose loads are in flight: about 40 registers of them.
   static constexpr MarchRegisters kRegisters =
       march_registers(kKernelH_, kKernelW_, kStrideH_, kStrideW_, kDilationW_, kColumns, kChannels, kLoad, sizeof(T_));
@@ -212,15 +217,22 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
 #pragma unroll
       for (int i = 0; i < Traits::kKernelH; ++i)
 #pragma unroll
-        for (int j = 0; j < Traits::kKernelW; ++j)
+        for (int j = 0; j < Traits::kKernelW; ++j) {
+          float (&tap)[kChannels] = sum[i * Traits::kKernelW + j];
+          float row[kChannels] = {};
 #pragma unroll
           for (int v = 0; v < kColumns; ++v)
 #pragma unroll
             for (int c = 0; c < kChannels; ++c) {
-              float& tap = sum[i * Traits::kKernelW + j][c];
-              tap = fmaf(grad[Traits::grad_row(step, i / kStrideH)][v][c],
-                         window[i % kStrideH][v * Traits::kStrideW + j * Traits::kDilationW][c], tap);
+              float& to = Traits::kSumsRows ? row[c] : tap[c];
+              to = fmaf(grad[Traits::grad_row(step, i / kStrideH)][v][c],
+                        window[i % kStrideH][v * Traits::kStrideW + j * Traits::kDilationW][c], to);
             }
+          if constexpr (Traits::kSumsRows) {
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c) tap[c] += row[c];
+          }
+        }
     }
     if constexpr (!Traits::kRing) {
 #pragma unroll

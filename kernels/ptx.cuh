@@ -5,7 +5,6 @@
 
 namespace depthwise::ptx {
 
-// 16-bit values are passed as their bits.
 // The same pointer, of which the compiler no longer knows how it was computed: offsets are added to it, and not to its
 // parts, which takes twice the instructions.
 template <class T>
@@ -14,6 +13,7 @@ __device__ __forceinline__ T* opaque(T* pointer) {
   return pointer;
 }
 
+// 16-bit values are passed as their bits.
 __device__ __forceinline__ float from_float16(unsigned short bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
