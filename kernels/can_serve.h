@@ -268,7 +268,10 @@ inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, cons
   if (p.layout != Layout::kNchw || args.padding_w < -64 || (!p.aligned && tile.vector > 1)) return false;
   // Strided windows of many taps spill, and tiles of many rows where windows are large.
   const int64_t stride = p.stride_h > p.stride_w ? p.stride_h : p.stride_w;
-  if (p.kernel_h * p.kernel_w > 9 && (stride > 2 || (stride > 1 && args.w % tile.vector != 0))) return false;
+  if (p.kernel_h * p.kernel_w > 9) {
+    if (stride > 2 || (stride > 1 && (args.w % tile.vector != 0 || tile.columns == 8))) return false;
+    if (tile.vector == 8 && args.w % 8 == 4) return false;  // words of four straddle nothing
+  }
   if (tile.rows > 4 && (p.stride_h > 2 || p.dilation_h > 1)) return false;
   if (tile.rows > 8 && (p.stride_h > 1 || p.stride_w > 1 || p.dilation_w > 1 || p.kernel_w > 7)) return false;
   const int64_t tiles_w = (args.out_w + 2 * tile.columns) / tile.columns, tiles_h = (args.out_h + 8) / tile.rows + 1;
