@@ -67,7 +67,7 @@ def pytest_generate_tests(metafunc):
     elif "view" in metafunc.fixturenames:
         views, places = (gpu.misaligned, gpu.constant), (("nchw", F32), ("nhwc", F16))
         if everything:
-            views, places = gpu.VIEWS, gpu.ALL
+            views, places = reference.VIEWS, gpu.ALL
         cases = [(view, *where) for view in views for where in places]
         ids = [f"{view.__name__}-{layout}-{reference.short(dtype)}" for view, layout, dtype in cases]
         metafunc.parametrize(("view", "layout", "dtype"), cases, ids=ids)
