@@ -5,12 +5,11 @@ the depthwise convolutions of a whole network, ``depthwise_conv2d`` is the funct
 run the CUDA kernels of ``kernels/``, which are compiled when first needed and kept on disk; on any other device they
 call ``F.conv2d``. ``print(depthwise_inline.status())`` says which of the two is live, and why.
 
-``python depthwise_inline.py doctor`` says what a machine lacks; ``clean`` empties the cache of compiled kernels.
+``python depthwise_inline.py doctor`` says what a machine lacks; ``clean`` empties the cache of compiled kernels;
+``bundle OUT.py`` writes the module and its sources as one file.
 
 This file, from top to bottom: argument checks, operators, functions and modules, the build, the command line.
 """
-
-from __future__ import annotations
 
 import atexit
 import contextlib
@@ -110,7 +109,7 @@ def check_arguments(
         if tensor.dtype not in _DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise RuntimeError(f"expected {name} to have one of the dtypes {names}, but got {tensor.dtype}")
-        if tensor.dtype != input.dtype:
+        if tensor.dtype != input.dtype and not _autocasts(input.device.type):
             raise RuntimeError(f"Input type ({input.dtype}) and {name} type ({tensor.dtype}) should be the same")
         if tensor.device != input.device:
             raise RuntimeError(
@@ -362,6 +361,10 @@ def _grad_weight_backward(ctx, grad, grad_bias):
             grad_output, grad, *input.shape[2:], *ctx.geometry, ctx.channels_last, multiplier
         )
     return grad_grad_output, grad_input, *(None,) * 10
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _autocast_cast(tensor: Tensor | None, device_type: str, dtype: torch.dtype) -> Tensor | None:
@@ -852,7 +855,41 @@ def _ninja_folder() -> str:
     return BIN_DIR
 
 
+def _own_file() -> Path | None:
+    """The file this code was read from; None where it was executed from a string, as in a notebook's cell."""
+    path = Path(_own_file.__code__.co_filename)
+    return path.resolve() if path.is_file() else None
+
+
+def _unpacked_sources() -> Path:
+    """A bundle's sources as a folder: in the cache, else in a private one. Each file appears whole or not at all."""
+    sources = {name: text.encode() for name, text in _BUNDLED_SOURCES.items()}
+    key, problem = hashlib.sha256(repr(sources).encode()).hexdigest()[:20], None
+    for find_root in (_cache_root, _private_root):
+        try:
+            root = find_root()
+            folder = root / f"sources-{key}"
+            root.mkdir(parents=True, exist_ok=True)
+            if (owner := root.stat().st_uid) and owner != os.getuid():  # what lies there would run as this user
+                continue
+            folder.mkdir(exist_ok=True)
+            if {path.name: path.read_bytes() for path in folder.iterdir()} != sources:
+                with tempfile.TemporaryDirectory(dir=root) as private:
+                    for name, content in sources.items():
+                        Path(private, name).write_bytes(content)
+                        os.replace(Path(private, name), folder / name)
+            return folder
+        except OSError as error:
+            problem = error
+    raise BuildError(
+        f"depthwise_inline: the sources cannot be written to {_cache_root()} or a temporary folder ({problem}). "
+        f"{_SET_CACHE}"
+    )
+
+
 def _kernels_folder() -> Path:
+    if _BUNDLED_SOURCES:
+        return _unpacked_sources()
     folder = Path(__file__).resolve().parent / "kernels"
     if not (folder / "operators.cpp").is_file():
         raise BuildError(
@@ -1250,7 +1287,7 @@ def _obtain_all(sources: dict[str, str]) -> None:
     items = sorted(sources.items())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(len(items), cores)
-    if count < 2:
+    if count < 2 or _own_file() is None:
         return
     what = f"{len(items)} specialisations in {count} processes"
     print(
@@ -1261,7 +1298,7 @@ def _obtain_all(sources: dict[str, str]) -> None:
         for _ in range(count)
     ]
     for index, worker in enumerate(workers):
-        json.dump((str(Path(__file__).resolve()), items[index::count]), worker.stdin)
+        json.dump((str(_own_file()), items[index::count]), worker.stdin)
         worker.stdin.close()
     for worker in workers:
         worker.wait()
@@ -1433,9 +1470,18 @@ def _clean() -> int:
     return 0
 
 
+def _bundle() -> int:
+    """Write this project as one file: bundle.py does it."""
+    folder = _own_file().parent
+    for name in ("bundle.py", "bench_report.py", "bench_cases.json", "kernels"):
+        if not (folder / name).exists():
+            sys.exit(f"depthwise_inline: {folder / name} is missing. To mend it: bundle in a checkout of the project")
+    return subprocess.call([sys.executable, folder / "bundle.py", *sys.argv[2:]])
+
+
 def _is_script() -> bool:
     """Whether this file was started as a command; pasted into a notebook, it is __main__ as well."""
-    return __name__ == "__main__" and os.path.abspath(sys.argv[0]) == os.path.abspath(globals().get("__file__", ""))
+    return __name__ == "__main__" and _own_file() == Path(sys.argv[0]).resolve()
 
 
 # ---- Import
@@ -1455,12 +1501,15 @@ def _on_import() -> None:
         _library_error = error
 
 
+_BUNDLED_SOURCES: dict[str, str] = {}  # bundle.py puts the files of kernels/ here
+
 if _is_script():
-    commands = {"doctor": _doctor, "clean": _clean}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+    commands = {"doctor": _doctor, "clean": _clean, "bundle": _bundle}
+    if not sys.argv[1:] or sys.argv[1] not in commands or (sys.argv[2:] and sys.argv[1] != "bundle"):
         sys.exit(
             "usage: python depthwise_inline.py doctor   what is found on this machine, and how to mend what is wrong"
             "\n       python depthwise_inline.py clean    empty the cache of compiled kernels"
+            "\n       python depthwise_inline.py bundle   write the project as one file, or what KernelBench takes"
         )
     sys.exit(1 if commands[sys.argv[1]]() else 0)
 _on_import()

@@ -174,14 +174,17 @@ def test_operators_reject(operator, device):
 # --- autocast, torch.compile -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_autocast():
     x, weight, bias, _ = problem(GEOMETRIES[0], dtype=torch.float32)
     for call in (
         lambda *tensors: OPS.forward(*tensors, *GEOMETRIES[0]),
         lambda *tensors: depthwise_conv2d(*tensors),
+        torch.compile(depthwise_conv2d, fullgraph=True, backend="eager"),
     ):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out, expected = call(x, weight, bias), F.conv2d(x, weight, bias, groups=3)
+            torch.testing.assert_close(call(x.bfloat16(), weight, bias), expected)
             assert call(x.double(), weight.double(), bias.double()).dtype == torch.float64
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out, expected)
