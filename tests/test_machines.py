@@ -124,6 +124,7 @@ def test_interrupted_specialisation(warm):
     shutil.rmtree(next(warm.cache.rglob("stand_in_k3-*/")))
     code = """
         import ctypes, os, signal, torch, depthwise_inline
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         library, compile = depthwise_inline._load_library(), depthwise_inline._compile
 
         def interrupted(folder, *rest):
