@@ -65,7 +65,7 @@ def pytest_generate_tests(metafunc):
         ids = [f"{gpu.shape_id(*case[:3])}-{case[3]}-{reference.short(case[4])}" for case in cases]
         metafunc.parametrize(("kernel", "stride", "dilation", "layout", "dtype"), cases, ids=ids)
     elif "view" in metafunc.fixturenames:
-        views, places = (gpu.misaligned, gpu.constant), (("nchw", F32), ("nhwc", F16))
+        views, places = (reference.misaligned, reference.constant), (("nchw", F32), ("nhwc", F16))
         if everything:
             views, places = reference.VIEWS, gpu.ALL
         cases = [(view, *where) for view in views for where in places]
