@@ -39,6 +39,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
@@ -301,6 +302,7 @@ def _forward_setup(ctx, inputs, output) -> None:
     input, weight, _, *geometry = inputs
     need_input, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+    ctx.save_for_forward(input, weight)
     ctx.geometry = geometry
     ctx.image, ctx.kernel = tuple(input.shape[2:]), tuple(weight.shape[2:])
     ctx.multiplier = weight.size(0) // input.size(1)
@@ -324,11 +326,18 @@ def _forward_backward(ctx, grad_output):
     return grad_input, grad_weight, grad_bias if need_bias else None, *(None,) * 6
 
 
+def _forward_tangent(ctx, input_tangent, weight_tangent, bias_tangent, *_):
+    input, weight = ctx.saved_tensors
+    out = _OPS.forward.default(input_tangent, weight, bias_tangent, *ctx.geometry)
+    return out + _OPS.forward.default(input, weight_tangent, None, *ctx.geometry)
+
+
 # Both gradients are bilinear, so their own gradients are the same three operators again.
 def _grad_input_setup(ctx, inputs, output) -> None:
-    grad_output, weight, _, _, *rest = inputs
+    grad_output, weight, *rest = inputs
     ctx.save_for_backward(grad_output, weight)
-    ctx.geometry, ctx.channels_last = rest[:6], rest[6]
+    ctx.save_for_forward(grad_output, weight)
+    ctx.rest, ctx.geometry, ctx.channels_last = rest, rest[2:8], rest[8]
 
 
 def _grad_input_backward(ctx, grad):
@@ -343,10 +352,17 @@ def _grad_input_backward(ctx, grad):
     return grad_grad_output, grad_weight, *(None,) * 10
 
 
+def _grad_input_tangent(ctx, grad_output_tangent, weight_tangent, *_):
+    grad_output, weight = ctx.saved_tensors
+    grad = _OPS.grad_input.default(grad_output_tangent, weight, *ctx.rest)
+    return grad + _OPS.grad_input.default(grad_output, weight_tangent, *ctx.rest)
+
+
 def _grad_weight_setup(ctx, inputs, output) -> None:
-    grad_output, input, _, _, *rest = inputs
+    grad_output, input, *rest = inputs
     ctx.save_for_backward(grad_output, input)
-    ctx.geometry, ctx.channels_last, ctx.has_bias = rest[:6], rest[6], rest[7]
+    ctx.save_for_forward(grad_output, input)
+    ctx.rest, ctx.geometry, ctx.channels_last, ctx.has_bias = rest, rest[2:8], rest[8], rest[9]
 
 
 def _grad_weight_backward(ctx, grad, grad_bias):
@@ -362,18 +378,46 @@ def _grad_weight_backward(ctx, grad, grad_bias):
     return grad_grad_output, grad_input, *(None,) * 10
 
 
-def _autocast_cast(tensor: Tensor | None, device_type: str, dtype: torch.dtype) -> Tensor | None:
-    """Autocast's rule for convolutions: floating-point tensors of the device, float64 excepted."""
-    if tensor is None or tensor.device.type != device_type:
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
-        return tensor
-    return tensor.to(dtype)
+def _grad_weight_tangent(ctx, grad_output_tangent, input_tangent, *_):
+    grad_output, input = ctx.saved_tensors
+    grad, grad_bias = _OPS.grad_weight.default(grad_output_tangent, input, *ctx.rest)
+    return grad + _OPS.grad_weight.default(grad_output, input_tangent, *ctx.rest[:9], False)[0], grad_bias
+
+
+def _register_autograd(library: torch.library.Library, name: str, setup, backward, tangent) -> None:
+    """torch.library.register_autograd with forward mode, and under torch.func, where that one raises."""
+    operator = getattr(_OPS, name).default
+
+    def below(*arguments):
+        # A Function computes without gradients, but the transforms of torch.func that enclose this one need theirs.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    methods = {"forward": below, "setup_context": setup, "backward": backward, "jvp": tangent}
+    bases = (torch.autograd.function._SingleLevelFunction,)  # torch.func calls this kernel once for each transform
+    function = type(name, bases, {method: staticmethod(call) for method, call in methods.items()})
+
+    def kernel(*arguments):
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments)
+
+    library.impl(name, kernel, "Autograd")
+
+
+def _autocast(device_type: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Autocast's rule for convolutions: cast the floating-point tensors of the device, float64 excepted."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def is_cast(tensor: Tensor | None) -> bool:
+        if not isinstance(tensor, Tensor) or tensor.device.type != device_type:
+            return False
+        return tensor.is_floating_point() and tensor.dtype is not torch.float64
+
+    return [tensor.to(dtype) if is_cast(tensor) else tensor for tensor in tensors]
 
 
 def _forward_autocast(device_type: str, key: str, *arguments):
-    dtype = torch.get_autocast_dtype(device_type)
-    tensors = [_autocast_cast(tensor, device_type, dtype) for tensor in arguments[:3]]
+    tensors = _autocast(device_type, arguments[:3])
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
         return _OPS.forward.default(*tensors, *arguments[3:])
 
@@ -394,13 +438,9 @@ def _register_operators() -> None:
     for name, (composite, fake) in kernels.items():
         library.impl(name, composite, "CompositeExplicitAutograd")
         torch.library.register_fake(f"depthwise_inline::{name}", fake, lib=library)
-    gradients = {
-        "forward": (_forward_backward, _forward_setup),
-        "grad_input": (_grad_input_backward, _grad_input_setup),
-        "grad_weight": (_grad_weight_backward, _grad_weight_setup),
-    }
-    for name, (backward, setup) in gradients.items():
-        torch.library.register_autograd(f"depthwise_inline::{name}", backward, setup_context=setup, lib=library)
+    _register_autograd(library, "forward", _forward_setup, _forward_backward, _forward_tangent)
+    _register_autograd(library, "grad_input", _grad_input_setup, _grad_input_backward, _grad_input_tangent)
+    _register_autograd(library, "grad_weight", _grad_weight_setup, _grad_weight_backward, _grad_weight_tangent)
     for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
         library.impl("forward", functools.partial(_forward_autocast, device_type, key), key)
     _keep_alive.append(library)
@@ -414,6 +454,8 @@ _convolution_overrideable = torch.ops.aten.convolution_overrideable.default
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
+_is_functorch_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -459,13 +501,11 @@ def depthwise_conv2d(
         pad_h, pad_w = padding = padding if padding.__class__ is tuple else _pair(padding, "padding")
         dilation_h, dilation_w = dilation = dilation if dilation.__class__ is tuple else _pair(dilation, "dilation")
         if _is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
-            input, weight, bias = (_autocast_cast(tensor, "cuda", dtype) for tensor in (input, weight, bias))
+            input, weight, bias = _autocast("cuda", (input, weight, bias))
+        if _is_functorch_active() or forward_ad._current_level >= 0 or _is_tracing():  # requires_grad does not tell
+            return _forward(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
         if _is_grad_enabled() and (
-            input.requires_grad
-            or weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or forward_ad._current_level >= 0
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return _convolution_overrideable(
                 input, weight, bias, stride, padding, dilation, False, (0, 0), input.size(1)
@@ -483,6 +523,9 @@ def _traceable_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: str | IntPair, dilation: IntPair
 ) -> Tensor:
     """depthwise_conv2d for every device and every form of the arguments, without anything a tracer stumbles over."""
+    device = input.device.type if isinstance(input, Tensor) else None
+    if device in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device):  # which makes the dtypes agree
+        input, weight, bias = _autocast(device, (input, weight, bias))
     check_arguments(input, weight, bias, stride, padding, dilation)
     if not input.is_cuda or not _CUDA_BUILD:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(-3))
@@ -544,6 +587,9 @@ class DepthwiseConv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError("DepthwiseConv2d cannot be scripted: expected torch.export or torch.jit.trace in its place")
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Without this check an input of fewer channels would pass for one with a larger depth multiplier.
