@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import fuzz
+import pytest
 import reference
 import torch
 from conftest import why_no_gpu
@@ -15,6 +16,15 @@ from conftest import why_no_gpu
 import depthwise_inline
 
 DEVICE = "cpu" if why_no_gpu() else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The problems are small: several threads would spend their time on waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def needs(draw):
@@ -25,6 +35,7 @@ def needs(draw):
 def test_fuzz(request, record_property):
     number, wanted = request.config.getoption("--fuzz-draw"), request.config.getoption("--fuzz") or 200
     seed = int(os.environ.get("DEPTHWISE_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"DEPTHWISE_TEST_SEED={seed}")
     if number is None:
         most = 20 + wanted // 40  # specialisations: seconds of a core each
         configurations = most // 3 if DEVICE == "cuda" else wanted
