@@ -4,14 +4,16 @@
     python bench.py --all --record      every case; writes results/bench_<gpu>.json
     python bench.py --case kb82 --dtype float16 --layout nhwc --direction forward
     python bench.py --model all         training steps of whole networks
-    python bench.py --readme            README tables from results/*.json
+    python bench.py --plot DIR          pictures of what was measured; with --from FILE, of a record
+    python bench.py --readme            README tables and pictures from results/*.json
 
 How a number comes about. Times are medians of CUDA event pairs around single calls. Before each call a buffer larger
 than the L2 cache is written, so every call reads its tensors from memory; the queue of calls is filled ahead of the
 GPU, so host time does not enter. Ours and PyTorch take turns in the same process. PyTorch runs with its defaults,
 cudnn.benchmark off and on; its better mode counts. GB/s counts input and output once, plus the weights, whatever a
-kernel really moves. The copy bandwidth they are compared with is that of a 1 GiB copy, timed in the same way.
-Every result is compared with float64 before it is timed: its largest error may be twice PyTorch's.
+kernel really moves. The limits they are compared with are the bandwidth of a 1 GiB copy and the rate of a large matrix
+product, timed in the same way. Every result is compared with float64 before it is timed: its largest error may be
+twice PyTorch's.
 """
 
 from __future__ import annotations
@@ -42,18 +44,20 @@ from torch import Tensor, nn
 import bench_report as report
 import compiler_report
 import depthwise_inline
+from bench_models import NETWORKS, Network
 from bench_report import DIRECTIONS, LOSS, Case
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-MODELS = {"mobilenet_v2": "MobileNetV2", "efficientnet_b0": "EfficientNet-B0", "convnext_tiny": "ConvNeXt-T"}
-MODEL_BATCH = 128
+IMAGE_SIZE = 224  # of the networks' images
 
 FLUSH_BYTES = 256 << 20  # at least twice the L2 cache of every GPU so far (H100: 50 MB)
 COPY_BYTES = 1 << 30
-MEASURED_MS = 30.0  # aimed at for each call of a row
+MATMUL_SIZE = 8192
+MEASURED_MS = 20.0  # aimed at for each call of a row
 MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
 SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
+STEPS_MS = 150.0  # aimed at for the training steps of a network in each of the ROUNDS
 LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
 CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
 
@@ -225,7 +229,19 @@ def copy_bandwidth(watch: Stopwatch) -> float:
     call = Call(lambda: target.copy_(source))
     watch.once(call)
     watch.time([call])
-    return 2 * COPY_BYTES / call.median / 1e9
+    return round(2 * COPY_BYTES / call.median / 1e9, 4)
+
+
+def matmul_rates(watch: Stopwatch) -> dict[str, float]:
+    """TFLOP/s of a large square matrix product in each dtype, without TF32."""
+    rates = {}
+    for name, dtype in DTYPES.items():
+        left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda", dtype=dtype) for _ in range(2))
+        call = Call(functools.partial(torch.mm, left, right))
+        watch.once(call)
+        watch.time([call])
+        rates[name] = round(2 * MATMUL_SIZE**3 / call.median / 1e9, 1)
+    return rates
 
 
 def host_times(calls: int = 200, loops: int = 15) -> dict[str, float]:
@@ -373,84 +389,111 @@ def format_row(row: dict[str, Any], copy_tbps: float) -> str:
 
 
 # ---- models
-def measure_models(names: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
-    """Training steps of torchvision's networks, random weights and images, before and after replace_depthwise.
+def measure_models(names: Sequence[str], save: Callable[[Sequence[dict[str, Any]]], None]) -> int:
+    """Training steps of networks, random weights and images, before and after replace_depthwise; saves as it goes.
 
-    Returns the rows and the number of those that failed.
+    Returns the number of failures.
     """
-    try:
-        import torchvision
-    except ImportError as error:
-        raise RuntimeError(
-            f"--model needs torchvision, which cannot be imported ({error}): pip install torchvision"
-        ) from error
-    print(
-        f"\ntorchvision {torchvision.__version__}; forward and backward, batch {MODEL_BATCH} at 224x224, "
-        "bfloat16 under autocast, cudnn.benchmark on, milliseconds of wall time a step"
-    )
-    print(f"{'model':<16} {'precision':<10} {'layout':<6} {'PyTorch':>9} {'ours':>9} {'speedup':>8}")
-    models, failed = [], 0
-    for name, precision, layout in itertools.product(names, ("float32", "bfloat16"), LAYOUTS):
-        print(f"{MODELS[name]:<16} {precision:<10} {layout:<6} ", end="", flush=True)
+    networks, sources, failed = [], {}, 0
+    for network in (NETWORKS[name] for name in names):
         try:
-            model = measure_model(getattr(torchvision.models, name), MODELS[name], precision, layout)
-        except Exception as error:
-            print(f"FAILED: {first_line(error)}", flush=True)
+            sources |= specialisations(network)
+        except RuntimeError as error:
+            print(f"{network.title} is left out: {error}", flush=True)
             failed += 1
         else:
-            models.append(model)
-            before, after = model["pytorch_step_ms"], model["ours_step_ms"]
-            print(f"{before:9.2f} {after:9.2f} {before / after:7.2f}x{slower(before / after)}", flush=True)
-        torch.cuda.empty_cache()
-    return models, failed
+            networks.append(network)
+    depthwise_inline._obtain_all(sources)
+    print(
+        f"\nforward and backward at {IMAGE_SIZE}x{IMAGE_SIZE}, bfloat16 under autocast, cudnn.benchmark on, "
+        "milliseconds of wall time a step"
+    )
+    print(f"{'model':<16} {'batch':>5} {'precision':<10} {'layout':<6} {'PyTorch':>9} {'ours':>9} {'speedup':>8}")
+    models: list[dict[str, Any]] = []
+    for network in networks:
+        for precision, layout in itertools.product(network.precisions, LAYOUTS):
+            print(f"{network.title:<16} {network.batch:>5} {precision:<10} {layout:<6} ", end="", flush=True)
+            try:
+                torch.cuda.empty_cache()
+                model = measure_model(network, precision, layout)
+            except Exception as error:  # whatever it is, the other rows are still measured
+                print(f"FAILED: {first_line(error)}", flush=True)
+                failed += 1
+            else:
+                models.append(model)
+                before, after = model["pytorch_step_ms"], model["ours_step_ms"]
+                print(f"{before:9.2f} {after:9.2f} {before / after:7.2f}x{slower(before / after)}", flush=True)
+                save(models)
+    return failed
 
 
-def measure_model(
-    build: Callable[..., nn.Module], title: str, precision: str, layout: str, rounds: int = 7, steps: int = 4
-) -> dict[str, Any]:
+def specialisations(network: Network) -> dict[str, str]:
+    """The sources of all that a network's rows want compiled."""
+    with torch.device("meta"):
+        model = depthwise_inline.replace_depthwise(network.build())
+    problems = depthwise_inline._problems(model, (network.batch, 3, IMAGE_SIZE, IMAGE_SIZE))
+    selected = [
+        depthwise_inline._select(direction, DTYPES[precision], layout == "nhwc", sizes)
+        for precision, layout, direction, sizes in itertools.product(
+            network.precisions, LAYOUTS, DIRECTIONS, sorted(set(problems))
+        )
+    ]
+    return {name.rpartition("/")[0]: source for name, source in selected if source}
+
+
+def difference(before: nn.Module, after: nn.Module, images: Tensor) -> float:
+    """The largest difference of two networks' outputs, relative to the largest output."""
+    with torch.no_grad():
+        expected, actual = before(images).double(), after(images).double()
+    return ((expected - actual).abs().amax() / expected.abs().amax()).item()
+
+
+def measure_model(network: Network, precision: str, layout: str, device: str = "cuda") -> dict[str, Any]:
     """One row of the network table; raises when the replaced network computes something else."""
     torch.manual_seed(0)
-    before = build(weights=None).to(device="cuda", memory_format=LAYOUTS[layout])
+    with torch.device(device):
+        before = network.build().to(memory_format=LAYOUTS[layout])
     after = depthwise_inline.replace_depthwise(copy.deepcopy(before))
-    images = torch.randn(MODEL_BATCH, 3, 224, 224, device="cuda").contiguous(memory_format=LAYOUTS[layout])
-    labels = torch.randint(1000, (MODEL_BATCH,), device="cuda")
-    autocast = torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision != "float32")
-    torch.backends.cudnn.benchmark = True
+    images = torch.randn(network.batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    images = images.contiguous(memory_format=LAYOUTS[layout])
+    labels = torch.randint(1000, (network.batch,), device=device)
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "float32")
 
-    def step(model: nn.Module) -> None:
+    def steps_ms(model: nn.Module, count: int) -> float:
+        """Milliseconds of one of `count` training steps."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            model.zero_grad(set_to_none=True)
+            with autocast:
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - begin
         model.zero_grad(set_to_none=True)
-        with autocast:
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        return elapsed / count * 1e3
 
+    torch.backends.cudnn.benchmark = True
     try:
-        with torch.no_grad(), autocast:
-            expected, actual = before.eval()(images).double(), after.eval()(images).double()
-        error = ((expected - actual).abs().amax() / expected.abs().amax()).item()
+        with autocast:
+            error = difference(before.eval(), after.eval(), images)
         if not error <= (1e-3 if precision == "float32" else 5e-2):
             raise RuntimeError(f"the outputs differ by {error:.1e} after replace_depthwise")
-        samples: dict[str, list[float]] = {"before": [], "after": []}
-        networks = {"before": before.train(), "after": after.train()}
-        for round_idx in range(rounds + 1):
-            for key, model in networks.items():
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                for _ in range(steps):
-                    step(model)
-                torch.cuda.synchronize()
-                if round_idx:  # the first round warms up
-                    samples[key].append((time.perf_counter() - begin) / steps * 1e3)
-                model.zero_grad(set_to_none=True)
+        networks = [before.train(), after.train()]
+        for model in networks:
+            steps_ms(model, 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
+        counts = [max(1, round(STEPS_MS / steps_ms(model, 1))) for model in networks]
+        samples = [[steps_ms(*pair) for pair in zip(networks, counts, strict=True)] for _ in range(ROUNDS)]
     finally:
         torch.backends.cudnn.benchmark = False
-    step_ms = {key: round(statistics.median(values), 3) for key, values in samples.items()}
+    before_ms, after_ms = (round(statistics.median(times), 3) for times in zip(*samples, strict=True))
     return {
-        "model": title,
-        "batch": MODEL_BATCH,
+        "model": network.title,
+        "batch": network.batch,
         "layout": layout,
         "precision": precision,
-        "pytorch_step_ms": step_ms["before"],
-        "ours_step_ms": step_ms["after"],
+        "pytorch_step_ms": before_ms,
+        "ours_step_ms": after_ms,
     }
 
 
@@ -613,33 +656,47 @@ def run_table(
     return rows
 
 
+def drawing() -> Callable[[dict[str, Any], Path], list[Path]]:
+    """The function that draws a record; raises where matplotlib is missing."""
+    import bench_plot
+
+    return bench_plot.draw
+
+
 def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Namespace) -> int:
     """The main job: the check of ModelNew, then the table or the networks. Returns the number of failures."""
     begin = time.perf_counter()
+    draw = drawing() if args.plot else None
     info = machine()
     headline = cases[report.HEADLINE]
     check_model_new(headline, "cuda", headline.n)
     watch = Stopwatch()
-    copy_tbps, host_us = copy_bandwidth(watch), host_times()
-    print(f"copy bandwidth {copy_tbps:.2f} TB/s, read and written")
-    print("host microseconds a call: " + ", ".join(f"{name} {value:.1f}" for name, value in host_us.items()))
+    speeds = {"copy_tbps": copy_bandwidth(watch), "matmul_tflops": matmul_rates(watch), "host_us": host_times()}
+    print(f"copy bandwidth {speeds['copy_tbps']:.2f} TB/s, read and written")
+    print("matrix product, TFLOP/s: " + ", ".join(f"{k} {v:.0f}" for k, v in speeds["matmul_tflops"].items()))
+    print("host microseconds a call: " + ", ".join(f"{k} {v:.1f}" for k, v in speeds["host_us"].items()))
     path = report.record_path(info["gpu"])
     old = json.loads(path.read_text()) if args.record and path.exists() else None
+    record = None
 
     def save(rows: Sequence[dict[str, Any]] = (), models: Sequence[dict[str, Any]] = ()) -> None:
+        nonlocal record
         if args.json:
-            report.write_json(args.json, report.make_record(info, copy_tbps, host_us, rows, models))
+            report.write_json(args.json, report.make_record(info, speeds, rows, models))
+        record = report.make_record(info, speeds, rows, models, old)
         if args.record:
-            report.write_json(path, report.make_record(info, copy_tbps, host_us, rows, models, old))
+            report.write_json(path, record)
 
     if args.model:
-        models, failures = measure_models(args.model)
-        save(models=models)
+        failures = measure_models(args.model, lambda models: save(models=models))
     else:
-        rows = run_table(chosen, args, watch, copy_tbps, save)
+        rows = run_table(chosen, args, watch, speeds["copy_tbps"], save)
         failures = sum("failed" in row for row in rows)
         print(f"\n{report.format_means(rows, cases)}")
-    if args.record:
+    if record and draw:
+        for picture in draw(record, args.plot):
+            print(f"drew {picture}")
+    if record and args.record:
         print(f"recorded in {path.relative_to(report.ROOT)}; python bench.py --readme brings it into the README")
     print(f"{failures} failures, {time.perf_counter() - begin:.0f} s")
     return failures
@@ -656,36 +713,54 @@ def parser(cases: Iterable[str]) -> argparse.ArgumentParser:
     add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
     add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="default: all")
-    add("--model", nargs="+", choices=[*MODELS, "all"], help="training steps of these networks instead of the table")
+    add("--model", nargs="+", choices=[*NETWORKS, "all"], help="training steps of these networks, not the table")
     add("--json", type=Path, metavar="FILE", help="also write what was measured to FILE")
     add("--record", action="store_true", help="write results/bench_<gpu>.json; what it holds of the same sources stays")
-    add("--readme", action="store_true", help="write the README's tables from results/*.json and stop")
+    add("--plot", type=Path, metavar="DIR", help="draw what was measured into DIR; needs matplotlib")
+    add("--from", dest="source", type=Path, metavar="FILE", help="draw this record instead of measuring")
+    add("--readme", action="store_true", help="write the README's tables and pictures from results/*.json and stop")
     add("--no-compile", action="store_true", help="without a GPU: do not compile the kernels")
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     cases = report.load_cases()
-    args = parser(cases).parse_args(argv)
+    command_line = parser(cases)
+    args = command_line.parse_args(argv)
+    if args.source and not args.plot:
+        command_line.error("--from names the record that --plot DIR draws: give both")
     if args.model and "all" in args.model:
-        args.model = list(MODELS)
-    if args.readme:
-        report.README.write_text(report.update_readme(report.README.read_text(), report.load_records(), cases))
-        return 0
+        args.model = list(NETWORKS)
     if args.case:
         chosen = [cases[name] for name in args.case]
     else:
         chosen = [case for case in cases.values() if args.all or case.quick]
-    print_machine()
     try:
-        if torch.version.cuda is None or not torch.cuda.is_available():
-            failures = without_gpu(cases[report.HEADLINE], chosen, args)
-        else:
-            failures = with_gpu(cases, chosen, args)
+        if args.readme:
+            write_readme(cases)
+            return 0
+        if args.source:
+            for picture in drawing()(report.load_record(args.source), args.plot):
+                print(f"drew {picture}")
+            return 0
+        has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
+        if args.plot and not has_gpu:
+            raise RuntimeError("--plot draws what is measured, and there is no GPU; --from FILE draws a record instead")
+        print_machine()
+        failures = with_gpu(cases, chosen, args) if has_gpu else without_gpu(cases[report.HEADLINE], chosen, args)
         return 1 if failures else 0
     except (RuntimeError, AssertionError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def write_readme(cases: dict[str, Case]) -> None:
+    """The README's tables and the pictures that it shows."""
+    records = report.load_records()
+    for record in records:
+        if record["rows"]:
+            drawing()(record, report.RESULTS)
+    report.README.write_text(report.update_readme(report.README.read_text(), records, cases))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,17 @@ HEADLINE = "kb82"
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
 LOSS = 1.0  # a speedup below this is a loss
 
+PICTURES = {
+    "speedup": "Speedup over PyTorch's best mode in the same layout, by case",
+    "share": "Share of the speed that the measured copy bandwidth and matrix product allow, by case",
+    "roofline": "Multiplications and additions a second by arithmetic intensity, and the measured limits",
+}
+
 ROW_IDENTITY = ("case", "dtype", "layout", "direction")
 ROW_KEYS = (*ROW_IDENTITY, "variant", "ours_ms", "pytorch_ms", "pytorch_any_layout_ms", "bytes", "flops")
 MODEL_IDENTITY = ("model", "batch", "layout", "precision")
 MACHINE_KEYS = ("sources_sha256", "gpu", "driver", "torch", "cuda", "cudnn")
+RECORD_KEYS = (*MACHINE_KEYS, "date", "copy_tbps", "matmul_tflops", "host_us", "rows", "models")
 
 
 # ---- cases
@@ -98,6 +105,12 @@ def speedups(rows: Iterable[dict[str, Any]], direction: str | None = None, again
     return [row[against] / row["ours_ms"] for row in rows if direction in (None, row["direction"])]
 
 
+def limits_ms(row: dict[str, Any], record: dict[str, Any]) -> tuple[float, float]:
+    """What a row's bytes take at the measured copy bandwidth, and its flops at the rate of a matrix product."""
+    flops = row["flops"] / record["matmul_tflops"][row["dtype"]] / 1e9
+    return row["bytes"] / record["copy_tbps"] / 1e9, flops
+
+
 def format_means(rows: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
     """Geometric means of the speedup, by family of cases and direction; the losses by name; over all."""
     rows = [row for row in rows if "failed" not in row]
@@ -139,13 +152,12 @@ def sources_sha256(root: Path = ROOT) -> str:
 
 def make_record(
     info: dict[str, str],
-    copy_tbps: float,
-    host_us: dict[str, float],
+    speeds: dict[str, Any],
     rows: Iterable[dict[str, Any]],
     models: Iterable[dict[str, Any]],
     old: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of results/bench_<gpu>.json.
+    """The content of results/bench_<gpu>.json; `speeds` are copy_tbps, matmul_tflops and host_us.
 
     What `old` holds stays, unless it was measured again, when it comes from the same sources, GPU and versions.
     """
@@ -157,8 +169,7 @@ def make_record(
     record = {
         **info,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "copy_tbps": round(copy_tbps, 4),
-        "host_us": host_us,
+        **speeds,
         "rows": [{key: row[key] for key in ROW_KEYS} for row in entries if "failed" not in row],
         "models": models,
     }
@@ -171,6 +182,15 @@ def _merge(old: Iterable[dict], new: Iterable[dict], identity: Sequence[str]) ->
 
 def record_path(gpu: str) -> Path:
     return RESULTS / f"bench_{re.sub('[^a-z0-9]+', '_', gpu.lower().removeprefix('nvidia ')).strip('_')}.json"
+
+
+def picture_path(record: dict[str, Any], name: str, folder: Path) -> Path:
+    return folder / f"{record_path(record['gpu']).stem}_{name}.svg"
+
+
+def digest(record: dict[str, Any]) -> str:
+    """What a picture carries, to tell the record that it was drawn from."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -186,9 +206,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def load_record(path: Path) -> dict[str, Any]:
+    """A record that bench.py wrote with --record or --json."""
+    try:
+        record = json.loads(path.read_text())
+        missing = [key for key in RECORD_KEYS if key not in record]
+    except ValueError as error:
+        raise RuntimeError(f"{path}: expected a record of bench.py, which is JSON: {error}") from error
+    if missing:
+        raise RuntimeError(f"{path}: expected a record of bench.py, but it lacks {', '.join(missing)}")
+    return record
+
+
 # ---- README
 def load_records() -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("bench_*.json"))]
+    return [load_record(path) for path in sorted(RESULTS.glob("bench_*.json"))]
 
 
 def _stale(record: dict[str, Any]) -> str:
@@ -248,6 +280,7 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
         f"{record['date'][:10]}. Copy bandwidth {record['copy_tbps']:.2f} TB/s, read and written.",
         "",
         *([_stale(record), ""] if _stale(record) else []),
+        *(line for name in PICTURES if rows for line in (_readme_picture(record, name), "")),
         "Speedup over PyTorch's best mode in the same layout: geometric mean over dtypes and layouts, "
         "lowest and highest in brackets.",
         "",
@@ -324,6 +357,10 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
             )
         )
     return "\n".join([*lines, "", "</details>"])
+
+
+def _readme_picture(record: dict[str, Any], name: str) -> str:
+    return f"![{PICTURES[name]}]({picture_path(record, name, RESULTS).relative_to(ROOT).as_posix()})"
 
 
 def _table_row(*cells: Any) -> str:

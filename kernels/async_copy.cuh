@@ -5,22 +5,11 @@
 
 namespace depthwise {
 
-__device__ __forceinline__ unsigned shared_address(const void* shared) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
-}
-
 // 4, 8 or 16 bytes, aligned to their size; zeros where `in_bounds` is false, and nothing is read then.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool in_bounds = true) {
 #if __CUDA_ARCH__ >= 800
-  if constexpr (kBytes == 16)  // past L1: nobody else reads it
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(in_bounds ? 16 : 0)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(in_bounds ? kBytes : 0), "n"(kBytes)
-                 : "memory");
+  ptx::copy_async<kBytes>(shared, global, in_bounds ? kBytes : 0);
 #else
   using Word = typename RawWord<kBytes>::type;
   *static_cast<Word*>(shared) = in_bounds ? __ldg(static_cast<const Word*>(global)) : Word{};
@@ -30,8 +19,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 // Copies `bytes` of the 16 bytes at `global`, and zeros for the rest; both pointers are aligned to 16 bytes.
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, int bytes) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+  ptx::copy_async<16>(shared, global, bytes);
 #else
   const unsigned short* const source = static_cast<const unsigned short*>(global);
   union {
@@ -51,7 +39,7 @@ __device__ __forceinline__ void copy_16_async(void* shared, const void* global, 
 
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  ptx::commit_copies();
 #endif
 }
 
@@ -59,14 +47,14 @@ __device__ __forceinline__ void commit_copies() {
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  ptx::wait_for_copies<kPending>();
 #endif
 }
 
 // All copies of all threads of the block have arrived.
 __device__ __forceinline__ void wait_for_all_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  ptx::wait_for_all_copies();
 #endif
   __syncthreads();
 }

@@ -29,6 +29,11 @@ struct BlockedGradWeightTraits {
   using T = T_;
   static constexpr int kRows = kRows_, kColumns = kColumns_;  // taps of a thread
   static_assert(kColumns % 4 == 0);
+  // Whether a few rows' terms are added up before they join the sums, as equal ones would round the same way every time:
+  // where the 128 registers of a thread hold both, and multiply-adds are not all that counts, as they are for the large
+  // tiles. 16-bit results hide it.
+  static constexpr bool kSumsRows = sizeof(T) == 4 && kRows * kColumns <= 20;
+  static constexpr int kRowsAtOnce = kRows > 3 ? (kRows + 1) / 2 : kRows;
 };
 
 // How a launch is cut.
@@ -70,6 +75,17 @@ __device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int 
           return load_or_zero<1>(row + column * column_stride, in_bounds(row, column));
         },
         [](float* shared, const Vector<T, 1>& value) { *shared = to_float(value.value[0]); });
+}
+
+// The sum of every step-th value, in four parts: equal values would round the same way every time.
+__device__ __forceinline__ float sum_every(const float* values, int step, int count) {
+  float part[4] = {};
+#pragma unroll 1
+  for (int k = 0; k < count; k += 4)
+#pragma unroll
+    for (int p = 0; p < 4; ++p)
+      if (k + p < count) part[p] += values[(k + p) * step];
+  return part[0] + part[1] + (part[2] + part[3]);
 }
 
 template <class Traits>
@@ -152,18 +168,16 @@ __global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
       wait_for_all_copies();
     }
 
-    if (args.partial_bias != nullptr || args.grad_bias != nullptr) {
-      float part = 0.f;
-      for (int k = threadIdx.x; k < images * grad_image; k += blockDim.x)
-        part += shared_grad[k + (kRows - 1) * grad_pitch];
-      bias += part;
-    }
+    if (args.partial_bias != nullptr || args.grad_bias != nullptr)
+      bias += sum_every(shared_grad + (kRows - 1) * grad_pitch + threadIdx.x, blockDim.x,
+                        divide_up(images * grad_image - static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
 
     // Step s multiplies input row first_row + s + tile_h * kRows - padding_h by the rows s, s - 1, ... of the strip.
     const int input_shift = first_row + tile_h * kRows - args.padding_h - first_input_row;
     const int first_step = max(0, -input_shift), last_step = min(rows + kRows - 1, input_rows - input_shift);
     const auto march = [&](const float* input, const float* grad, int steps) {
       float strip[kRows][kStrip];  // row s in strip[s % kRows], steps counted from 0
+      float part[kRows][kColumns] = {};
 #pragma unroll
       for (int r = 1; r < kRows; ++r) {
         const float4 four = *reinterpret_cast<const float4*>(grad - r * grad_pitch);
@@ -184,19 +198,33 @@ __global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
 #pragma unroll
           for (int i = 0; i < kRows; ++i)
 #pragma unroll
-            for (int j = 0; j < kColumns; ++j)
-              sum[i][j] = fmaf(window[j + w], strip[(phase - i + kRows) % kRows][w], sum[i][j]);
+            for (int j = 0; j < kColumns; ++j) {
+              float& to = Traits::kSumsRows ? part[i][j] : sum[i][j];
+              to = fmaf(window[j + w], strip[(phase - i + kRows) % kRows][w], to);
+            }
         input += input_pitch;
         grad += grad_pitch;
+      };
+      const auto add_part = [&] {
+        if constexpr (Traits::kSumsRows) {
+#pragma unroll
+          for (int i = 0; i < kRows; ++i)
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) sum[i][j] += part[i][j], part[i][j] = 0.f;
+        }
       };
 #pragma unroll 1
       for (; steps >= kRows; steps -= kRows) {
 #pragma unroll
-        for (int phase = 0; phase < kRows; ++phase) take_step(phase);
+        for (int phase = 0; phase < kRows; ++phase) {
+          take_step(phase);
+          if ((phase + 1) % Traits::kRowsAtOnce == 0 || phase == kRows - 1) add_part();
+        }
       }
 #pragma unroll
       for (int phase = 0; phase < kRows - 1; ++phase)
         if (phase < steps) take_step(phase);
+      add_part();
     };
     if (first_step < last_step && tile_h < tiling.tiles_h)
       for (int unit = group; unit < images * strips; unit += tiling.groups) {
@@ -221,18 +249,18 @@ __global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
     const int i = tap / args.kernel_w, j = tap % args.kernel_w;
     const float* const first = sums + (i % kRows * kColumns + j % kColumns) * blockDim.x +
                                i / kRows * tiling.groups * tiling.tiles_w + j / kColumns;
-    float total = 0.f;
-    for (int k = 0; k < tiling.groups; ++k) total += first[k * tiling.tiles_w];
+    const float total = sum_every(first, tiling.tiles_w, tiling.groups);
     finite = finite && is_finite(total);
     store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
   }
   finite = __syncthreads_or(!finite) == 0;
   sums[threadIdx.x] = bias;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    float total = 0.f;
-    for (unsigned k = 0; k < blockDim.x; ++k) total += sums[k];
-    store_grad_bias<T>(args, blockIdx.y, channel, total);
+  if (threadIdx.x < 32) {
+    float total = sum_every(sums + threadIdx.x, 32, static_cast<int>(blockDim.x) / 32);
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    if (threadIdx.x == 0) store_grad_bias<T>(args, blockIdx.y, channel, total);
   }
   if (finite) return;
 

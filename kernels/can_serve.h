@@ -242,6 +242,50 @@ constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
   return best;
 }
 
+// direct_nchw: where the first row of a thread's window begins within a word, the same for all threads; -1: it is not.
+inline int direct_nchw_phase(const DirectArgs& args, const Tile& tile) {
+  const int vector = tile.vector;
+  const SkewRows skew_rows = skew_rows_of(args, args.stride_h, tile.columns, vector);
+  if (tile.rows % skew_rows.period != 0) return -1;
+  if (args.w % vector == 0) return modulo(args.padding_w, vector);
+  // Words straddle the ends of rows, but must not straddle the end of the tensor.
+  if (args.multiplier > 1 || args.n * args.out_c % vector * args.h * args.w % vector != 0) return -1;
+  int phase = -1;
+  for (int plane = 0; plane < vector; ++plane)
+    for (int tile_h = 0; tile_h < vector; ++tile_h) {
+      const int64_t first_row = (tile_h * tile.rows - skew_rows.before(plane)) * args.stride_h - args.padding_h;
+      const int here = modulo(args.padding_w - (static_cast<int64_t>(plane) * args.h + first_row) * args.w, vector);
+      if (phase >= 0 && here != phase) return -1;
+      phase = here;
+    }
+  return phase;
+}
+
+// direct_nchw: registers for the filter, the sums of the live rows and two rows of the window.
+constexpr int kMaxDirectNchwRegisters = 150;
+
+inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, const Tile& tile) {
+  if (p.layout != Layout::kNchw || args.padding_w < -64 || (!p.aligned && tile.vector > 1)) return false;
+  // Strided windows of many taps spill, and tiles of many rows where windows are large.
+  const int64_t stride = p.stride_h > p.stride_w ? p.stride_h : p.stride_w;
+  if (p.kernel_h * p.kernel_w > 9) {
+    if (stride > 2 || (stride > 1 && (args.w % tile.vector != 0 || tile.columns == 8))) return false;
+    if (tile.vector == 8 && args.w % 8 == 4) return false;  // words of four straddle nothing
+  }
+  if (tile.rows > 4 && (p.stride_h > 2 || p.dilation_h > 1)) return false;
+  if (tile.rows > 8 && (p.stride_h > 1 || p.stride_w > 1 || p.dilation_w > 1 || p.kernel_w > 7)) return false;
+  const int64_t tiles_w = (args.out_w + 2 * tile.columns) / tile.columns, tiles_h = (args.out_h + 8) / tile.rows + 1;
+  if (p.n * p.out_c * tiles_h * tiles_w > kInt32Max) return false;  // threads
+  // Offsets within a plane, of rows around it too, are 32-bit numbers.
+  if ((p.h + 64) * p.w > kInt32Max || (p.out_h + 64) * p.out_w > kInt32Max) return false;
+  const int skew = tile.vector > 1 ? max_skew(tile.rows, tile.columns, args.out_w % tile.columns) : 0;
+  const int window = window_size(tile.columns + skew, static_cast<int>(p.stride_w), args.kernel_w, args.dilation_w);
+  const int span = (args.kernel_h - 1) * args.dilation_h + 1, live_rows = span < tile.rows ? span : tile.rows;
+  return window <= 64 &&
+         args.kernel_h * args.kernel_w + live_rows * tile.columns + 2 * window <= kMaxDirectNchwRegisters &&
+         direct_nchw_phase(args, tile) >= 0;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
@@ -284,8 +328,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   }
   if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, t);
   if (taps > kMaxRegisterTaps) return false;
-  if (kernel == Kernel::kDirectNchw)
-    return p.layout == Layout::kNchw && aligned && args.w % t.vector == 0 && args.padding_w >= -64;
+  if (kernel == Kernel::kDirectNchw) return can_serve_direct_nchw(p, args, t);
   if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 

@@ -1,6 +1,8 @@
 // What the direct kernels of both layouts share.
 #pragma once
 
+#include <utility>
+
 #include "problem.h"
 #include "vector.cuh"
 
@@ -12,6 +14,17 @@ constexpr int max_int(int a, int b) { return a > b ? a : b; }
 template <class Int>
 constexpr Int divide_up(Int a, Int b) {
   return (a + b - 1) / b;
+}
+
+template <class Body, int... kIndices>
+__device__ __forceinline__ void for_each_index(std::integer_sequence<int, kIndices...>, Body&& body) {
+  (body(std::integral_constant<int, kIndices>{}), ...);
+}
+// Calls body(0), body(1), ... with constants. In an unrolled loop an index is no constant expression: functions of it
+// that loop themselves are evaluated when the kernel runs, and what they index lies in local memory.
+template <int kCount, class Body>
+__device__ __forceinline__ void for_each_index(Body&& body) {
+  for_each_index(std::make_integer_sequence<int, kCount>{}, body);
 }
 
 // What the launchers need to know of the current device; all devices of one process count as alike.
@@ -43,6 +56,19 @@ int allow_shared_bytes(Kernel kernel, int bytes) {
   if (bytes <= 48 << 10) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
+
+// Division by a number known at launch alone: a multiplication and a shift. For dividends below 2^31.
+struct IntDivider {
+  unsigned divisor, factor, shift;
+
+  explicit IntDivider(unsigned divisor) : divisor(divisor), shift(31) {
+    while (uint64_t{1} << (shift - 31) < divisor) ++shift;
+    factor = static_cast<unsigned>(((uint64_t{1} << shift) + divisor - 1) / divisor);
+  }
+  __device__ __forceinline__ unsigned quotient(unsigned dividend) const {
+    return static_cast<unsigned>(static_cast<uint64_t>(dividend) * factor >> shift);
+  }
+};
 
 // Walks (outer, middle, inner) in steps of `step` items without a division a step.
 struct Walk {

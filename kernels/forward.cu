@@ -1,6 +1,4 @@
 // Forward: out[n, c*m+k] = bias + sum over taps of input[n, c] * weight[c*m+k].
-#include "direct_nchw.cuh"
-#include "direct_nhwc.cuh"
 #include "dispatch.cuh"
 #include "launch.h"
 

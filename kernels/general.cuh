@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
   constexpr int kStep = kChannelsLast ? kGeneralThreads / 32 : kGeneralThreads;
 
   Sum sum[kGeneralTapsPerBlock] = {};
-  Sum bias = 0, bias_part = 0;  // in parts of 16 terms: equal gradients would round the same way every time
+  Sum bias = 0, bias_part = 0;  // in parts of 8 terms: equal gradients would round the same way every time
   int terms = 0;
   if (channel < out_c) {
     const T* grad_plane = grad_output + channel * args.out.stride_c;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
       const int64_t n = args.out.h.split(args.out.w.split(position, &out_w), &out_h);
       const Sum grad = load(grad_plane + n * args.out.stride_n + out_h * args.out.stride_h + out_w * args.out.stride_w);
       bias_part += grad;
-      if (++terms % 16 == 0) bias += bias_part, bias_part = 0;
+      if (++terms % 8 == 0) bias += bias_part, bias_part = 0;
       const int h = out_h * args.stride_h - args.padding_h + tap_h * args.dilation_h;
       if (h < 0 || h >= args.in.h.divisor) continue;
       const T* row = plane + n * args.in.stride_n + h * args.in.stride_h;
@@ -206,7 +206,8 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
   const int64_t row = static_cast<int64_t>(blockIdx.z) * out_c + channel;
   for (int k = 0; k <= kGeneralTapsPerBlock; ++k) {
     Sum total = 0;
-    for (int y = 0; y < kGeneralThreads / 32; ++y) total += shared[k][y][threadIdx.x];
+    for (int y = 0; y < kGeneralThreads / 32; y += 2)
+      total += shared[k][y][threadIdx.x] + shared[k][y + 1][threadIdx.x];
     if (k == kGeneralTapsPerBlock) {
       if (bias_block) partial_bias[row] = total;
     } else if (first_tap_w + k < args.kernel_w) {

@@ -29,9 +29,8 @@ __global__ void __launch_bounds__(kGradInputNchwThreads)
   using Columns = GradWindow<kColumns, Traits::kKernelW, Traits::kStrideW, Traits::kDilationW, Traits::kPhase>;
   using Rows = GradWindow<kRows, Traits::kKernelH, Traits::kStrideH, Traits::kDilationH, Traits::kPaddingH>;
   // A row of the window is that of kSteps outputs at stride 1.
-  using Row = NchwRow<NchwTraits<T, 1, Columns::kSize - Columns::kSteps + 1, 1, 1, 1, 1, -Columns::kFirst>,
-                      Columns::kSteps, min_int(kVector, Columns::kSteps)>;
-  static_assert(Row::kWindow == Columns::kSize);
+  using Row = WindowRow<T, Columns::kSize, (uint64_t{1} << Columns::kSize) - 1, min_int(kVector, Columns::kSteps),
+                        -Columns::kFirst>;
 
   // Which outputs: a block covers blockDim.z planes, blockDim.y x kRows rows, blockDim.x x kColumns columns.
   const int tile_w = blockIdx.x % tiles_w * blockDim.x + threadIdx.x;
@@ -45,9 +44,9 @@ __global__ void __launch_bounds__(kGradInputNchwThreads)
   T grad[Rows::kSize][Columns::kSize];
 #pragma unroll
   for (int r = 0; r < Rows::kSize; ++r)
-    Row::template load<GlobalMemory>(grad[r], input + static_cast<int64_t>(first_row + r) * args.w,
-                                     tile_w * Columns::kSteps, args.w,
-                                     static_cast<unsigned>(first_row + r) < static_cast<unsigned>(args.h));
+    Row::template load<GlobalMemory>(
+        grad[r], input + static_cast<int64_t>(first_row + r) * args.w + tile_w * Columns::kSteps,
+        tile_w * Columns::kSteps, args.w, static_cast<unsigned>(first_row + r) < static_cast<unsigned>(args.h));
   float weight[Traits::kTaps];
   load_filter<Traits>(weight, args, plane % static_cast<unsigned>(args.out_c));
 

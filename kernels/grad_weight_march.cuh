@@ -41,6 +41,11 @@ struct MarchTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, kStrideW_, 
     return kRing ? (step + kDepth - age) % kDepth : kDepth - 1 + step - age;
   }
 
+  // Whether a row's terms are added up before they join a tap's sum: equal ones would round the same way every time. It
+  // is a fifth of the arithmetic, which few taps have to spare; more of them, and registers would cost a multiprocessor
+  // a block (sm_90: 21x1, and 5x5 at stride 2). 16-bit results hide it.
+  static constexpr bool kSumsRows = sizeof(T_) == 4 && kTaps <= (kStrideW_ == 1 && kKernelH_ <= 5 ? 25 : 9);
+
   // Steps whose loads are in flight: about 40 registers of them.
   static constexpr MarchRegisters kRegisters =
       march_registers(kKernelH_, kKernelW_, kStrideH_, kStrideW_, kDilationW_, kColumns, kChannels, kLoad, sizeof(T_));
@@ -116,7 +121,7 @@ __device__ __forceinline__ Piece piece_at(const GradWeightArgs& args, const Piec
 }
 
 // Marches down a piece. `strip` loads a row's elements for the piece: grad(pointer, in_bounds, row) and input(pointer,
-// in_bounds, row), whose element(column, channel) is taken later; the pointers are to the strip's first column in the piece's image, and step by
+// in_bounds, row), whose element<column>(channel) is taken later; the pointers are to the strip's first column in the piece's image, and step by
 // rows: only additions are left in the loop. Grad of bias is summed in parts of about 40 rows, so that equal gradients
 // do not all round the same way; the last part is the caller's to add.
 template <class Traits, class Strip>
@@ -144,12 +149,13 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
   typename Strip::GradRow ahead_grad[kAhead];
   typename Strip::InputRow ahead_input[kAhead][kStrideH];
   const auto load_step = [&](int t, int slot) {
-    strip.grad(next_grad, t < piece.end, ahead_grad[slot]);
+    strip.grad(ptx::opaque(next_grad), t < piece.end, ahead_grad[slot]);
     next_grad += grad_step;
 #pragma unroll
     for (int e = 0; e < kStrideH; ++e) {
       const int row = origin + t * kInputStep + e;
-      strip.input(next_input, t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
+      strip.input(ptx::opaque(next_input),
+                  t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
                   ahead_input[slot][e]);
       next_input += input_step;
     }
@@ -160,8 +166,10 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
 #pragma unroll
     for (int e = 0; e < kChannels; ++e) {
       float tree[kColumns];
-#pragma unroll
-      for (int v = 0; v < kColumns; ++v) tree[v] = converted[v][e] = row.element(v, e);
+      for_each_index<kColumns>([&](auto index) {
+        constexpr int v = decltype(index)::value;
+        tree[v] = converted[v][e] = row.template element<v>(e);
+      });
 #pragma unroll
       for (int width = kColumns / 2; width > 0; width /= 2)
 #pragma unroll
@@ -192,11 +200,12 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
       float window[kStrideH][kWindow][kChannels];
 #pragma unroll
       for (int e = 0; e < kStrideH; ++e)
+        for_each_index<kWindow>([&](auto index) {
+          constexpr int k = decltype(index)::value;
+          if constexpr (Traits::kUsed >> k & 1)
 #pragma unroll
-        for (int k = 0; k < kWindow; ++k)
-          if (Traits::kUsed >> k & 1)
-#pragma unroll
-            for (int c = 0; c < kChannels; ++c) window[e][k][c] = ahead_input[0][e].element(k, c);
+            for (int c = 0; c < kChannels; ++c) window[e][k][c] = ahead_input[0][e].template element<k>(c);
+        });
 #pragma unroll
       for (int slot = 0; slot + 1 < kAhead; ++slot) {
         ahead_grad[slot] = ahead_grad[slot + 1];
@@ -208,15 +217,22 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
 #pragma unroll
       for (int i = 0; i < Traits::kKernelH; ++i)
 #pragma unroll
-        for (int j = 0; j < Traits::kKernelW; ++j)
+        for (int j = 0; j < Traits::kKernelW; ++j) {
+          float (&tap)[kChannels] = sum[i * Traits::kKernelW + j];
+          float row[kChannels] = {};
 #pragma unroll
           for (int v = 0; v < kColumns; ++v)
 #pragma unroll
             for (int c = 0; c < kChannels; ++c) {
-              float& tap = sum[i * Traits::kKernelW + j][c];
-              tap = fmaf(grad[Traits::grad_row(step, i / kStrideH)][v][c],
-                         window[i % kStrideH][v * Traits::kStrideW + j * Traits::kDilationW][c], tap);
+              float& to = Traits::kSumsRows ? row[c] : tap[c];
+              to = fmaf(grad[Traits::grad_row(step, i / kStrideH)][v][c],
+                        window[i % kStrideH][v * Traits::kStrideW + j * Traits::kDilationW][c], to);
             }
+          if constexpr (Traits::kSumsRows) {
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c) tap[c] += row[c];
+          }
+        }
     }
     if constexpr (!Traits::kRing) {
 #pragma unroll

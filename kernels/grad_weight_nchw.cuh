@@ -41,16 +41,20 @@ struct NchwStrip {
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
       if (v < grad_columns) grad_mask |= 1u << v;
-#pragma unroll
-    for (int word = 0; word < Row::kWords; ++word)
-      if (Row::low(word) < Row::high(word) &&
-          static_cast<unsigned>(input_column + start(word)) < static_cast<unsigned>(input_columns))
-        input_mask |= StripMask<Row::kWords>{1} << word;
+    for_each_index<Row::kWords>([&](auto index) {
+      constexpr int word = decltype(index)::value;
+      if constexpr (Row::low(word) < Row::high(word)) {
+        constexpr int kStart = start(word);
+        if (static_cast<unsigned>(input_column + kStart) < static_cast<unsigned>(input_columns))
+          input_mask |= StripMask<Row::kWords>{1} << word;
+      }
+    });
   }
 
   struct GradRow {
     PackedLoad<T, Traits::kGradVector> load[Traits::kColumns / Traits::kGradVector];
-    __device__ __forceinline__ float element(int v, int) const {
+    template <int v>
+    __device__ __forceinline__ float element(int) const {
       return load[v / Traits::kGradVector][v % Traits::kGradVector];
     }
   };
@@ -64,9 +68,11 @@ struct NchwStrip {
 
   struct InputRow {
     PackedLoad<T, Traits::kVector> load[Row::kWords];
-    __device__ __forceinline__ float element(int k, int) const {
-      const int column = k - Traits::kPhase, word = floor_divide(column, Traits::kVector) - Row::kFirstWord;
-      return load[word][column - start(word)];
+    template <int k>
+    __device__ __forceinline__ float element(int) const {
+      constexpr int kColumn = k - Traits::kPhase, kWord = floor_divide(kColumn, Traits::kVector) - Row::kFirstWord;
+      constexpr int kElement = kColumn - start(kWord);
+      return load[kWord][kElement];
     }
   };
   __device__ __forceinline__ void input(const T* row, bool in_bounds, InputRow& registers) const {
@@ -75,9 +81,9 @@ struct NchwStrip {
   template <int kWord = 0>
   __device__ __forceinline__ void load_words(const T* row, StripMask<Row::kWords> mask, InputRow& registers) const {
     if constexpr (kWord < Row::kWords) {
+      constexpr int kStart = start(kWord);
       if constexpr (Row::low(kWord) < Row::high(kWord))
-        registers.load[kWord].template load<Row::load_width(kWord), Traits::kStaged>(row + start(kWord),
-                                                                                     mask >> kWord & 1);
+        registers.load[kWord].template load<Row::load_width(kWord), Traits::kStaged>(row + kStart, mask >> kWord & 1);
       load_words<kWord + 1>(row, mask, registers);
     }
   }

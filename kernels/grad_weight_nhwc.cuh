@@ -48,7 +48,10 @@ struct NhwcStrip {
   template <int kPixels>
   struct PixelRow {
     PackedLoad<T, kChannels> load[kPixels];
-    __device__ __forceinline__ float element(int k, int channel) const { return load[k][channel]; }
+    template <int k>
+    __device__ __forceinline__ float element(int channel) const {
+      return load[k][channel];
+    }
   };
   using GradRow = PixelRow<Traits::kColumns>;
   using InputRow = PixelRow<Traits::kWindow>;

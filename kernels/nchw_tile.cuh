@@ -19,17 +19,15 @@ struct NchwTraits {
   static constexpr int kTaps = kKernelH * kKernelW;
 };
 
-// One row of a thread's input window, read in aligned words of kVector elements.
-template <class Traits, int kColumns, int kVector>
-struct NchwRow {
-  using T = typename Traits::T;
-  static constexpr int kWindow = window_size(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
-  static constexpr uint64_t kUsed = window_mask(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+// One row of a thread's input window, whose elements kUsed marks, read in aligned words of kVector elements. The window
+// starts kPhase elements left of a word's boundary. Words may straddle the ends of rows if kStraddles.
+template <class T, int kWindow_, uint64_t kUsed_, int kVector, int kPhase, bool kStraddles = false>
+struct WindowRow {
+  static constexpr int kWindow = kWindow_;
+  static constexpr uint64_t kUsed = kUsed_;
   static_assert(kWindow <= 64);
-  // The window starts kPhase left of a column that is a multiple of kVector.
-  static constexpr int kFirstWord = floor_divide(-Traits::kPhase, kVector);
-  static constexpr int kWords = floor_divide(kWindow - 1 - Traits::kPhase, kVector) - kFirstWord + 1;
-  static_assert(kColumns * Traits::kStrideW % kVector == 0, "a thread's window must start on a load boundary");
+  static constexpr int kFirstWord = floor_divide(-kPhase, kVector);
+  static constexpr int kWords = floor_divide(kWindow - 1 - kPhase, kVector) - kFirstWord + 1;
 
   // The part [low, high) of word `word` that the window uses; low == high: none.
   static constexpr int low(int word) {
@@ -43,7 +41,7 @@ struct NchwRow {
     return 0;
   }
   static constexpr bool used(int word, int k) {
-    const int offset = (kFirstWord + word) * kVector + k + Traits::kPhase;
+    const int offset = (kFirstWord + word) * kVector + k + kPhase;
     return offset >= 0 && offset < kWindow && (kUsed >> offset & 1);
   }
   // The smallest aligned power of two that covers the used part: an edge word that gives one column is a narrow load.
@@ -53,10 +51,10 @@ struct NchwRow {
     return width;
   }
 
-  // The row as it lies in memory, its phase at `column`; unused elements never become registers. `Memory` loads
-  // words, or zeros.
+  // The row as it lies in memory, its phase at `column`, which is where `memory` points; unused elements never become
+  // registers. `Memory` loads words, or zeros where a word holds no element of the row.
   template <class Memory, int kWord = 0>
-  __device__ __forceinline__ static void load(T (&window)[kWindow], const T* row, int column, int width,
+  __device__ __forceinline__ static void load(T (&window)[kWindow], const T* memory, int column, int width,
                                               bool row_in_bounds) {
     if constexpr (kWord < kWords) {
       constexpr int kLow = low(kWord), kHigh = high(kWord);
@@ -64,17 +62,27 @@ struct NchwRow {
         constexpr int kWidth = load_width(kWord);
         constexpr int kStart = (kFirstWord + kWord) * kVector + kLow / kWidth * kWidth;
         const int start = column + kStart;
-        const auto words = Memory::template load<kWidth>(
-            row + start, row_in_bounds && static_cast<unsigned>(start) < static_cast<unsigned>(width));
+        const bool in_bounds =
+            kStraddles ? start > -kWidth && start < width : static_cast<unsigned>(start) < static_cast<unsigned>(width);
+        const auto words = Memory::template load<kWidth>(memory + kStart, row_in_bounds && in_bounds);
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          constexpr int kBase = kStart + Traits::kPhase;
+          constexpr int kBase = kStart + kPhase;
           if (kBase + k >= 0 && kBase + k < kWindow) window[kBase + k] = words.value[k];
         }
       }
-      load<Memory, kWord + 1>(window, row, column, width, row_in_bounds);
+      load<Memory, kWord + 1>(window, memory, column, width, row_in_bounds);
     }
   }
+};
+
+// The row of kColumns neighbouring outputs.
+template <class Traits, int kColumns, int kVector>
+struct NchwRow
+    : WindowRow<typename Traits::T, window_size(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW),
+                window_mask(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW), kVector,
+                Traits::kPhase> {
+  static_assert(kColumns * Traits::kStrideW % kVector == 0, "a thread's window must start on a load boundary");
 };
 
 // The input column of a window's phase, for outputs from `column` on.
@@ -108,56 +116,12 @@ template <class Traits>
 __device__ __forceinline__ void load_filter(float (&weight)[Traits::kTaps], const DirectArgs& args, unsigned channel) {
   using T = typename Traits::T;
   const T* filter = static_cast<const T*>(args.weight) + channel * Traits::kTaps;
+  float straight[Traits::kTaps];
+#pragma unroll
+  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = load(filter + tap);
 #pragma unroll
   for (int tap = 0; tap < Traits::kTaps; ++tap)
-    weight[tap] = load(filter + (args.flip ? Traits::kTaps - 1 - tap : tap));
-}
-
-// Reads the window row by row, kRowsAhead rows before they are used, and hands each output row to `store` as soon as it
-// is complete, so that only kKernelH rows of sums are ever live.
-template <class Traits, int kColumns, int kRows, int kVector, int kRowsAhead, class LoadRow, class StoreRow>
-__device__ __forceinline__ void convolve_tile(const float (&weight)[Traits::kTaps], float bias, LoadRow&& load_row,
-                                              StoreRow&& store) {
-  using T = typename Traits::T;
-  using Row = NchwRow<Traits, kColumns, kVector>;
-  constexpr int kRowsIn = window_size(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
-  constexpr uint64_t kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
-  static_assert(kRowsIn <= 64 && kRowsAhead <= kRowsIn);
-  constexpr int kLastTap = (Traits::kKernelH - 1) * Traits::kDilationH;
-
-  T ahead[kRowsAhead][Row::kWindow];
-#pragma unroll
-  for (int r = 0; r < kRowsAhead; ++r)
-    if (kUsedRows >> r & 1) load_row(ahead[r], r);
-
-  float sum[kRows][kColumns];
-#pragma unroll
-  for (int o = 0; o < kRows; ++o)
-#pragma unroll
-    for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
-
-#pragma unroll
-  for (int r = 0; r < kRowsIn; ++r) {
-    float window[Row::kWindow];
-#pragma unroll
-    for (int k = 0; k < Row::kWindow; ++k)
-      if (Row::kUsed >> k & 1) window[k] = to_float(ahead[r % kRowsAhead][k]);
-    if (r + kRowsAhead < kRowsIn && (kUsedRows >> (r + kRowsAhead) & 1))
-      load_row(ahead[r % kRowsAhead], r + kRowsAhead);
-    if (!(kUsedRows >> r & 1)) continue;
-#pragma unroll
-    for (int o = 0; o < kRows; ++o) {
-      const int tap_h = r - o * Traits::kStrideH;
-      if (tap_h < 0 || tap_h % Traits::kDilationH != 0 || tap_h > kLastTap) continue;
-#pragma unroll
-      for (int j = 0; j < Traits::kKernelW; ++j)
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v)
-          sum[o][v] = fmaf(window[v * Traits::kStrideW + j * Traits::kDilationW],
-                           weight[tap_h / Traits::kDilationH * Traits::kKernelW + j], sum[o][v]);
-      if (tap_h == kLastTap) store(o, sum[o]);
-    }
-  }
+    weight[tap] = args.flip ? straight[Traits::kTaps - 1 - tap] : straight[tap];
 }
 
 // Stores the part of a row that lies below `width`, kWidth elements at a time.

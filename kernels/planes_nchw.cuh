@@ -64,13 +64,14 @@ __global__ void __launch_bounds__(kStreamThreads, RollingColumns<Traits, kColumn
     const T* const window = shared_input + skew + plane * in_plane;
     const int last_row = min(first_row + plan.rows, args.out_h);
     const bool pairs = ((args.out_w | out_plane | reinterpret_cast<uintptr_t>(out) % 16 / sizeof(T)) & 1) == 0;
+    const int in_column = window_column<Traits>(args, column);
     for (int stage = 0; stage < plan.stages; ++stage) {
       const int stage_row = first_row + stage * Rolling::kStageOutputs;
       const int in_row = stage_row * Traits::kStrideH - args.padding_h;
       rolling.stage(
           [&](T(&row)[Rolling::Row::kWindow], int r) {
             Rolling::Row::template load<SharedMemory>(
-                row, window + (in_row + r) * args.w, window_column<Traits>(args, column), args.w,
+                row, window + (in_row + r) * args.w + in_column, in_column, args.w,
                 static_cast<unsigned>(in_row + r) < static_cast<unsigned>(args.h));
           },
           [&](int o, float (&sum)[kColumns]) {

@@ -35,6 +35,8 @@ struct Tile {
 
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
+constexpr int modulo(int64_t a, int b) { return static_cast<int>((a % b + b) % b); }
+
 // A direct convolution with its direction taken out: the grad of input at stride 1 is the forward pass over
 // grad_output with the filter flipped and padding dilation * (kernel - 1) - padding.
 struct DirectArgs {
@@ -47,6 +49,42 @@ struct DirectArgs {
   int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
 };
+
+// direct_nchw. Rows of `width` elements begin at the same place within a word every so many rows; a power of two.
+constexpr int row_period(int width, int word) {
+  int period = 1;
+  while (period * (width % word) % word != 0) period *= 2;
+  return period;
+}
+constexpr int max_skew(int rows, int columns, int width) {
+  int most = 0;
+  for (int row = 0; row < rows; ++row) most = row * width % columns > most ? row * width % columns : most;
+  return most;
+}
+
+// The widest store of elements from `begin` on of a vector on its boundary.
+constexpr int widest_store(int begin, int end, int columns) {
+  int width = columns;
+  while (begin % width != 0 || begin + width > end) width /= 2;
+  return width;
+}
+
+// By how many rows the tiles of a plane begin before it, so that the rows at which tiles begin, counted through all
+// planes of `height` rows, are multiples of `period`.
+struct SkewRows {
+  unsigned height;
+  int period;
+
+  constexpr int before(unsigned plane) const { return static_cast<int>(plane * height & (period - 1)); }
+};
+
+// Outputs are what is aligned; where their rows are anyhow, it is the input.
+constexpr SkewRows skew_rows_of(const DirectArgs& args, int stride_h, int columns, int vector) {
+  const int out_period = row_period(args.out_w, columns), in_period = row_period(args.w, vector);
+  if (vector > 1 && out_period > 1) return {static_cast<unsigned>(args.out_h), out_period};
+  if (vector > 1 && in_period > 1 && stride_h == 1) return {static_cast<unsigned>(args.h), in_period};
+  return {0, 1};
+}
 
 // Grad of weight and bias. A kernel writes its sums split by split, [split][out_channel][tap], and another adds the
 // splits in order. With one split, the kernels write the results themselves.

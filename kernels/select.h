@@ -7,7 +7,8 @@
 
 namespace depthwise {
 
-// tiled_nhwc: the tile that wastes the fewest channels; of equals the widest (whole cache lines a pixel).
+// tiled_nhwc: the tile that wastes the fewest channels; of equals 12 lanes, whose blocks are smaller (7x7 on 32x192x28x28,
+// fp32 / fp16, H200: 0.039 / 0.036 ms, 16 lanes 0.040 / 0.038).
 inline int tiled_nhwc_tile(int64_t channels) {
   int best = 0;
   int64_t least = 0;
@@ -35,9 +36,9 @@ inline Config select_large(const Problem& p) {
     // 9x9 on 768x32x32: 0.077, planes 0.158.
     if (taps > kMaxRegisterTaps) return {Kernel::kToeplitz, 0};
     // 7x7. NCHW: 96x56x56: 0.031, planes 0.046; 192x28x28: 0.024, 0.030; 384x14x14: 0.019, 0.019; 768x7x7: 0.019, 0.014.
-    // channels_last: 96x56x56: 0.060, tiled 0.053; 192x28x28: 0.036, 0.039; 384x14x14: 0.021, 0.027.
+    // channels_last: 96x56x56: 0.058, tiled 0.053; 192x28x28: 0.041, 0.036; 384x14x14: 0.023, 0.026; 768x7x7: 0.019 both.
     // Dilation 3, 8x64x56x56: NCHW 0.012, direct 0.016; channels_last 0.021. 5x5 on 240x28x28: 0.027, planes 0.024.
-    const bool fits = nchw ? args.out_w > 14 : args.out_w <= 28;
+    const bool fits = nchw ? args.out_w > 14 : args.out_w <= 16;
     if (taps == kMaxRegisterTaps && (dilated || fits)) return {Kernel::kToeplitz, 0};
   }
   // fp32 9x9 on 768x32x32: NCHW 0.345, planes 0.163; channels_last 0.325.
@@ -46,35 +47,55 @@ inline Config select_large(const Problem& p) {
   return {};
 }
 
+// direct_nchw: a tile that reads and writes whole vectors, or the general kernel, which stands for none. H200, ms.
+inline Config select_direct_nchw(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  const bool wide = p.dtype == DType::kFloat32, strided = p.stride_h > 1 || p.stride_w > 1;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const auto tile_of = [&](int rows, int columns) {
+    const TileTable table = tile_table(Kernel::kDirectNchw, p.dtype);
+    for (int tile = 0; tile < table.size; ++tile)
+      if (table[tile].rows == rows && table[tile].columns == columns && table[tile].vector == columns &&
+          can_serve(p, Kernel::kDirectNchw, tile))
+        return Config{Kernel::kDirectNchw, tile};
+    return Config{};
+  };
+  // Eight rows a thread, but four for kernels of one row (1x11, 16x64x128x128: 0.038 / 0.025, 0.040 / 0.029 with eight),
+  // for dilated ones (3x3, dilation 12, 8x256x64x64: 0.025 / 0.020, 0.030 / 0.022) and for 3x3 at stride 2
+  // (32x96x112x112: 0.054 / 0.032, 0.057 / 0.035), and sixteen for more work on tall planes (3x7, 32x128x128x256, fp32:
+  // 0.277, 0.285 with eight). In 16 bits four also where outputs are not aligned, whose windows are wide (3x3,
+  // 16x64x512x512: 0.279, 0.305 with eight; 3x7: 0.196, 0.204), and narrow vectors for 5x5 at stride 2 (32x144x56x56:
+  // 0.022, 0.024 with wide ones).
+  const bool few_rows = p.kernel_h == 1 || p.dilation_h > 1 || (strided && taps <= 9) || (!wide && args.out_w % 8 != 0);
+  const int columns = wide ? 4 : 8;
+  Config best;
+  if (wide && !strided && !few_rows && taps > 9 && taps < 25 && args.w % 4 == 0 && args.out_h >= 64)
+    best = tile_of(16, 4);
+  if (!wide && strided && taps > 9) best = tile_of(8, 4);
+  if (best.kernel == Kernel::kGeneral) best = tile_of(few_rows ? 4 : 8, columns);
+  if (best.kernel == Kernel::kGeneral) best = tile_of(8, columns);
+  return best.kernel != Kernel::kGeneral ? best : tile_of(8, 4);
+}
+
 // Forward, and grad of input at stride 1. Times are of 32 images on an H200, ms, fp32 / fp16 where nothing else is said.
 inline Config select_nchw(const Problem& p) {
   const DirectArgs args = direct_args(p);
   const int64_t taps = p.kernel_h * p.kernel_w;
-  if (p.dilation_h == 1 && p.dilation_w == 1) {
-    // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.016 / 0.014), and
-    // filters that cost registers or loads elsewhere (7x7, 96x56x56: 0.048 / 0.046, direct 0.064 / 0.058). Larger planes
-    // of few taps are read faster without the detour (3x3, 144x56x56: 0.037 / 0.029, direct 0.036 / 0.026).
-    if (args.h * args.w <= 32 * 32 || taps >= 25) {
-      const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
-      if (planes.kernel != Kernel::kGeneral) return planes;
-    }
-    // Rows that fill a warp at least, where a thread saves instructions by rolling down them: 16-bit (3x3, 16x64x512x512:
-    // 0.31, direct 0.44) and larger filters (3x7, 128x128x256: 0.31 / 0.24, direct 0.39 / 0.29), not 3x1 (64x8x512x512:
-    // 0.28 / 0.15, direct 0.26 / 0.13) nor 3x3 in fp32 (16x64x512x512: 0.60, direct 0.58).
-    // Rows off the boundaries of words: shared memory is where they cost little.
-    const bool fills_warps = args.out_w * element_size(p.dtype) >= 28 * 16;
-    const bool saves = p.kernel_h > 1 && (taps > 9 || (taps > 3 && p.dtype != DType::kFloat32));
-    const bool unaligned = !p.aligned || args.w % 4 != 0;
-    if (p.stride_h == 1 && p.stride_w == 1 && fills_warps && (saves || unaligned)) {
-      const Config stream = first_that_serves(p, Kernel::kStreamNchw);
-      if (stream.kernel != Kernel::kGeneral) return stream;
-    }
+  // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.014 / 0.012; 5x5,
+  // 672x14x14, fp16: 0.021, 0.024). In fp32 large filters repay that detour later (5x5, 672x14x14: 0.026, direct 0.022;
+  // 7x7, 96x56x56: 0.049, 0.039; 192x28x28: 0.031, 0.026; 768x7x7: 0.015, 0.023).
+  const int64_t small = p.dtype == DType::kFloat32 && taps >= 25 ? 12 * 12 : 32 * 32;
+  if (p.dilation_h == 1 && p.dilation_w == 1 && args.h * args.w <= small) {
+    const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
+    if (planes.kernel != Kernel::kGeneral) return planes;
   }
-  const Config direct = first_that_serves(p, Kernel::kDirectNchw);
+  const Config direct = select_direct_nchw(p);
   if (direct.kernel != Kernel::kGeneral) return direct;
+  // What has too many taps, or lies off the boundaries of words: shared memory is where that costs little.
   const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
   if (planes.kernel != Kernel::kGeneral) return planes;
-  return first_that_serves(p, Kernel::kStreamNchw);
+  const Config stream = first_that_serves(p, Kernel::kStreamNchw);
+  return stream.kernel != Kernel::kGeneral ? stream : first_that_serves(p, Kernel::kDirectNchw);
 }
 
 inline Config select_nhwc(const Problem& p) {
@@ -94,11 +115,31 @@ inline Config select_nhwc(const Problem& p) {
   return {};
 }
 
+// Grad of weight. H200, 32 images, ms.
+inline Config select_marching_nhwc(const Problem& p) {
+  const bool wide = p.dtype == DType::kFloat32;
+  const auto tile_of = [&](int channels) {
+    const int tile = channels == 4 ? 0 : channels == 2 ? 1 : 2;
+    return can_serve(p, Kernel::kGradWeightNhwc, tile) ? Config{Kernel::kGradWeightNhwc, tile} : Config{};
+  };
+  // Four channels a thread, where registers hold them, but one in small images, of which there would be too few threads
+  // (3x3, 384x14x14, fp32 / fp16: 0.016 / 0.014, four 0.022 / 0.018; 5x5, 672x14x14: 0.031 / 0.028, two 0.044 / 0.035),
+  // and fewer in large ones, of which more warps are read at once (3x3, 16x64x512x512: 0.509 / 0.279, four 0.536 /
+  // 0.350; not 144x56x56, fp16: 0.044, four 0.043). In fp32 one also where four do not fit (3x7, 128x128x256: 0.339, two
+  // 0.394; 1x11, 16x64x128x128: 0.069, 0.083; not 5x5, 240x28x28: 0.047, 0.043).
+  const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
+  Config config = small || (large && wide) ? tile_of(1) : large ? tile_of(2) : tile_of(4);
+  if (config.kernel == Kernel::kGeneral && wide) config = tile_of(1);
+  return config.kernel != Kernel::kGeneral ? config : first_that_serves(p, Kernel::kGradWeightNhwc);
+}
+
 inline Config select_grad_weight(const Problem& p) {
   const bool channels_last = p.layout == Layout::kNhwc;
-  const Config marching = first_that_serves(p, channels_last ? Kernel::kGradWeightNhwc : Kernel::kGradWeightNchw);
-  if (marching.kernel != Kernel::kGeneral) return marching;
   const Kernel toeplitz = channels_last ? Kernel::kToeplitzGradWeightNhwc : Kernel::kToeplitzGradWeightNchw;
+  // channels_last of more than 7x7 in 16 bits: 9x9, 768x32x32: 0.149, marching 0.201.
+  const bool prefers_toeplitz = channels_last && p.kernel_h * p.kernel_w > 49 && can_serve(p, toeplitz, 0);
+  const Config marching = channels_last ? select_marching_nhwc(p) : first_that_serves(p, Kernel::kGradWeightNchw);
+  if (marching.kernel != Kernel::kGeneral && !prefers_toeplitz) return marching;
   if (can_serve(p, toeplitz, 0)) {
     // The narrowest tile that holds a row, or the widest.
     int tile = tile_table(toeplitz, p.dtype).size - 1;

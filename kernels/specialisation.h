@@ -15,21 +15,15 @@ struct Specialisation {
   Kernel kernel;
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
-  int padding_w;      // NCHW and grad of input: where aligned words lie (window_phase), and which taps meet
-  int padding_h;      // grad of input alone
-  int tile;           // of a kernel that is compiled tile by tile, else 0
-  int channels_last;  // toeplitz, blocked
-  Band band;          // toeplitz, which takes the kernel's size at run time
+  int padding_w;         // NCHW: where windows begin within aligned words of input; grad of input: which taps meet
+  int padding_h;         // grad of input alone
+  int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns
+  int tile;              // of a kernel that is compiled tile by tile, else 0
+  int channels_last;     // toeplitz, blocked
+  Band band;             // toeplitz, which takes the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
-
-// direct_nchw, stream_nchw, planes_nchw: where windows start within aligned words of input. A specialisation of
-// direct_nchw serves all tiles of its table, so its words are the widest.
-inline int window_phase(int padding_w, Kernel kernel, DType dtype, int tile) {
-  const int words = tile_table(kernel, dtype)[is_compiled_by_tile(kernel) ? tile : 0].vector;
-  return (padding_w % words + words) % words;
-}
 
 inline Specialisation specialisation_of(const Problem& p, const Config& config) {
   const Kernel kernel = config.kernel;
@@ -61,10 +55,17 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   s.stride_h = static_cast<int>(p.stride_h);
   s.dilation_h = static_cast<int>(p.dilation_h);
   s.dilation_w = static_cast<int>(p.dilation_w);
-  if (is_direct_nchw(kernel)) s.padding_w = window_phase(direct_args(p).padding_w, kernel, p.dtype, config.tile);
+  const DirectArgs args = direct_args(p);
+  const Tile& tile = tile_table(kernel, p.dtype)[config.tile];
+  if (is_rolling_nchw(kernel)) s.padding_w = modulo(args.padding_w, tile.vector);
+  if (kernel == Kernel::kDirectNchw) {
+    s.padding_w = direct_nchw_phase(args, tile);
+    s.width = args.w % tile.vector;
+    s.out_width = tile.vector > 1 ? args.out_w % tile.columns : 0;
+  }
   if (is_grad_input_kernel(kernel)) {
-    s.padding_w = direct_args(p).padding_w;
-    s.padding_h = direct_args(p).padding_h;
+    s.padding_w = args.padding_w;
+    s.padding_h = args.padding_h;
   }
   if (kernel == Kernel::kGradWeightNchw) s.padding_w = static_cast<int>(p.padding_w);
   if (is_compiled_by_tile(kernel)) s.tile = config.tile;
@@ -89,6 +90,7 @@ inline std::string specialisation_name(const Specialisation& s) {
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
   std::string full = name;
   if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
+  if (s.kernel == Kernel::kDirectNchw) full += "_w" + std::to_string(s.width) + "x" + std::to_string(s.out_width);
   if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
 }
@@ -102,6 +104,8 @@ inline std::string specialisation_source(const Specialisation& s) {
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
   std::string traits = std::string("NhwcTraits<") + arguments;
   if (is_direct_nchw(s.kernel)) traits = std::string("NchwTraits<") + arguments + ", " + std::to_string(s.padding_w);
+  if (s.kernel == Kernel::kDirectNchw)
+    traits = "Direct" + traits + ", " + std::to_string(s.width) + ", " + std::to_string(s.out_width);
   if (is_grad_input_kernel(s.kernel))
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
@@ -137,7 +141,9 @@ inline std::string specialisation_source(const Specialisation& s) {
   }
   traits += ">";
   const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
-  if (is_rolling_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.vector);
+  if (is_direct_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns);
+  if (s.kernel == Kernel::kDirectNchw) traits += ", " + std::to_string(tile.rows);
+  if (is_direct_nchw(s.kernel)) traits += ", " + std::to_string(tile.vector);
   if (s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
   const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +

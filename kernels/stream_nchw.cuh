@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kStreamThreads, RollingColumns<Traits, kColumn
   Rolling rolling;
   rolling.load_channel(args, plane % static_cast<unsigned>(args.out_c));
   const T* const window = ring + skew;
+  const int in_column = window_column<Traits>(args, column);
   T* const out = static_cast<T*>(args.out) + (static_cast<int64_t>(plane) * args.out_h + first_row) * args.out_w;
 
   int slot = 0;  // the ring's row where the stage begins
@@ -97,8 +98,7 @@ __global__ void __launch_bounds__(kStreamThreads, RollingColumns<Traits, kColumn
       rolling.stage(
           [&](T(&row)[Rolling::Row::kWindow], int r) {
             const int in_row = first_in_row + stage * kStageRows + r;
-            Rolling::Row::template load<SharedMemory>(row, window + (slot + r) * args.w,
-                                                      window_column<Traits>(args, column), args.w,
+            Rolling::Row::template load<SharedMemory>(row, window + (slot + r) * args.w + in_column, in_column, args.w,
                                                       static_cast<unsigned>(in_row) < static_cast<unsigned>(args.h));
           },
           [&](int o, float (&sum)[kColumns]) {

@@ -12,33 +12,6 @@
 
 namespace depthwise {
 
-// 8x8 matrices of 16-bit elements: lane l names row l % 8 of matrix l / 8 (16 aligned bytes), and gets elements 2t,
-// 2t+1 of row g of each; transposed: elements g of rows 2t, 2t+1. Addresses are shared_address's.
-__device__ __forceinline__ void load_matrices(unsigned (&matrix)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices(unsigned (&matrix)[2], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-               : "=r"(matrix[0]), "=r"(matrix[1])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[2], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(matrix[0]), "=r"(matrix[1])
-               : "r"(address)
-               : "memory");
-}
-
 template <class T>
 constexpr bool is_bfloat16 = false;
 template <>
@@ -69,14 +42,10 @@ __device__ __noinline__ float4 multiply_by_shuffles(float4 d, unsigned a0, unsig
 template <class T>
 __device__ __forceinline__ void multiply_k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
   if constexpr (!is_bfloat16<T>) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b0));
+    ptx::multiply_float16(d, a0, a1, b0);
   } else {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(b0));
+    ptx::multiply_bfloat16(d, a0, a1, b0);
 #else
     const float4 sum = multiply_by_shuffles<T>(make_float4(d[0], d[1], d[2], d[3]), a0, a1, b0);
     d[0] = sum.x, d[1] = sum.y, d[2] = sum.z, d[3] = sum.w;
@@ -90,15 +59,9 @@ __device__ __forceinline__ void multiply_k16(float (&d)[4], unsigned a0, unsigne
                                              unsigned b0, unsigned b1) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (is_bfloat16<T>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    ptx::multiply_bfloat16(d, a0, a1, a2, a3, b0, b1);
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    ptx::multiply_float16(d, a0, a1, a2, a3, b0, b1);
 #else
   multiply_k8<T>(d, a0, a1, b0);
   multiply_k8<T>(d, a2, a3, b1);

@@ -228,8 +228,8 @@ template <class Traits>
 int launch_tiled_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
   constexpr int kRows = Traits::kKernelH * Traits::kKernelW <= 9 && Traits::kStrideH == 1 ? 4 : 2;
   switch (tile) {
-    case 0: return launch_tiled_nhwc<Traits, 16, 4, kRows, 4>(args, stream);
-    case 1: return launch_tiled_nhwc<Traits, 12, 4, kRows, 4>(args, stream);
+    case 0: return launch_tiled_nhwc<Traits, 12, 4, kRows, 4>(args, stream);
+    case 1: return launch_tiled_nhwc<Traits, 16, 4, kRows, 4>(args, stream);
     case 2: return launch_tiled_nhwc<Traits, 8, 4, kRows, 4>(args, stream);
   }
   return cudaErrorInvalidValue;

@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int first_tile = Traits::kChannelsLast ? 0 : warp;
   constexpr int kTileStep = Traits::kChannelsLast ? 1 : Traits::kWarps;
   constexpr int kRowBytes = Traits::kPitch * kChunk * sizeof(T);
-  const unsigned base = shared_address(tile) + lane / kTileRows * 16;
+  const unsigned base = ptx::shared_address(tile) + lane / kTileRows * 16;
   const unsigned zeros = base + tile_rows * kRowBytes;
   int in_row[kTilesH];
   unsigned address[kTilesH];
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
 #pragma unroll
       for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
-        load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
+        ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
 #pragma unroll
       for (int step = 0; step < Traits::kSteps; ++step)
 #pragma unroll

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       for (int n = 0; n < kGroupTiles; ++n) {
         if (kSkipsRows && (n < low || n >= high)) continue;
         unsigned x[2 * kAtOnce];
-        load_matrices(x, input + n * 8 * Traits::kInputPitch * 2 + first * 32);
+        ptx::load_matrices(x, input + n * 8 * Traits::kInputPitch * 2 + first * 32);
 #pragma unroll
         for (int q = 0; q < kAtOnce; ++q) {
           if (q > 0 && 16 * (first + q) >= columns) continue;
@@ -223,7 +223,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       const T* const grad_row = shared + input_elements + (image * stage.rows + first_h) * Traits::kGradPitch;
       const auto* grad = reinterpret_cast<const unsigned*>(grad_row) + (first_pair >> 1);
       unsigned input =
-          shared_address(shared + (image * tiling.image_rows + first_h + kernel_row) * Traits::kInputPitch) + matrix;
+          ptx::shared_address(shared + (image * tiling.image_rows + first_h + kernel_row) * Traits::kInputPitch) +
+          matrix;
 #pragma unroll 1
       for (int h = first_h; h < stage.rows; h += step) {
         const int first_x = stage.first_row + h + group * kGroupTiles * 8 - args.padding_h;  // of tile 0

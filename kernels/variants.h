@@ -52,7 +52,7 @@ inline bool is_grad_weight_kernel(Kernel kernel) {
 }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
-  return is_rolling_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
+  return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          is_toeplitz_grad_weight(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
@@ -67,10 +67,12 @@ struct Config {
 
 // Tile tables; the launchers' switches follow their order. The last tile of a direct kernel reads element by element
 // and serves every alignment.
-constexpr Tile kDirectNchwTiles32[] = {{"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
-constexpr Tile kDirectNchwTiles16[] = {{"v8r4", 8, 4, 8}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles32[] = {
+    {"v4r16", 4, 16, 4}, {"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
+constexpr Tile kDirectNchwTiles16[] = {
+    {"v8r8", 8, 8, 8}, {"v8r4", 8, 4, 8}, {"v4r8", 4, 8, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
-constexpr Tile kTiledNhwcTiles[] = {{"lanes16", 4, 0, 16}, {"lanes12", 4, 0, 12}, {"lanes8", 4, 0, 8}};
+constexpr Tile kTiledNhwcTiles[] = {{"lanes12", 4, 0, 12}, {"lanes16", 4, 0, 16}, {"lanes8", 4, 0, 8}};
 constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};

@@ -1,9 +1,9 @@
 // Typed memory access of 1, 2, 4, 8 or 16 bytes, and conversion to and from the fp32 accumulators.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "ptx.cuh"
 
 namespace depthwise {
 
@@ -41,11 +41,7 @@ struct alignas(sizeof(T) * kCount) Vector {
 };
 
 __device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(float16 value) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
-  return result;
-}
+__device__ __forceinline__ float to_float(float16 value) { return ptx::from_float16(value.bits); }
 __device__ __forceinline__ float to_float(bfloat16 value) {
   return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
 }
@@ -76,21 +72,17 @@ __device__ __forceinline__ float from_float<float>(float value) {
 }
 template <>
 __device__ __forceinline__ float16 from_float<float16>(float value) {
-  float16 result;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
-  return result;
+  return {ptx::to_float16(value)};
 }
 template <>
 __device__ __forceinline__ bfloat16 from_float<bfloat16>(float value) {
-  bfloat16 result;
 #if __CUDA_ARCH__ >= 800
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+  return {ptx::to_bfloat16(value)};
 #else
   const unsigned bits = __float_as_uint(value);  // to nearest even; NaN stays NaN
   const unsigned rounded = bits + 0x7fffu + (bits >> 16 & 1);
-  result.bits = static_cast<unsigned short>((value != value ? bits | 0x400000u : rounded) >> 16);
+  return {static_cast<unsigned short>((value != value ? bits | 0x400000u : rounded) >> 16)};
 #endif
-  return result;
 }
 
 // One element, read-only.

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from stand_in import built, project, shipped, warm  # noqa: F401  fixtures
 
 import bench
 import bench_report as report

@@ -31,6 +31,7 @@ import depthwise_inline
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda"
+OPERATORS = torch.ops.depthwise_inline
 
 DIRECTIONS = ("forward", "grad_input", "grad_weight")  # this order, and that of the next two, is the C interface's
 LAYOUTS = ("nchw", "nhwc")
@@ -47,11 +48,11 @@ def short(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def fresh_generator(device=DEVICE):
+def fresh_generator(device=None):
     """A generator with a new seed, printed so that a failure can be repeated with DEPTHWISE_TEST_SEED."""
     seed = int(os.environ.get("DEPTHWISE_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"DEPTHWISE_TEST_SEED={seed}")
-    return torch.Generator(device=device).manual_seed(seed)
+    return torch.Generator(device=device or DEVICE).manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -319,14 +320,13 @@ def mismatch(result, expected, peer=None):
 def run(direction, problem, tensors, layout):
     """One direction through its operator; results by name, as pytorch_results names them."""
     x, weight, bias, grad_out = tensors
-    operators = torch.ops.depthwise_inline
     channels_last = layout == "nhwc"
     if direction == "forward":
-        return {"out": operators.forward_no_autograd(x, weight, bias, *problem.geometry)}
+        return {"out": OPERATORS.forward_no_autograd(x, weight, bias, *problem.geometry)}
     if direction == "grad_input":
         flags = (channels_last, problem.multiplier)
-        return {"grad_input": operators.grad_input(grad_out, weight, *problem.image, *problem.geometry, *flags)}
-    results = operators.grad_weight(grad_out, x, *problem.kernel, *problem.geometry, channels_last, bias is not None)
+        return {"grad_input": OPERATORS.grad_input(grad_out, weight, *problem.image, *problem.geometry, *flags)}
+    results = OPERATORS.grad_weight(grad_out, x, *problem.kernel, *problem.geometry, channels_last, bias is not None)
     return (
         dict(zip(("grad_weight", "grad_bias"), results, strict=True))
         if bias is not None
@@ -356,6 +356,18 @@ def all_variants(direction, problem, dtype, layout, aligned=True):
     variants = names.value.decode().split()
     assert "general" in variants, f"{direction} of {problem}: the general variant is not among {variants}"
     return variants
+
+
+def specialisations(problems, dtype, layout, variants=None):
+    """What `check` has compiled for these problems, aligned or not: the sources by name. `variants` as there."""
+    sources = {}
+    for problem, direction, aligned in itertools.product(problems, DIRECTIONS, (True, False)):
+        for variant in variants or all_variants(direction, problem, dtype, layout, aligned):
+            with forced(variant):
+                name, source = select(direction, problem, dtype, layout, aligned)
+            if source:
+                sources[name.rpartition("/")[0]] = source
+    return sources
 
 
 @contextlib.contextmanager

@@ -64,6 +64,11 @@ INFO = {
     "cudnn": "9",
 }
 HOST = {"conv2d_forward": 10.0, "ours_forward": 11.0, "conv2d_train": 50.0, "ours_train": 60.0}
+SPEEDS = {
+    "copy_tbps": 3.0,
+    "matmul_tflops": {"float32": 50.0, "float16": 700.0, "bfloat16": 690.0},
+    "host_us": HOST,
+}
 MODEL = {
     "model": "MobileNetV2",
     "batch": 128,
@@ -183,6 +188,13 @@ def test_geometric_mean():
     assert math.isnan(report.geometric_mean([]))
 
 
+def test_the_limits_are_those_of_a_copy_and_of_a_matrix_product():
+    record = report.make_record(INFO, SPEEDS, [row()], [])
+    kb82 = CASES["kb82"]
+    assert report.limits_ms(row(), record) == pytest.approx((kb82.bytes(4) / 3e9, kb82.flops() / 50e9))
+    assert report.limits_ms(row(dtype="float16"), record)[1] == pytest.approx(kb82.flops() / 700e9)
+
+
 def test_quick_has_the_headline_and_a_case_of_every_family():
     quick = [case for case in CASES.values() if case.quick]
     assert report.HEADLINE in [case.name for case in quick]
@@ -253,6 +265,12 @@ class Watch:
 @pytest.fixture
 def on_the_cpu(monkeypatch):
     """Lets the GPU's part of bench.py run on the CPU, timed by a stand-in."""
+    monkeypatch.setattr(bench, "machine", lambda: dict(INFO))
+    monkeypatch.setattr(bench, "check_model_new", lambda *arguments: None)
+    monkeypatch.setattr(bench, "Stopwatch", Watch)
+    for name, key in (("copy_bandwidth", "copy_tbps"), ("matmul_rates", "matmul_tflops")):
+        monkeypatch.setattr(bench, name, lambda watch, key=key: SPEEDS[key])
+    monkeypatch.setattr(bench, "host_times", lambda: HOST)
     monkeypatch.setattr(bench.depthwise_inline, "_select", lambda *problem: ("small/tile", ""))
     monkeypatch.setattr(bench, "Problem", functools.partial(bench.Problem, device="cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16 << 30))
@@ -298,11 +316,6 @@ def test_an_exception_in_one_row_does_not_end_the_table(on_the_cpu, monkeypatch,
 
 
 def test_the_run_on_a_gpu_records_and_counts_failures(on_the_cpu, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "machine", lambda: dict(INFO))
-    monkeypatch.setattr(bench, "check_model_new", lambda *arguments: None)
-    monkeypatch.setattr(bench, "Stopwatch", Watch)
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda watch: 3.0)
-    monkeypatch.setattr(bench, "host_times", lambda: HOST)
     monkeypatch.setattr(report, "RESULTS", report.ROOT / "results" / "of a test")
     monkeypatch.setattr(report, "write_json", lambda path, content: written.update({path: content}))
     written = {}
@@ -312,6 +325,7 @@ def test_the_run_on_a_gpu_records_and_counts_failures(on_the_cpu, monkeypatch, t
     record = written[report.record_path(INFO["gpu"])]
     assert [r["layout"] for r in record["rows"]] == ["nchw", "nhwc"]
     assert written[tmp_path / "out.json"]["rows"] == record["rows"]
+    assert {key: record[key] for key in SPEEDS} == SPEEDS
     assert "0 failures" in capsys.readouterr().out
 
 
@@ -347,26 +361,39 @@ def test_calls_with_cudnn_benchmark_run_in_a_thread_of_their_own(monkeypatch):
 # ---- records
 def test_record_has_the_agreed_fields(tmp_path):
     failed = {key: row("kb83")[key] for key in report.ROW_IDENTITY} | {"failed": "RuntimeError: no"}
-    record = report.make_record(INFO, 3.0, HOST, [row() | {"ours_spread": 0.1, "error": 0.0}, failed], [MODEL])
+    record = report.make_record(INFO, SPEEDS, [row() | {"ours_spread": 0.1, "error": 0.0}, failed], [MODEL])
     path = tmp_path / "results" / "bench.json"
     report.write_json(path, record)
     assert json.loads(path.read_text()) == record
-    assert set(record) == {*INFO, "date", "copy_tbps", "host_us", "rows", "models", "failed"}
+    assert set(record) == {*report.RECORD_KEYS, "failed"}
     assert list(record["rows"][0]) == list(report.ROW_KEYS)
     assert record["failed"] == [failed]
-    assert "failed" not in report.make_record(INFO, 3.0, HOST, [row()], [])
+    assert "failed" not in report.make_record(INFO, SPEEDS, [row()], [])
+
+
+def test_what_is_no_record_is_refused(tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text("not JSON")
+    with pytest.raises(RuntimeError, match=r"bench\.json: expected a record of bench\.py, which is JSON"):
+        report.load_record(path)
+    path.write_text(json.dumps({**INFO, "date": "", "copy_tbps": 3.0, "host_us": HOST, "models": []}))
+    with pytest.raises(RuntimeError, match=r"but it lacks matmul_tflops, rows$"):
+        report.load_record(path)
+    record = report.make_record(INFO, SPEEDS, [row()], [])
+    report.write_json(path, record)
+    assert report.load_record(path) == record
 
 
 def test_record_keeps_what_the_same_sources_measured_before():
-    old = report.make_record(INFO, 3.0, HOST, [row(ours=1.0), row("kb83")], [MODEL])
-    new = report.make_record(INFO, 2.9, HOST, [row(ours=0.5)], [], old)
+    old = report.make_record(INFO, SPEEDS, [row(ours=1.0), row("kb83")], [MODEL])
+    new = report.make_record(INFO, SPEEDS, [row(ours=0.5)], [], old)
     assert [(r["case"], r["ours_ms"]) for r in new["rows"]] == [("kb82", 0.5), ("kb83", 1.0)]
     assert new["models"] == [MODEL]
     broken = {key: row()[key] for key in report.ROW_IDENTITY} | {"failed": "RuntimeError: no"}
-    new = report.make_record(INFO, 2.9, HOST, [broken], [], new)
+    new = report.make_record(INFO, SPEEDS, [broken], [], new)
     assert [r["case"] for r in new["rows"]] == ["kb83"] and new["failed"] == [broken]
-    assert "failed" not in report.make_record(INFO, 2.9, HOST, [row()], [], new)
-    other = report.make_record({**INFO, "sources_sha256": "1" * 64}, 2.9, HOST, [row(ours=0.5)], [], old)
+    assert "failed" not in report.make_record(INFO, SPEEDS, [row()], [], new)
+    other = report.make_record({**INFO, "sources_sha256": "1" * 64}, SPEEDS, [row(ours=0.5)], [], old)
     assert len(other["rows"]) == 1 and not other["models"]
 
 
@@ -390,7 +417,7 @@ def test_sources_sha256_covers_the_module_and_every_kernel_file(tmp_path):
 # ---- README tables
 def test_readme_tables_come_from_the_records_and_show_losses():
     rows = [row(), row(layout="nhwc", pytorch=0.5, any_layout=0.5), row("mbv2_56", direction="grad_input")]
-    record = report.make_record(INFO, 3.0, HOST, rows, [MODEL])
+    record = report.make_record(INFO, SPEEDS, rows, [MODEL])
     headline, speed = report.readme_headline([record]), report.readme_speed([record], CASES)
     assert "NVIDIA H100 80GB HBM3" in headline and "2.00x; 71%" in headline and "rows slower than it: 1." in headline
     assert "1 of 3 rows" in speed and "- kb82 float32 nhwc forward: 0.50x" in speed
@@ -405,7 +432,7 @@ def test_readme_says_so_when_nothing_is_recorded():
 
 def test_update_readme_replaces_what_stands_between_the_markers():
     text = (ROOT / "README.md").read_text()
-    record = report.make_record(INFO, 3.0, HOST, [row()], [])
+    record = report.make_record(INFO, SPEEDS, [row()], [])
     filled = report.update_readme(text, [copy.deepcopy(record)], CASES)
     assert filled != text
     assert report.update_readme(filled, report.load_records(), CASES) == report.update_readme(
@@ -420,3 +447,127 @@ def test_readme_says_of_a_record_that_its_sources_are_not_the_present_ones(monke
     assert "earlier sources" in report._stale(record)
     monkeypatch.setattr(report, "sources_sha256", lambda: "a" * 64)
     assert report._stale(record) == ""
+
+
+# ---- pictures
+@pytest.fixture
+def record():
+    rows = [
+        row(case, dtype, layout, direction, ours=1.0 + idx, pytorch=3.0)
+        for case in ("kb82", "mbv2_7", "replk_31")
+        for dtype in bench.DTYPES
+        for layout in bench.LAYOUTS
+        for idx, direction in enumerate(report.DIRECTIONS)
+    ]
+    return report.make_record(INFO, SPEEDS, rows, [])
+
+
+@pytest.fixture
+def bench_plot():
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    import bench_plot
+
+    return bench_plot
+
+
+def test_pictures_are_drawn_from_a_record_and_are_the_same_each_time(bench_plot, record, tmp_path, capsys):
+    report.write_json(tmp_path / "record.json", record)
+    contents = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert bench.main(["--plot", str(folder), "--from", str(tmp_path / "record.json")]) == 0
+        paths = [report.picture_path(record, name, folder) for name in report.PICTURES]
+        assert sorted(paths) == sorted(folder.iterdir())
+        assert f"drew {paths[-1]}" in capsys.readouterr().out
+        contents.append([path.read_text() for path in paths])
+    assert contents[0] == contents[1]
+    for text in contents[0]:
+        assert report.digest(record) in text
+    slower = copy.deepcopy(record)
+    slower["rows"][0]["ours_ms"] *= 2
+    assert report.digest(slower) != report.digest(record)
+
+
+def points(axes):
+    return sorted(tuple(point) for line in axes.lines if line.get_linestyle() == "None" for point in line.get_xydata())
+
+
+def test_the_speedups_are_drawn_by_direction_with_a_line_at_one(bench_plot, record):
+    panels = bench_plot.speedup(record).axes
+    assert [axes.get_title() for axes in panels] == list(report.DIRECTIONS)
+    for axes, speed in zip(panels, (3.0, 1.5, 1.0), strict=True):
+        assert [x for x, _ in points(axes)] == pytest.approx([speed] * 3 * 3 * 2)
+        assert any(list(line.get_xdata()) == [1.0, 1.0] for line in axes.lines)
+        assert axes.get_xlabel().endswith("; 0 of 18 below 1x")
+        assert axes.get_xlim()[0] < 1.0
+    record["rows"][0]["pytorch_ms"] = 0.25
+    losing = bench_plot.speedup(record).axes[0]
+    assert losing.get_xlabel().endswith("; 1 of 18 below 1x")
+    assert losing.get_xlim()[0] < 0.25 == points(losing)[0][0]
+
+
+def test_the_shares_and_the_roofline_have_the_rows_values(bench_plot, record):
+    record["rows"] = record["rows"][:1]
+    (measured,) = record["rows"]
+    by_bytes, by_flops = report.limits_ms(measured, record)
+    assert by_bytes > by_flops
+    (axes,) = bench_plot.share(record).axes
+    assert points(axes)[0][0] == pytest.approx(by_bytes / measured["ours_ms"])
+    (axes,) = bench_plot.roofline(record).axes
+    intensity = measured["flops"] / measured["bytes"]
+    assert points(axes) == [pytest.approx((intensity, measured["flops"] / measured["ours_ms"] / 1e9))]
+    (limit,) = [line for line in axes.lines if line.get_linestyle() == "-"]
+    assert list(limit.get_xdata())[1] == pytest.approx(50 / 3.0)
+    assert list(limit.get_ydata()) == pytest.approx([3.0 * intensity / 2, 50, 50])
+
+
+def test_a_record_without_rows_is_not_drawn(bench_plot, tmp_path):
+    with pytest.raises(RuntimeError, match="no row to draw"):
+        bench_plot.draw(report.make_record(INFO, SPEEDS, [], [MODEL]), tmp_path)
+
+
+def test_a_run_draws_what_it_measured(on_the_cpu, monkeypatch, tmp_path, capsys):
+    drawn = []
+    monkeypatch.setattr(bench, "drawing", lambda: lambda record, folder: drawn.append((record, folder)) or ["a.svg"])
+    args = bench.parser(CASES).parse_args(["--dtype", "float32", "--direction", "forward", "--plot", str(tmp_path)])
+    assert bench.with_gpu({**CASES, "small": SMALL}, [SMALL], args) == 0
+    ((record, folder),) = drawn
+    assert folder == tmp_path and [r["case"] for r in record["rows"]] == ["small", "small"]
+    assert "drew a.svg\n" in capsys.readouterr().out
+
+
+def test_matplotlib_that_is_missing_is_told_before_anything_is_measured(monkeypatch, tmp_path, record, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "bench_plot", raising=False)
+    report.write_json(tmp_path / "record.json", record)
+    assert bench.main(["--plot", str(tmp_path), "--from", str(tmp_path / "record.json")]) == 1
+    assert re.fullmatch(r"error: pictures need matplotlib, .*: pip install matplotlib\n", capsys.readouterr().err)
+    monkeypatch.setattr(bench, "machine", lambda: pytest.fail("it measures"))
+    with pytest.raises(RuntimeError, match="pip install matplotlib"):
+        bench.with_gpu(CASES, [SMALL], bench.parser(CASES).parse_args(["--plot", str(tmp_path)]))
+
+
+def test_without_a_gpu_there_is_nothing_to_draw_but_a_record(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench, "without_gpu", lambda *arguments: pytest.fail("it goes on"))
+    assert bench.main(["--plot", "pictures"]) == 1
+    assert "--from FILE draws a record instead" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["--from", "results/bench.json"])
+    assert "give both" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_pictures_of_the_records(bench_plot, record, monkeypatch, tmp_path):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    for name, value in {"ROOT": tmp_path, "RESULTS": results, "README": readme}.items():
+        monkeypatch.setattr(report, name, value)
+    monkeypatch.setattr(report, "load_cases", lambda: CASES)
+    monkeypatch.setattr(report, "sources_sha256", lambda: INFO["sources_sha256"])
+    readme.write_text(report.update_readme((ROOT / "README.md").read_text(), [], CASES))
+    assert bench.main(["--readme"]) == 0
+    assert "![" not in readme.read_text()
+    report.write_json(report.record_path(INFO["gpu"]), record)
+    assert bench.main(["--readme"]) == 0
+    shown = re.findall(r"^!\[.+\]\((.+)\)$", readme.read_text(), re.MULTILINE)
+    assert shown == [f"results/bench_h100_80gb_hbm3_{name}.svg" for name in report.PICTURES]
+    for name in shown:
+        assert report.digest(record) in (tmp_path / name).read_text()

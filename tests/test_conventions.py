@@ -9,6 +9,7 @@ norms and replaced networks are in test_api.py.
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import reference
@@ -184,20 +185,29 @@ def test_export(device, tmp_path):
         torch.testing.assert_close(loaded.module()(x), theirs(x))
 
 
+def check_package(device, path):
+    """In a process of its own: what is wrong with compiled code may end it."""
+    ours, theirs = (network[2] for network in networks(device))
+    torch._inductor.aoti_compile_and_package(
+        exported(ours, device),
+        package_path=path,
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False},
+    )
+    x = draw(3, 4, 11, 9, device=device)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), theirs(x))
+
+
 @on_every_device
 def test_aot_inductor(device, tmp_path):
     """It runs where depthwise_inline was imported before: the operators' schemas are defined there, not in a library.
 
     Elsewhere, so in C++ without Python, the error names the operator.
     """
-    ours, theirs = (network[2] for network in networks(device))
-    path = torch._inductor.aoti_compile_and_package(
-        exported(ours, device),
-        package_path=str(tmp_path / "package.pt2"),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False},
-    )
-    x = draw(3, 4, 11, 9, device=device)
-    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), theirs(x))
+    path = str(tmp_path / "package.pt2")
+    folders = [str(Path(__file__).parent), str(reference.ROOT)]
+    code = f"import sys; sys.path[:0] = {folders}; import test_conventions as t; t.check_package({device!r}, {path!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     code = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode != 0 and "Could not find schema for depthwise_inline::forward" in done.stderr

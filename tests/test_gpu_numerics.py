@@ -162,23 +162,15 @@ def compiled(tmp_path_factory):
     Under pytest-xdist by the first worker that comes; the others wait.
     """
     sources = {}
-
-    def add(problems, layout, dtype, forced=True):
-        for problem, direction, aligned in itertools.product(problems, reference.DIRECTIONS, (True, False)):
-            variants = reference.all_variants(direction, problem, dtype, layout, aligned) if forced else [None]
-            for variant in variants:
-                with reference.forced(variant):
-                    name, source = reference.select(direction, problem, dtype, layout, aligned)
-                if source:
-                    sources[name.rpartition("/")[0]] = source
-
     for case in specialised_cases():
         *shape, layout, dtype = case.values
-        add(shape_problems(*shape), layout, dtype, tuple(shape) in FORCED)
+        variants = None if tuple(shape) in FORCED else [None]
+        sources |= reference.specialisations(shape_problems(*shape), dtype, layout, variants)
     for layout, dtype in SWEPT:
-        add(EDGES, layout, dtype)
+        problems = list(EDGES)
         for kernel, stride in USUAL:
-            add((*width_problems(kernel, stride), *channel_problems(kernel, stride)), layout, dtype)
+            problems += [*width_problems(kernel, stride), *channel_problems(kernel, stride)]
+        sources |= reference.specialisations(problems, dtype, layout)
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with depthwise_inline._exclusive(shared / "compile_ahead.lock"):
@@ -370,14 +362,21 @@ def test_more_than_2_31_elements(name):
 # ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
+def view_problems(kernels=USUAL[:3]):
+    return [Problem((14, 24), kernel, stride, (1, 1), channels=8) for kernel, stride in kernels]
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("layout", "dtype"), ALL_IDS)
 @pytest.mark.parametrize("view", reference.VIEWS, ids=lambda view: view.__name__)
 def test_views(view, layout, dtype):
     """Each tensor alone as a view, then all of them; with the automatic choice and with every variant."""
+    check_views(view_problems(), view, layout, dtype)
+
+
+def check_views(problems, view, layout, dtype):
     failures, generator = Failures(), reference.fresh_generator()
-    for kernel, stride in USUAL[:3]:
-        problem = Problem((14, 24), kernel, stride, (1, 1), channels=8)
+    for problem in problems:
         whole = reference.make_tensors(problem, dtype, layout, generator)
         for which in ("x", "weight", "bias", "grad_out", "all"):
             tensors = whole.map(view) if which == "all" else replace(whole, **{which: view(getattr(whole, which))})

@@ -41,7 +41,7 @@ def test_ci_runs_the_test_command():
 
 def test_files_and_options_named_exist():
     assert (ROOT / "requirements.txt").is_file()
-    for name in set(re.findall(r"`([\w/]+\.(?:py|txt|json|h|cuh|cu|cpp)|[\w/]+/)`", TEXT)):
+    for name in set(re.findall(r"`([\w/]+\.(?:py|ipynb|txt|json|h|cuh|cu|cpp)|[\w/]+/)`", TEXT)):
         exists = (ROOT / name).exists() or (ROOT / "kernels" / name).exists()
         assert exists or name.startswith("results/") or name == "kernels/NAME.cuh", name
     known = bench.parser(report.load_cases()).format_help()
@@ -68,6 +68,13 @@ def test_troubleshooting_quotes_messages_that_exist():
 def test_tables_are_generated_from_the_records():
     generated = report.update_readme(TEXT, report.load_records(), report.load_cases())
     assert generated == TEXT, "run python bench.py --readme"
+
+
+def test_pictures_are_drawn_from_the_records():
+    for record in report.load_records():
+        for name in report.PICTURES if record["rows"] else ():
+            picture = report.picture_path(record, name, report.RESULTS).read_text()
+            assert report.digest(record) in picture, "run python bench.py --readme"
 
 
 def test_no_speed_is_claimed_without_a_record():

@@ -1,0 +1,244 @@
+"""Every kernel on the CPU, by the emulator (see emulator.py), in every variant that can serve, against float64.
+
+Problems and bodies are mostly those of test_gpu_numerics.py. Of its kernel sizes the ordinary run takes a sample in
+which every kernel and every tile occurs; --all-instances takes all, in every layout and dtype.
+"""
+
+import itertools
+import re
+import shutil
+import time
+from dataclasses import replace
+
+import pytest
+import reference
+import test_gpu_numerics as gpu
+import torch
+from emulator import KERNELS, Build, Emulator
+from reference import DTYPES, LAYOUTS, Failures, Problem
+
+import depthwise_inline
+
+F32, F16, BF16 = reference.HALF_AND_SINGLE
+SAMPLE = {  # kernel, stride, dilation: layouts and dtypes
+    ((3, 3), (1, 1), (1, 1)): (("nchw", F32), ("nhwc", F16)),
+    ((3, 3), (2, 2), (1, 1)): (("nchw", F16), ("nhwc", F32)),
+    ((1, 1), (2, 2), (1, 1)): (("nchw", F32),),
+    ((5, 5), (1, 1), (1, 1)): (("nchw", F16), ("nhwc", BF16)),
+    ((3, 3), (1, 1), (2, 2)): (("nhwc", F32),),
+    ((13, 13), (1, 1), (1, 1)): (("nchw", F32), ("nhwc", F16)),
+}
+T4, RTX_3060 = (40, 64 << 10, 64 << 10), (28, 100 << 10, 99 << 10)  # multiprocessors; shared memory of each, of a block
+
+
+@pytest.fixture(scope="module")
+def emulator(request):
+    """The library on the CPU, where the tests would find that for GPUs."""
+    try:
+        depthwise_inline._cxx_command()
+    except depthwise_inline.BuildError as error:
+        pytest.skip(str(error))
+    root = request.config.cache.mkdir("emulator")
+    emulator = Emulator(root)
+    for folder in root.iterdir():  # of older sources
+        if folder != emulator.build.folder and time.time() - folder.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(depthwise_inline, "_library", emulator.library)
+        patch.setattr(reference, "DEVICE", "cpu")
+        patch.setattr(reference, "OPERATORS", torch.ops.depthwise_emulated)
+        yield emulator
+
+
+@pytest.fixture(scope="module")
+def everything(request):
+    return request.config.getoption("--all-instances")
+
+
+def pytest_generate_tests(metafunc):
+    """The sample, or everything."""
+    everything = metafunc.config.getoption("--all-instances")
+    if "dilation" in metafunc.fixturenames:
+        cases = [(*shape, *where) for shape, places in SAMPLE.items() for where in places]
+        if everything:
+            cases = [(*shape[:3], *where) for shape in gpu.SHAPES for where in gpu.ALL]
+        ids = [f"{gpu.shape_id(*case[:3])}-{case[3]}-{reference.short(case[4])}" for case in cases]
+        metafunc.parametrize(("kernel", "stride", "dilation", "layout", "dtype"), cases, ids=ids)
+    elif "view" in metafunc.fixturenames:
+        views, places = (reference.misaligned, reference.constant), (("nchw", F32), ("nhwc", F16))
+        if everything:
+            views, places = reference.VIEWS, gpu.ALL
+        cases = [(view, *where) for view in views for where in places]
+        ids = [f"{view.__name__}-{layout}-{reference.short(dtype)}" for view, layout, dtype in cases]
+        metafunc.parametrize(("view", "layout", "dtype"), cases, ids=ids)
+
+
+def same_padding(kernel, dilation=(1, 1)):
+    return tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+
+
+def shape_problems(kernel, stride, dilation, everything):
+    """Odd sizes, a padding wider than the kernel, and sizes that vectors divide; without padding if everything is asked
+    for: every horizontal padding is a compilation of its own."""
+    width = dilation[1] * (kernel[1] - 1) // 8 * 8 + 16
+    divided = Problem((11, width), kernel, stride, same_padding(kernel, dilation), dilation, batch=3, channels=16)
+    without, *others = gpu.shape_problems(kernel, stride, dilation)
+    return [divided, *others, *([without] if everything else [])]
+
+
+def edge_problems(kernel, stride):
+    """Images of one pixel, row or column, one channel, a depth multiplier, outputs of padding alone."""
+    same = same_padding(kernel)
+    return [
+        Problem((1, 1), kernel, stride, same, batch=1, channels=1),
+        Problem((1, 70), kernel, stride, same, channels=1, bias=False),
+        Problem((70, 1), kernel, stride, same, channels=9),
+        Problem((2, 2), kernel, stride, same, batch=3, channels=8),
+        Problem((15, 18), kernel, stride, same, channels=5, multiplier=3),
+        Problem((14, 16), kernel, stride, same, channels=8, multiplier=2, bias=False),
+        Problem((3, 5), kernel, stride, (kernel[0] + 1, same[1]), batch=1, channels=5),
+    ]
+
+
+def check(emulator, problems, layout, dtype):
+    emulator.obtain(reference.specialisations(problems, dtype, layout))
+    gpu.check_all(problems, layout, dtype)
+
+
+def test_the_sample_has_every_tile(emulator):
+    tiles = set(re.findall(r'\{"(\w+)", \d', (KERNELS / "variants.h").read_text()))
+    found = {
+        variant
+        for shape, places in SAMPLE.items()
+        for (layout, dtype), problem in itertools.product(places, shape_problems(*shape, everything=False))
+        for direction in reference.DIRECTIONS
+        for variant in reference.all_variants(direction, problem, dtype, layout)
+    }
+    assert len(tiles) > 40 and tiles | {"general"} == found
+
+
+def test_shapes(emulator, everything, kernel, stride, dilation, layout, dtype):
+    check(emulator, shape_problems(kernel, stride, dilation, everything), layout, dtype)
+
+
+def test_sizes(emulator, kernel, stride, dilation, layout, dtype):
+    """Every remainder of the vectors' and tiles' widths, in width, height and channels."""
+    if (kernel, stride) not in gpu.USUAL or dilation != (1, 1):
+        pytest.skip("for the kernels that networks use most")
+    sizes = [*gpu.width_problems(kernel, stride), *gpu.channel_problems(kernel, stride)]
+    check(emulator, [*edge_problems(kernel, stride), *sizes], layout, dtype)
+
+
+def test_values(emulator, kernel, stride, dilation, layout, dtype):
+    """NaN and infinity, at the edges too, and numbers near the ends of the range."""
+    if (kernel, stride, dilation) not in gpu.SPECIAL:
+        pytest.skip("for the kernels of SPECIAL")
+    gpu.test_nan_and_inf_go_where_they_belong(kernel, stride, dilation, layout, dtype)
+    gpu.test_magnitudes_near_the_ends_of_the_range(kernel, stride, dilation, layout, dtype)
+
+
+@pytest.mark.parametrize("device", [T4, RTX_3060], ids=["T4", "RTX_3060"])
+def test_smaller_devices(emulator, device, everything, kernel, stride, dilation, layout, dtype):
+    """Launches are cut by the number of multiprocessors and by shared memory."""
+    with emulator.device(*device):
+        check(emulator, shape_problems(kernel, stride, dilation, everything)[:1], layout, dtype)
+
+
+def test_views(emulator, everything, view, layout, dtype):
+    problems = gpu.view_problems() if everything else gpu.view_problems(gpu.USUAL[:1])
+    emulator.obtain(reference.specialisations(problems, dtype, layout))
+    gpu.check_views(problems, view, layout, dtype)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), reference.pair_grid(LAYOUTS, DTYPES))
+def test_general(emulator, layout, dtype):
+    gpu.test_general_variant_on_random_problems(layout, dtype)
+    gpu.test_empty_batch(layout, dtype)
+
+
+def only(direction, variant, problem, dtype, layout):
+    """The specialisation of one variant."""
+    with reference.forced(variant):
+        name, source = reference.select(direction, problem, dtype, layout)
+    return {name.rpartition("/")[0]: source}
+
+
+def messages(direction, variant, problem, dtype, layout):
+    """What is wrong with one variant."""
+    failures, tensors = Failures(), reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
+    reference.check(failures, problem, tensors, layout, [direction], [variant])
+    assert failures.checked
+    return "\n".join(failures.messages)
+
+
+SMALL = Problem((11, 16), (3, 3), padding=(1, 1), batch=3, channels=16)
+ODD = replace(SMALL, image=(11, 15))
+TALL = replace(SMALL, image=(60, 16))
+LARGE = Problem((11, 24), (13, 13), padding=(6, 6), batch=3, channels=16)
+
+BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
+    ("forward", "planes_v8", SMALL, F16, "nchw"),
+    ("forward", "stream_v1", replace(TALL, image=(60, 15)), F16, "nchw"),
+    ("forward", "stream_channels32", TALL, BF16, "nhwc"),
+    ("forward", "lanes8", SMALL, F32, "nhwc"),
+    ("forward", "band", LARGE, BF16, "nchw"),
+    ("grad_weight", "weight_band32", LARGE, BF16, "nchw"),
+    ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
+]
+
+
+def test_before_sm_80(emulator):
+    build = Build(emulator.root, arch=750)
+    sources = {name: source for where in BEFORE_SM_80 for name, source in only(*where).items()}
+    with emulator.device(*T4), emulator.replaced(build, sources):
+        assert {where: found for where in BEFORE_SM_80 if (found := messages(*where))} == {}
+
+
+PLANTED = {  # what is said of an error: file, text, its replacement; direction, variant, problem, dtype, layout
+    "without a barrier between": (
+        ("stream_nhwc.cuh", "__syncthreads();  // and every", "// and every"),
+        ("forward", "stream_channels32", TALL, F16, "nhwc"),
+    ),
+    "got nan": (
+        ("planes_nchw.cuh", "wait_for_copies<0>();", ""),
+        ("forward", "planes_v4", SMALL, F32, "nchw"),
+    ),
+    "bytes of shared memory at": (
+        ("planes_nchw.cuh", "static_cast<int>(bytes(plan.planes));", "static_cast<int>(bytes(plan.planes)) - 256;"),
+        ("forward", "planes_v4", SMALL, F32, "nchw"),
+    ),
+    "reads 4 bytes at offset": (
+        ("nchw_tile.cuh", "static_cast<unsigned>(start) < static_cast<unsigned>(width)", "start < width"),
+        ("forward", "v4r4_unaligned", ODD, F32, "nchw"),
+    ),
+    "writes 8 bytes at offset": (
+        ("direct_nhwc.cuh", "if (column + q < args.out_w)", ""),
+        ("forward", "q4r4", ODD, F16, "nhwc"),
+    ),
+    "no multiple": (
+        ("blocked.cuh", "kWeightPitch = divide_up(kKernelW, 4) * 4", "kWeightPitch = kKernelW"),
+        ("forward", "blocked", LARGE, F32, "nchw"),
+    ),
+    "launch bounds 128": (
+        ("direct_nhwc.cuh", "const int y = kDirectNhwcThreads / x;", "const int y = 2 * kDirectNhwcThreads / x;"),
+        ("forward", "q2r2", SMALL, F16, "nhwc"),
+    ),
+    "hangs": (
+        ("tiled_nhwc.cuh", "  wait_for_copies<0>();", "  if (thread == 0) return;\n  wait_for_copies<0>();"),
+        ("forward", "lanes8", SMALL, F32, "nhwc"),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", PLANTED)
+def test_planted_errors_are_found(emulator, tmp_path, said):
+    """By the results or by what the emulator sees; without the error, nothing is said."""
+    (name, text, replacement), where = PLANTED[said]
+
+    def edit(file, source):
+        assert file != name or text in source
+        return source.replace(text, replacement) if file == name else source
+
+    with emulator.replaced(Build(tmp_path, edit=edit), only(*where)):
+        assert said in messages(*where)
+    assert messages(*where) == ""
