@@ -185,11 +185,11 @@ def test_export(device, tmp_path):
         torch.testing.assert_close(loaded.module()(x), theirs(x))
 
 
-def check_package(device, path):
-    """In a process of its own: what is wrong with compiled code may end it."""
-    ours, theirs = (network[2] for network in networks(device))
+def check_package(ours, device, path):
+    """Package the module of ours, or of PyTorch, load it, run it."""
+    module, theirs = (network[2] for network in networks(device))
     torch._inductor.aoti_compile_and_package(
-        exported(ours, device),
+        exported(module if ours else theirs, device),
         package_path=path,
         inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False},
     )
@@ -203,13 +203,23 @@ def test_aot_inductor(device, tmp_path):
 
     Elsewhere, so in C++ without Python, the error names the operator.
     """
-    path = str(tmp_path / "package.pt2")
-    folders = [str(Path(__file__).parent), str(reference.ROOT)]
-    code = f"import sys; sys.path[:0] = {folders}; import test_conventions as t; t.check_package({device!r}, {path!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    def in_a_process(code):  # what is wrong with compiled code may end it
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+
+    def checked(ours, path):
+        folders = [str(Path(__file__).parent), str(reference.ROOT)]
+        call = f"t.check_package({ours}, {device!r}, {path!r})"
+        return in_a_process(f"import sys; sys.path[:0] = {folders}; import test_conventions as t; {call}")
+
+    path = str(tmp_path / "ours.pt2")
+    done = checked(True, path)
+    if done.returncode != 0:
+        theirs = checked(False, str(tmp_path / "theirs.pt2"))
+        if theirs.returncode != 0:
+            pytest.skip(f"AOTInductor fails with nn.Conv2d, too: {theirs.returncode} {theirs.stderr[-500:]}")
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
-    code = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=tmp_path)
+    done = in_a_process(f"import torch; torch._inductor.aoti_load_package({path!r})")
     assert done.returncode != 0 and "Could not find schema for depthwise_inline::forward" in done.stderr
 
 
