@@ -37,7 +37,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all-instances",
         action="store_true",
-        help="compile every shipped kernel for every architecture, not for sm_90 alone with samples on the others",
+        help="compile every shipped kernel for every architecture, not for sm_90 alone with samples on the others; "
+        "emulate every kernel size in every layout and dtype, not a sample",
     )
 
 

@@ -43,11 +43,14 @@ def emulator(request):
     for folder in root.iterdir():  # of older sources
         if folder != emulator.build.folder and time.time() - folder.stat().st_mtime > 24 * 3600:
             shutil.rmtree(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for the references, which are small
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(depthwise_inline, "_library", emulator.library)
         patch.setattr(reference, "DEVICE", "cpu")
         patch.setattr(reference, "OPERATORS", torch.ops.depthwise_emulated)
         yield emulator
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

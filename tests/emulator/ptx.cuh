@@ -1,6 +1,8 @@
 // The functions of kernels/ptx.cuh in C++; what takes a warp or time is in emulator.cpp.
 #pragma once
 
+#include <initializer_list>
+
 #include "cuda_runtime.h"
 
 namespace depthwise::ptx {
@@ -41,26 +43,15 @@ void load_matrices(unsigned (&matrix)[kCount], unsigned address) {
   load_matrices(matrix, kCount, address);
 }
 
-struct Product {
-  float* d;
-  unsigned a[4], b[2];
-  int k;
-  float (*convert)(unsigned short);
-};
-void multiply(const Product& product);
-inline void multiply_float16(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
-  multiply({d, {a0, a1}, {b0}, 8, from_float16});
+// `words`: a lane's fragments of A, then of B; three for K = 8, six for K = 16.
+void multiply(float* d, const unsigned* words, int count, float (*convert)(unsigned short));
+template <class... Words>
+void multiply_float16(float (&d)[4], Words... words) {
+  multiply(d, std::initializer_list<unsigned>{words...}.begin(), sizeof...(words), from_float16);
 }
-inline void multiply_bfloat16(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
-  multiply({d, {a0, a1}, {b0}, 8, from_bfloat16});
-}
-inline void multiply_float16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                             unsigned b1) {
-  multiply({d, {a0, a1, a2, a3}, {b0, b1}, 16, from_float16});
-}
-inline void multiply_bfloat16(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
-                              unsigned b1) {
-  multiply({d, {a0, a1, a2, a3}, {b0, b1}, 16, from_bfloat16});
+template <class... Words>
+void multiply_bfloat16(float (&d)[4], Words... words) {
+  multiply(d, std::initializer_list<unsigned>{words...}.begin(), sizeof...(words), from_bfloat16);
 }
 
 }  // namespace depthwise::ptx
