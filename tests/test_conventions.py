@@ -238,6 +238,18 @@ def test_torchscript(grad, device, tmp_path):
             torch.jit.script(model)
 
 
+@on_every_device
+def test_symbolic_trace(device):
+    """torch.fx does not see through our checks: trace first, then replace."""
+    ours, theirs = networks(device)
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(ours)
+    x = draw(2, 4, 8, 9, device=device)
+    traced = replace_depthwise(torch.fx.symbolic_trace(copy.deepcopy(theirs)))
+    assert sum(isinstance(module, DepthwiseConv2d) for module in traced.modules()) == 2
+    torch.testing.assert_close(module_gradients(traced, x), module_gradients(theirs, x))
+
+
 # --- Autocast --------------------------------------------------------------------------------------------------------
 
 MIXTURES = [  # of input, weight and bias
