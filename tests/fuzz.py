@@ -109,14 +109,15 @@ def make_tensors(draw, device):
     """Inputs of a draw; on the meta device their shapes and strides alone."""
     p = draw.problem
     if device == "meta":
-        options = {"dtype": draw.dtype, "device": device}
-        image = {"memory_format": reference.memory_format(draw.layout), **options}
-        whole = Tensors(
-            torch.empty(p.x_shape, **image),
-            torch.empty(p.weight_shape, **options),
-            torch.empty(p.out_channels, **options) if p.bias else None,
-            torch.empty(p.out_shape, **image),
-        )
+
+        def empty(*shape):
+            return torch.empty(shape, dtype=draw.dtype, device=device)
+
+        def image(shape):
+            return empty(*shape).contiguous(memory_format=reference.memory_format(draw.layout))
+
+        bias = empty(p.out_channels) if p.bias else None
+        whole = Tensors(image(p.x_shape), empty(*p.weight_shape), bias, image(p.out_shape))
     else:
         generator = torch.Generator(device).manual_seed(draw.number)
         whole = reference.make_tensors(p, draw.dtype, draw.layout, generator)

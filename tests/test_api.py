@@ -134,6 +134,11 @@ def test_copies():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)):
         assert type(twin.conv2d) is DepthwiseConv2d and twin.weight is not model.weight
         torch.testing.assert_close(twin(x), model(x))
+    saved, twin = io.BytesIO(), ModelNew(4, 3, bias=True)
+    torch.save(model.state_dict(), saved)
+    saved.seek(0)
+    twin.load_state_dict(torch.load(saved, weights_only=True))
+    torch.testing.assert_close(twin(x), model(x))
 
 
 def test_fuse_conv_bn():
@@ -306,6 +311,7 @@ BAD_ARGUMENTS = {  # arguments; whether F.conv2d rejects them too, with the same
     "padding 'full'": ((X, W, None, 1, "full"), True, r"Invalid padding string: 'full'"),
     "'same' with stride": ((X, W, None, 2, "same"), True, r"padding='same' is not supported for strided"),
     "dilation 0": ((X, W, None, 1, 0, 0), True, r"non-positive dilation is not supported.*\(0, 0\)"),
+    "dilation -1": ((X, W, None, 1, 0, (1, -1)), True, r"non-positive dilation is not supported.*\(1, -1\)"),
     "kernel larger": ((X[:, :, :2], W), True, r"padded input size per channel: \(2 x 8\). Kernel size: \(3 x 3\)"),
     "dilated kernel larger": ((X, W, None, 1, 0, (1, 4)), True, r"\(8 x 8\). Kernel size: \(3 x 9\)"),
     "input a list": (([1.0], W), True, r"expected input to be a Tensor, but got list"),

@@ -16,6 +16,7 @@ from conftest import why_no_gpu
 import depthwise_inline
 
 DEVICE = "cpu" if why_no_gpu() else "cuda"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 @pytest.fixture(autouse=True)
