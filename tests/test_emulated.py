@@ -24,9 +24,9 @@ SAMPLE = {  # kernel, stride, dilation: layouts and dtypes
     ((3, 3), (1, 1), (1, 1)): (("nchw", F32), ("nhwc", F16)),
     ((3, 3), (2, 2), (1, 1)): (("nchw", F16), ("nhwc", F32)),
     ((1, 1), (2, 2), (1, 1)): (("nchw", F32),),
-    ((5, 5), (1, 1), (1, 1)): (("nchw", F16), ("nhwc", BF16)),
-    ((3, 3), (1, 1), (2, 2)): (("nhwc", F32),),
-    ((13, 13), (1, 1), (1, 1)): (("nchw", F32), ("nhwc", F16)),
+    ((5, 5), (1, 1), (1, 1)): (("nchw", F16),),
+    ((3, 3), (1, 1), (2, 2)): (("nhwc", BF16),),
+    ((13, 13), (1, 1), (1, 1)): (("nchw", F32), ("nhwc", BF16)),
 }
 T4, RTX_3060 = (40, 64 << 10, 64 << 10), (28, 100 << 10, 99 << 10)  # multiprocessors; shared memory of each, of a block
 
@@ -70,7 +70,7 @@ def pytest_generate_tests(metafunc):
         ids = [f"{gpu.shape_id(*case[:3])}-{case[3]}-{reference.short(case[4])}" for case in cases]
         metafunc.parametrize(("kernel", "stride", "dilation", "layout", "dtype"), cases, ids=ids)
     elif "view" in metafunc.fixturenames:
-        views, places = (gpu.misaligned, gpu.constant), (("nchw", F32), ("nhwc", F16))
+        views, places = (gpu.misaligned, gpu.constant), (("nchw", F32),)
         if everything:
             views, places = gpu.VIEWS, gpu.ALL
         cases = [(view, *where) for view in views for where in places]
