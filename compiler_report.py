@@ -47,7 +47,15 @@ def compile_for(architecture: str, sources: Sequence[str] | None = None) -> Repo
         file = Path(folder) / "report.cu"
         file.write_text(text)
         command = [compiler.nvcc, *depthwise_inline._NVCC_FLAGS, "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
-        command += ["-I", depthwise_inline._kernels_folder(), "-o", file.with_suffix(".cubin"), file]
+        command += [
+            "-I",
+            depthwise_inline._kernels_folder(),
+            "-I",
+            compiler.runtime / "include",
+            "-o",
+            file.with_suffix(".cubin"),
+            file,
+        ]
         started = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         seconds = time.perf_counter() - started

@@ -5,12 +5,11 @@ the depthwise convolutions of a whole network, ``depthwise_conv2d`` is the funct
 run the CUDA kernels of ``kernels/``, which are compiled when first needed and kept on disk; on any other device they
 call ``F.conv2d``. ``print(depthwise_inline.status())`` says which of the two is live, and why.
 
-``python depthwise_inline.py doctor`` says what a machine lacks; ``clean`` empties the cache of compiled kernels.
+``python depthwise_inline.py doctor`` says what a machine lacks; ``clean`` empties the cache of compiled kernels;
+``bundle OUT.py`` writes the module and its sources as one file.
 
 This file, from top to bottom: argument checks, operators, functions and modules, the build, the command line.
 """
-
-from __future__ import annotations
 
 import atexit
 import contextlib
@@ -39,6 +38,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
@@ -110,7 +110,7 @@ def check_arguments(
         if tensor.dtype not in _DTYPES:
             names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise RuntimeError(f"expected {name} to have one of the dtypes {names}, but got {tensor.dtype}")
-        if tensor.dtype != input.dtype and not _autocasts(input.device.type):
+        if tensor.dtype != input.dtype:
             raise RuntimeError(f"Input type ({input.dtype}) and {name} type ({tensor.dtype}) should be the same")
         if tensor.device != input.device:
             raise RuntimeError(
@@ -182,6 +182,8 @@ _SCHEMAS = (
     "bool channels_last, bool bias) -> (Tensor, Tensor)",
 )
 _OPS = torch.ops.depthwise_inline
+# What torch or the library refers to, kept where neither a reload of this module nor its removal loses it.
+_keep_alive: list[object] = vars(_OPS).setdefault("_keep_alive", [])
 
 
 def _wants_channels_last(input: Tensor, weight: Tensor) -> bool:
@@ -301,6 +303,7 @@ def _forward_setup(ctx, inputs, output) -> None:
     input, weight, _, *geometry = inputs
     need_input, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+    ctx.save_for_forward(input, weight)
     ctx.geometry = geometry
     ctx.image, ctx.kernel = tuple(input.shape[2:]), tuple(weight.shape[2:])
     ctx.multiplier = weight.size(0) // input.size(1)
@@ -324,11 +327,18 @@ def _forward_backward(ctx, grad_output):
     return grad_input, grad_weight, grad_bias if need_bias else None, *(None,) * 6
 
 
+def _forward_tangent(ctx, input_tangent, weight_tangent, bias_tangent, *_):
+    input, weight = ctx.saved_tensors
+    out = _OPS.forward.default(input_tangent, weight, bias_tangent, *ctx.geometry)
+    return out + _OPS.forward.default(input, weight_tangent, None, *ctx.geometry)
+
+
 # Both gradients are bilinear, so their own gradients are the same three operators again.
 def _grad_input_setup(ctx, inputs, output) -> None:
-    grad_output, weight, _, _, *rest = inputs
+    grad_output, weight, *rest = inputs
     ctx.save_for_backward(grad_output, weight)
-    ctx.geometry, ctx.channels_last = rest[:6], rest[6]
+    ctx.save_for_forward(grad_output, weight)
+    ctx.rest, ctx.geometry, ctx.channels_last = rest, rest[2:8], rest[8]
 
 
 def _grad_input_backward(ctx, grad):
@@ -343,10 +353,17 @@ def _grad_input_backward(ctx, grad):
     return grad_grad_output, grad_weight, *(None,) * 10
 
 
+def _grad_input_tangent(ctx, grad_output_tangent, weight_tangent, *_):
+    grad_output, weight = ctx.saved_tensors
+    grad = _OPS.grad_input.default(grad_output_tangent, weight, *ctx.rest)
+    return grad + _OPS.grad_input.default(grad_output, weight_tangent, *ctx.rest)
+
+
 def _grad_weight_setup(ctx, inputs, output) -> None:
-    grad_output, input, _, _, *rest = inputs
+    grad_output, input, *rest = inputs
     ctx.save_for_backward(grad_output, input)
-    ctx.geometry, ctx.channels_last, ctx.has_bias = rest[:6], rest[6], rest[7]
+    ctx.save_for_forward(grad_output, input)
+    ctx.rest, ctx.geometry, ctx.channels_last, ctx.has_bias = rest, rest[2:8], rest[8], rest[9]
 
 
 def _grad_weight_backward(ctx, grad, grad_bias):
@@ -362,22 +379,46 @@ def _grad_weight_backward(ctx, grad, grad_bias):
     return grad_grad_output, grad_input, *(None,) * 10
 
 
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _grad_weight_tangent(ctx, grad_output_tangent, input_tangent, *_):
+    grad_output, input = ctx.saved_tensors
+    grad, grad_bias = _OPS.grad_weight.default(grad_output_tangent, input, *ctx.rest)
+    return grad + _OPS.grad_weight.default(grad_output, input_tangent, *ctx.rest[:9], False)[0], grad_bias
 
 
-def _autocast_cast(tensor: Tensor | None, device_type: str, dtype: torch.dtype) -> Tensor | None:
-    """Autocast's rule for convolutions: floating-point tensors of the device, float64 excepted."""
-    if tensor is None or tensor.device.type != device_type:
-        return tensor
-    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
-        return tensor
-    return tensor.to(dtype)
+def _register_autograd(library: torch.library.Library, name: str, setup, backward, tangent) -> None:
+    """torch.library.register_autograd with forward mode, and under torch.func, where that one raises."""
+    operator = getattr(_OPS, name).default
+
+    def below(*arguments):
+        # A Function computes without gradients, but the transforms of torch.func that enclose this one need theirs.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    methods = {"forward": below, "setup_context": setup, "backward": backward, "jvp": tangent}
+    bases = (torch.autograd.function._SingleLevelFunction,)  # torch.func calls this kernel once for each transform
+    function = type(name, bases, {method: staticmethod(call) for method, call in methods.items()})
+
+    def kernel(*arguments):
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments)
+
+    library.impl(name, kernel, "Autograd")
+
+
+def _autocast(device_type: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Autocast's rule for convolutions: cast the floating-point tensors of the device, float64 excepted."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def is_cast(tensor: Tensor | None) -> bool:
+        if not isinstance(tensor, Tensor) or tensor.device.type != device_type:
+            return False
+        return tensor.is_floating_point() and tensor.dtype is not torch.float64
+
+    return [tensor.to(dtype) if is_cast(tensor) else tensor for tensor in tensors]
 
 
 def _forward_autocast(device_type: str, key: str, *arguments):
-    dtype = torch.get_autocast_dtype(device_type)
-    tensors = [_autocast_cast(tensor, device_type, dtype) for tensor in arguments[:3]]
+    tensors = _autocast(device_type, arguments[:3])
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
         return _OPS.forward.default(*tensors, *arguments[3:])
 
@@ -398,13 +439,9 @@ def _register_operators() -> None:
     for name, (composite, fake) in kernels.items():
         library.impl(name, composite, "CompositeExplicitAutograd")
         torch.library.register_fake(f"depthwise_inline::{name}", fake, lib=library)
-    gradients = {
-        "forward": (_forward_backward, _forward_setup),
-        "grad_input": (_grad_input_backward, _grad_input_setup),
-        "grad_weight": (_grad_weight_backward, _grad_weight_setup),
-    }
-    for name, (backward, setup) in gradients.items():
-        torch.library.register_autograd(f"depthwise_inline::{name}", backward, setup_context=setup, lib=library)
+    _register_autograd(library, "forward", _forward_setup, _forward_backward, _forward_tangent)
+    _register_autograd(library, "grad_input", _grad_input_setup, _grad_input_backward, _grad_input_tangent)
+    _register_autograd(library, "grad_weight", _grad_weight_setup, _grad_weight_backward, _grad_weight_tangent)
     for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
         library.impl("forward", functools.partial(_forward_autocast, device_type, key), key)
     _keep_alive.append(library)
@@ -413,11 +450,13 @@ def _register_operators() -> None:
 # ---- Functions and modules
 
 _forward = None  # the operators as OpOverload objects, looked up once
-_forward_no_autograd = None
+_forward_no_autograd = None  # this one with the library
 _convolution_overrideable = torch.ops.aten.convolution_overrideable.default
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
+_is_functorch_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -463,13 +502,11 @@ def depthwise_conv2d(
         pad_h, pad_w = padding = padding if padding.__class__ is tuple else _pair(padding, "padding")
         dilation_h, dilation_w = dilation = dilation if dilation.__class__ is tuple else _pair(dilation, "dilation")
         if _is_autocast_enabled("cuda"):
-            dtype = torch.get_autocast_dtype("cuda")
-            input, weight, bias = (_autocast_cast(tensor, "cuda", dtype) for tensor in (input, weight, bias))
+            input, weight, bias = _autocast("cuda", (input, weight, bias))
+        if _is_functorch_active() or forward_ad._current_level >= 0 or _is_tracing():  # requires_grad does not tell
+            return _forward(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
         if _is_grad_enabled() and (
-            input.requires_grad
-            or weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or forward_ad._current_level >= 0
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return _convolution_overrideable(
                 input, weight, bias, stride, padding, dilation, False, (0, 0), input.size(1)
@@ -480,13 +517,16 @@ def depthwise_conv2d(
     check_arguments(input, weight, bias, stride, padding, dilation)
     if isinstance(failure, ValueError):  # a tuple of one number, which is no pair
         return _traceable_conv2d(input, weight, bias, stride, padding, dilation)
-    raise _specialisation_error(failure) or failure
+    raise failure
 
 
 def _traceable_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: IntPair, padding: str | IntPair, dilation: IntPair
 ) -> Tensor:
     """depthwise_conv2d for every device and every form of the arguments, without anything a tracer stumbles over."""
+    device = input.device.type if isinstance(input, Tensor) else None
+    if device in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device):  # which makes the dtypes agree
+        input, weight, bias = _autocast(device, (input, weight, bias))
     check_arguments(input, weight, bias, stride, padding, dilation)
     if not input.is_cuda or not _CUDA_BUILD:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.size(-3))
@@ -548,6 +588,9 @@ class DepthwiseConv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError("DepthwiseConv2d cannot be scripted: expected torch.export or torch.jit.trace in its place")
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Without this check an input of fewer channels would pass for one with a larger depth multiplier.
@@ -646,7 +689,6 @@ _NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 _CXX_FLAGS = ("-O2",)
 _SYSTEM_CUDA = Path("/usr/local/cuda")
 _SET_CACHE = "To mend it: set TORCH_EXTENSIONS_DIR to a folder that you can write"
-_SEE_GPU = "To mend it: see nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
 class BuildError(RuntimeError):
@@ -689,20 +731,24 @@ def _nvml_gpus() -> tuple[_Gpu, ...] | None:
 
 
 def _gpus() -> tuple[_Gpu, ...]:
-    """The GPUs this process may use, as far as can be told without a CUDA context."""
-    if not _CUDA_BUILD or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+    """The machine's GPUs, if this process may use any, as far as can be told without a CUDA context."""
+    if not _CUDA_BUILD:
         return ()
     gpus = _nvml_gpus()
-    if gpus is None and torch.cuda.is_initialized():
-        gpus = tuple(
-            _Gpu(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
-            for i in range(torch.cuda.device_count())
-        )
-    return gpus or ()
+    if torch.cuda.is_initialized():
+        properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return gpus or tuple(_Gpu(gpu.name, (gpu.major, gpu.minor)) for gpu in properties)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()  # an invalid one hides what follows
+    visible = first.startswith(("GPU-", "MIG-")) or (first.isdigit() and int(first) < len(gpus or ()))
+    return gpus if gpus and visible else ()
 
 
 def _architectures() -> tuple[str, ...]:
-    """What to build for, such as '9.0' or '9.0+PTX': TORCH_CUDA_ARCH_LIST, else the GPUs present."""
+    """What to build for, such as '9.0' or '9.0+PTX': TORCH_CUDA_ARCH_LIST, else every GPU of the machine.
+
+    Every GPU, because the order in which CUDA numbers them, and with it which ones are hidden, is not known here. One
+    library holds the code for all, so that processes on different GPUs share it.
+    """
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not wanted or wanted == "native":
         return tuple(sorted({f"{major}.{minor}" for major, minor in (gpu.capability for gpu in _gpus())}))
@@ -729,6 +775,12 @@ class _Compiler:
     def major(self) -> str:
         return self.version.split(".")[0]
 
+    @property
+    def runtime(self) -> Path:
+        """The folder of the CUDA runtime: its own, unless pip put the packages of one version into two places."""
+        roots = [self.root, *(root for root in _package_roots() if root.name == self.root.name)]
+        return next((root for root in roots if (root / "include" / "cuda_runtime.h").is_file()), self.root)
+
     def arch_flags(self, architectures: Sequence[str]) -> list[str]:
         """-gencode flags. A GPU newer than the compiler gets PTX of the newest architecture that it knows."""
         flags = []
@@ -749,6 +801,16 @@ class _Compiler:
         return flags
 
 
+def _without_code(architectures: Sequence[str]) -> list[_Gpu]:
+    """The GPUs that code for these architectures does not run on."""
+
+    def runs(gpu: _Gpu, name: str) -> bool:
+        major, minor = map(int, re.match(r"(\d+)\.(\d)", name).groups())
+        return (major, minor) <= gpu.capability and (major == gpu.capability[0] or name.endswith("+PTX"))
+
+    return [gpu for gpu in _gpus() if not any(runs(gpu, name) for name in architectures)]
+
+
 def _output(command: Sequence[str | Path]) -> str:
     """What a command prints, or '' where it cannot be run."""
     try:
@@ -758,43 +820,48 @@ def _output(command: Sequence[str | Path]) -> str:
     return done.stdout.decode(errors="replace")
 
 
-def _nvcc_roots() -> Iterator[Path]:
-    """Folders that may hold bin/nvcc, best first."""
+def _package_roots() -> list[Path]:
+    """Where pip puts the CUDA toolkit, newest first: nvidia/cu13 in each folder of packages."""
+    packages = importlib.util.find_spec("nvidia")
+    folders = (packages and packages.submodule_search_locations) or ()
+    return [root for folder in folders for root in sorted(Path(folder).glob("cu[0-9]*"), reverse=True)]
+
+
+def _nvcc_candidates() -> Iterator[Path]:
+    """Where nvcc may be, best first."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
-            yield Path(os.environ[variable])
-    packages = importlib.util.find_spec("nvidia")
-    for folder in (packages and packages.submodule_search_locations) or ():
-        yield from sorted(Path(folder).glob("cu[0-9]*"), reverse=True)
-    yield _SYSTEM_CUDA
-    on_path = shutil.which("nvcc")
-    if on_path:
-        # A wrapper script lies anywhere; the compiler itself says where its tree begins.
-        top = re.search(r"^#\$ TOP=(.+)$", _output([on_path, "--dryrun", "none.cu"]), re.MULTILINE)
-        yield Path(os.path.normpath(top[1].strip())) if top else Path(os.path.realpath(on_path)).parent.parent
+            yield Path(os.environ[variable], "bin", "nvcc")
+    for root in _package_roots():
+        yield root / "bin" / "nvcc"
+    yield _SYSTEM_CUDA / "bin" / "nvcc"
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path)
 
 
 @functools.cache
-def _ask_nvcc(root: Path) -> _Compiler | None:
-    nvcc = root / "bin" / "nvcc"
-    if not nvcc.is_file():
-        return None
+def _ask_nvcc(nvcc: Path) -> _Compiler | None:
     version = re.search(r"release \S+, V(\d+\.\d+(?:\.\d+)?)", _output([nvcc, "--version"]))
     known = sorted(int(number) for number in re.findall(r"compute_(\d+)\b", _output([nvcc, "--list-gpu-arch"])))
-    return _Compiler(root, version[1], tuple(known)) if version and known else None
+    # A wrapper script lies anywhere; the compiler itself says where its tree begins.
+    top = re.search(r"^#\$ TOP=(.+)$", _output([nvcc, "--dryrun", "none.cu"]), re.MULTILINE)
+    root = Path(top[1].strip()) if top else nvcc.resolve().parent.parent
+    return _Compiler(root.resolve(), version[1], tuple(known)) if version and known else None
 
 
 def _find_compiler() -> _Compiler:
     """The first nvcc of the CUDA major version that torch was built with."""
     wanted = torch.version.cuda.split(".")[0] if _CUDA_BUILD else None
     others = []
-    for root in _nvcc_roots():
-        compiler = _ask_nvcc(root)
+    for nvcc in _nvcc_candidates():
+        compiler = _ask_nvcc(nvcc) if nvcc.is_file() else None
         if compiler and wanted in (None, compiler.major):
             return compiler
         if compiler:
             others.append(f"nvcc {compiler.version} in {compiler.root}")
     remedy = f'pip install "cuda-toolkit[nvcc,cccl]{f"=={wanted}.*" if wanted else ""}"'
+    if wanted and int(wanted) < 13:  # whose packages lack nvcc
+        remedy = f"install the CUDA toolkit {torch.version.cuda} and set CUDA_HOME to it, or install torch for CUDA 13"
     if others:
         raise BuildError(
             f"depthwise_inline: torch {torch.__version__} was built with CUDA {torch.version.cuda} and needs nvcc "
@@ -830,7 +897,41 @@ def _ninja_folder() -> str:
     return BIN_DIR
 
 
+def _own_file() -> Path | None:
+    """The file this code was read from; None where it was executed from a string, as in a notebook's cell."""
+    path = Path(_own_file.__code__.co_filename)
+    return path.resolve() if path.is_file() else None
+
+
+def _unpacked_sources() -> Path:
+    """A bundle's sources as a folder: in the cache, else in a private one. Each file appears whole or not at all."""
+    sources = {name: text.encode() for name, text in _BUNDLED_SOURCES.items()}
+    key, problem = hashlib.sha256(repr(sources).encode()).hexdigest()[:20], None
+    for find_root in (_cache_root, _private_root):
+        try:
+            root = find_root()
+            folder = root / f"sources-{key}"
+            root.mkdir(parents=True, exist_ok=True)
+            if (owner := root.stat().st_uid) and owner != os.getuid():  # what lies there would run as this user
+                continue
+            folder.mkdir(exist_ok=True)
+            if {path.name: path.read_bytes() for path in folder.iterdir()} != sources:
+                with tempfile.TemporaryDirectory(dir=root) as private:
+                    for name, content in sources.items():
+                        Path(private, name).write_bytes(content)
+                        os.replace(Path(private, name), folder / name)
+            return folder
+        except OSError as error:
+            problem = error
+    raise BuildError(
+        f"depthwise_inline: the sources cannot be written to {_cache_root()} or a temporary folder ({problem}). "
+        f"{_SET_CACHE}"
+    )
+
+
 def _kernels_folder() -> Path:
+    if _BUNDLED_SOURCES:
+        return _unpacked_sources()
     folder = Path(__file__).resolve().parent / "kernels"
     if not (folder / "operators.cpp").is_file():
         raise BuildError(
@@ -878,7 +979,7 @@ def _cache_key(compiler: _Compiler, arch_flags: Sequence[str], texts: Sequence[s
     folder = _kernels_folder()
     facts = [
         *(f"{path.name}\n{path.read_text()}" for path in sorted(folder.iterdir()) if path.is_file()),
-        *texts,
+        *(text.replace(str(folder), "kernels") for text in texts),
         *(*_NVCC_FLAGS, *_CXX_FLAGS, *arch_flags),
         *(torch.__version__, str(torch.version.git_version), str(torch.version.cuda), compiler.version),
         *(_output([*_cxx_command(), "--version"]), os.environ.get("CC", "")),
@@ -887,7 +988,7 @@ def _cache_key(compiler: _Compiler, arch_flags: Sequence[str], texts: Sequence[s
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
 
 
-class _CacheUnusable(Exception):
+class _CacheUnusable(OSError):
     """A cache folder that cannot be written, or must not be trusted."""
 
 
@@ -902,7 +1003,11 @@ def _exclusive(path: Path) -> Iterator[bool]:
             locked = True
         except OSError:
             locked = False
-        yield locked
+        try:
+            yield locked
+        finally:
+            if locked:  # closing alone would not do: a process forked meanwhile holds the file open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
@@ -921,11 +1026,11 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _first_error(log: str) -> str:
-    """The first line of a compiler's or linker's output that tells an error."""
+    """The first line of a compiler's or linker's output that tells an error, or a part of it if it is long."""
     for line in log.splitlines():
         if re.search(r"\b(error|fatal)\b|undefined reference|cannot find -l", line) and not line.startswith("FAILED"):
-            return line.strip()
-    return log.strip().splitlines()[-1] if log.strip() else "no output"
+            return line.strip()[:1000]
+    return log.strip().rpartition("\n")[2][:1000] or "no output"
 
 
 def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Sequence[str], cuda: Sequence[str]) -> None:
@@ -934,8 +1039,7 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
     link_flags = []
     if not any((compiler.root / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
         # The package of the CUDA runtime names its library by version alone, which the linker does not look for.
-        runtime = compiler.root / "lib" / f"libcudart.so.{compiler.major}"
-        (folder / "libcudart.so").symlink_to(runtime)
+        (folder / "libcudart.so").symlink_to(compiler.runtime / "lib" / f"libcudart.so.{compiler.major}")
         link_flags.append(f"-L{shlex.quote(str(folder))}")
     nvcc_flags = [*_NVCC_FLAGS, *flags]
     if "CXX" in os.environ and "CC" not in os.environ:
@@ -944,8 +1048,11 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
         from torch.utils import cpp_extension  # slow to import, and needed for compiling alone
     cuda_home = cpp_extension.CUDA_HOME or str(compiler.root)
     cpp_extension.CUDA_HOME = str(compiler.root)
+    with contextlib.suppress(OSError):
+        tempfile.gettempdir()  # remembered, lest another thread takes what TMPDIR is below
     try:
-        with _environment(PATH=os.pathsep.join((ninja, os.environ.get("PATH", os.defpath)))):
+        # The tools' temporary files go the same way as the folder when the disk is full or this process is killed.
+        with _environment(PATH=os.pathsep.join((ninja, os.environ.get("PATH", os.defpath))), TMPDIR=str(folder)):
             cpp_extension.load_inline(
                 name="depthwise_inline",
                 cpp_sources=list(cpp),
@@ -953,11 +1060,16 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
                 extra_cflags=list(_CXX_FLAGS),
                 extra_cuda_cflags=nvcc_flags,
                 extra_ldflags=link_flags,
-                extra_include_paths=[str(_kernels_folder())],
+                extra_include_paths=[str(_kernels_folder()), str(compiler.runtime / "include")],
                 build_directory=str(folder),
                 is_python_module=False,
                 no_implicit_headers=True,
             )
+    except OSError as error:
+        cause = error.__cause__ or error
+        if error.errno is None and "failed to map" not in str(cause):  # which a folder mounted noexec says
+            raise RuntimeError(f"error: the library does not load: {cause}") from None
+        raise
     finally:
         cpp_extension.CUDA_HOME = cuda_home
     (library,) = folder.glob("depthwise_inline*.so")  # torch numbers the builds of one process
@@ -966,12 +1078,19 @@ def _compile(folder: Path, compiler: _Compiler, flags: Sequence[str], cpp: Seque
         path.unlink()
 
 
+def _open_root(root: Path) -> None:
+    """Make a cache folder, if it is not there; OSError where it must not or cannot be used."""
+    if root.parts[0] == "~":
+        raise _CacheUnusable("this user has no home folder")
+    root.mkdir(parents=True, exist_ok=True)
+    if root.stat().st_uid not in (os.getuid(), 0):  # a library in there would run as this user
+        raise _CacheUnusable("it belongs to another user")
+
+
 def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) -> Path:
     """The library of a cache entry, built by build(folder) unless it is there."""
     library = root / entry / "library.so"
-    root.mkdir(parents=True, exist_ok=True)
-    if root.stat().st_uid not in (os.getuid(), 0):  # a library in there would run as this user
-        raise _CacheUnusable(f"{root} belongs to another user")
+    _open_root(root)
     if library.is_file():
         return library
     with _exclusive(root / f"{entry}.lock") as locked:
@@ -992,8 +1111,8 @@ def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) 
         except BuildError:
             raise
         except RuntimeError as error:
-            if "No space left on device" in str(error):
-                raise _CacheUnusable(f"{root}: no space left on device") from None
+            if "No space left on device" in str(error) or shutil.disk_usage(root).free < 1 << 25:
+                raise _CacheUnusable("no space left on device") from None
             log = root / f"{entry}.log"
             log.write_text(str(error))
             raise BuildError(
@@ -1024,15 +1143,15 @@ def _obtain(name: str, what: str, cpp: Sequence[str], cuda: Sequence[str]) -> Pa
 
     try:
         return _build_in(_cache_root(), entry, what, build)
-    except (_CacheUnusable, OSError) as problem:
+    except OSError as problem:
         warnings.warn(
-            f"depthwise_inline: the cache cannot be used ({problem}); compiling in a temporary folder, for this "
-            f"process alone. {_SET_CACHE}",
+            f"depthwise_inline: the cache {_cache_root()} cannot be used ({problem}); compiling in a temporary folder, "
+            f"for this process alone. {_SET_CACHE}",
             stacklevel=2,
         )
     try:
         return _build_in(_private_root(), entry, what, build)
-    except (_CacheUnusable, OSError) as problem:
+    except OSError as problem:
         raise BuildError(
             f"depthwise_inline: neither {_cache_root()} nor a temporary folder can be used ({problem}). {_SET_CACHE}"
         ) from None
@@ -1044,22 +1163,27 @@ _library: ctypes.CDLL | None = None  # stage 1
 _library_path: Path | None = None
 _library_error: Exception | None = None
 _specialisations: dict[str, Path] = {}  # stage 2
-_specialisation_errors: dict[str, Exception] = {}
-_keep_alive: list[object] = []  # what torch or the library refers to, and would lose if this module went away
+_specialisation_errors: dict[str, str] = {}
 
 _DIRECTIONS = ("forward", "grad_input", "grad_weight")
-_BUILDER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p)
+_BUILDER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
 _SIZES = ctypes.c_int64 * 15
 
 
 def _load_library() -> ctypes.CDLL:
     """Stage 1: the operator library, loaded once a process. A failure is kept and raised again, until precompile()."""
-    global _library, _library_path, _library_error
+    global _library, _library_path, _library_error, _forward_no_autograd
     with _build_lock:
         if _library is None:
             if _library_error is not None:
                 raise BuildError(str(_library_error))
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                raise BuildError(
+                    "depthwise_inline: nothing is built while a CUDA graph is captured, and the operator library is "
+                    "not loaded yet. To mend it: call precompile() before"
+                )
             try:
+                _check_schemas()
                 path = _obtain("operators", "the operators", *_stage1_sources())
                 torch.ops.load_library(str(path))
                 library = _declare(ctypes.CDLL(str(path)))
@@ -1069,8 +1193,20 @@ def _load_library() -> ctypes.CDLL:
             builder = _BUILDER(_build_callback)
             _keep_alive.append(builder)
             library.depthwise_inline_set_builder(builder)
+            _forward_no_autograd = _OPS.forward_no_autograd.default
             _library, _library_path = library, path
         return _library
+
+
+def _check_schemas() -> None:
+    """The operators may be those of another copy of this module, which was imported first."""
+    for schema in _SCHEMAS:
+        registered = getattr(_OPS, schema.partition("(")[0], None)
+        if registered is None or registered.default._schema != torch._C.parse_schema(f"depthwise_inline::{schema}"):
+            raise BuildError(
+                "depthwise_inline: this process has the operators of another version of this module. To mend it: keep "
+                "one version, and start the process anew"
+            )
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
@@ -1099,24 +1235,21 @@ def _load_specialisation(name: str, source: str) -> None:
             _specialisations[name] = path
 
 
-def _build_callback(name: bytes, source: bytes) -> int:
-    """What the library calls for a specialisation that it lacks; 0 for success."""
+def _build_callback(name: bytes, source: bytes, message: int, capacity: int) -> int:
+    """What the library calls for a specialisation that it lacks; 0 for success, else the message says why not."""
     key = name.decode()
-    if key not in _specialisation_errors:
+    error = _specialisation_errors.get(key, "")
+    if not error:
         try:
             _load_specialisation(key, source.decode())
             return 0
-        except Exception as error:
-            _specialisation_errors[key] = error
+        except Exception as problem:
+            error = _specialisation_errors[key] = str(problem) or repr(problem)
+        except BaseException as problem:  # such as Ctrl-C, which would be lost in C
+            error = f"depthwise_inline: compiling {key} was interrupted by {problem!r}"
+    text = error.encode()[: capacity - 1] + b"\0"
+    ctypes.memmove(message, text, len(text))
     return 1
-
-
-def _specialisation_error(failure: Exception) -> Exception | None:
-    """Why the specialisation that an error of the library names could not be built."""
-    for name, error in _specialisation_errors.items():
-        if name in str(failure):
-            return BuildError(str(error))
-    return None
 
 
 def _select(direction: str, dtype: torch.dtype, channels_last: bool, sizes: Sequence[int]) -> tuple[str, str]:
@@ -1196,7 +1329,7 @@ def _obtain_all(sources: dict[str, str]) -> None:
     items = sorted(sources.items())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(len(items), cores)
-    if count < 2:
+    if count < 2 or _own_file() is None:
         return
     what = f"{len(items)} specialisations in {count} processes"
     print(
@@ -1207,7 +1340,7 @@ def _obtain_all(sources: dict[str, str]) -> None:
         for _ in range(count)
     ]
     for index, worker in enumerate(workers):
-        json.dump((str(Path(__file__).resolve()), items[index::count]), worker.stdin)
+        json.dump((str(_own_file()), items[index::count]), worker.stdin)
         worker.stdin.close()
     for worker in workers:
         worker.wait()
@@ -1270,6 +1403,11 @@ def status() -> Status:
     problems = []
     try:
         architectures = _architectures()
+        for gpu in _without_code(architectures):
+            named = ";".join(architectures)
+            problems.append(
+                f"depthwise_inline: TORCH_CUDA_ARCH_LIST={named} has no code for {gpu}. To mend it: unset it"
+            )
     except BuildError as error:
         architectures, problems = (), [str(error)]
     try:
@@ -1307,58 +1445,85 @@ def status() -> Status:
 
 
 def _doctor() -> int:
-    """Print what was found, and what to do about each thing that is wrong; returns how many things are."""
+    """Print what is found, and what to do about each thing that is wrong; returns how many things are."""
+    wrong = 0
 
-    def expect(condition: object, found: str, problem: str) -> str:
-        if not condition:
-            raise BuildError(problem)
-        return found
+    def look(name: str, find: Callable[[], str | bool], problem: str = "") -> None:
+        """One line: what find() returns; the problem, where that is nothing or an error."""
+        nonlocal wrong
+        try:
+            found = find()
+        except BuildError as error:
+            found, problem = "", str(error).removeprefix("depthwise_inline: ")
+        wrong += not found
+        print(f"ok     {name:<13}{found}" if found else f"WRONG  {name:<13}{problem}")
+
+    def driver() -> str | bool:
+        version = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0]
+        return _nvml_gpus() is not None and (version or "of unknown version")
 
     def cache() -> str:
         root = _cache_root()
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=root).close()
+            _open_root(root)
+            with tempfile.TemporaryFile(dir=root) as file:
+                file.write(bytes(1 << 20))
         except OSError as error:
-            raise BuildError(f"cannot be written ({error}). {_SET_CACHE}") from None
+            raise BuildError(f"{root} cannot be written ({error}). {_SET_CACHE}") from None
         times = [path.stat().st_mtime for path in root.glob("*/library.so")]
-        return f"{root}, {len(times)} libraries{f', last built {time.ctime(max(times))}' if times else ''}"
+        return f"{root}, writable, {len(times)} libraries{f', last built {time.ctime(max(times))}' if times else ''}"
 
     _on_import()
-    version, gpus = torch.__version__, ", ".join(map(str, _gpus()))
-    driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]).partition("\n")[0]
-    checks = {
-        "torch": lambda: expect(_CUDA_BUILD, version, f"{version} is built without CUDA. To mend it: install one with"),
-        "GPU": lambda: expect(gpus, f"{gpus}; driver {driver}", f"none is visible to this process. {_SEE_GPU}"),
-        "nvcc": lambda: f"{_find_compiler().version} in {_find_compiler().root}",
-        "C++ compiler": lambda: _output([*_cxx_command(), "--version"]).partition("\n")[0],
-        "ninja": lambda: f"in {_ninja_folder()}",
-        "sources": lambda: str(_kernels_folder()),
-        "cache": cache,
-        "kernels": lambda: expect(status().path != "error", status().reason, status().reason),
-    }
-    wrong = 0
-    for name, check in checks.items():
-        try:
-            print(f"ok     {name:<13}{check()}")
-        except BuildError as error:
-            print(f"WRONG  {name:<13}{str(error).removeprefix('depthwise_inline: ')}")
-            wrong += 1
+    state, gpus, cuda = status(), ", ".join(map(str, _gpus())), f"CUDA {torch.version.cuda}"
+    look("Python", lambda: f"{platform.python_version()} in {sys.executable}")
+    look(
+        "torch",
+        lambda: _CUDA_BUILD and f"{torch.__version__} for {cuda}",
+        f"{torch.__version__} is built without CUDA. To mend it: choose CUDA on https://pytorch.org/get-started/locally",
+    )
+    look("driver", driver, "no NVIDIA driver answers. To mend it: install it; start a container with --gpus all")
+    look("GPU", lambda: gpus, "none is visible to this process. To mend it: see nvidia-smi and CUDA_VISIBLE_DEVICES")
+    if gpus:
+        look(
+            "torch on GPU",
+            lambda: torch.cuda.is_available() and "works",
+            f"torch cannot use the GPU. To mend it: install a driver for {cuda}, or torch for the driver's CUDA",
+        )
+    look("nvcc", lambda: f"{_find_compiler().version} in {_find_compiler().root}")
+    look("C++ compiler", lambda: _output([*_cxx_command(), "--version"]).partition("\n")[0])
+    look("ninja", lambda: f"in {_ninja_folder()}")
+    look("sources", lambda: str(_kernels_folder()))
+    look("cache", cache)
+    look("kernels", lambda: state.path != "error" and state.reason, state.reason)
     return wrong
 
 
 def _clean() -> int:
-    """Empty the cache; what is needed again is built again."""
+    """Empty the cache of what this module put there; what is needed again is built again."""
     root = _cache_root()
-    print(f"removing {len(list(root.glob('*/library.so')))} libraries in {root}")
-    if root.exists():
-        shutil.rmtree(root)
+    entries = [path for path in root.glob("*-*") if re.search(r"-[0-9a-f]{20}(\.lock|\.log|\.tmp.*)?$", path.name)]
+    print(f"removing {sum((path / 'library.so').exists() for path in entries)} libraries in {root}")
+    try:
+        for path in entries:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        print(f"cannot be removed: {error}")
+        return 1
     return 0
+
+
+def _bundle() -> int:
+    """Write this project as one file: bundle.py does it."""
+    folder = _own_file().parent
+    for name in ("bundle.py", "bench_report.py", "bench_cases.json", "kernels"):
+        if not (folder / name).exists():
+            sys.exit(f"depthwise_inline: {folder / name} is missing. To mend it: bundle in a checkout of the project")
+    return subprocess.call([sys.executable, folder / "bundle.py", *sys.argv[2:]])
 
 
 def _is_script() -> bool:
     """Whether this file was started as a command; pasted into a notebook, it is __main__ as well."""
-    return __name__ == "__main__" and os.path.abspath(sys.argv[0]) == os.path.abspath(globals().get("__file__", ""))
+    return __name__ == "__main__" and _own_file() == Path(sys.argv[0]).resolve()
 
 
 # ---- Import
@@ -1366,9 +1531,9 @@ def _is_script() -> bool:
 
 def _on_import() -> None:
     """Register the operators; load or build their library if there is something to build for."""
-    global _forward, _forward_no_autograd, _library_error
+    global _forward, _library_error
     _register_operators()
-    _forward, _forward_no_autograd = _OPS.forward.default, _OPS.forward_no_autograd.default
+    _forward = _OPS.forward.default
     if not _CUDA_BUILD:
         return
     try:
@@ -1378,12 +1543,15 @@ def _on_import() -> None:
         _library_error = error
 
 
+_BUNDLED_SOURCES: dict[str, str] = {}  # bundle.py puts the files of kernels/ here
+
 if _is_script():
-    commands = {"doctor": _doctor, "clean": _clean}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+    commands = {"doctor": _doctor, "clean": _clean, "bundle": _bundle}
+    if not sys.argv[1:] or sys.argv[1] not in commands or (sys.argv[2:] and sys.argv[1] != "bundle"):
         sys.exit(
             "usage: python depthwise_inline.py doctor   what is found on this machine, and how to mend what is wrong"
             "\n       python depthwise_inline.py clean    empty the cache of compiled kernels"
+            "\n       python depthwise_inline.py bundle   write the project as one file, or what KernelBench takes"
         )
     sys.exit(1 if commands[sys.argv[1]]() else 0)
 _on_import()

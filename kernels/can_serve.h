@@ -157,7 +157,6 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
                       static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
                       channels_last ? tile.vector : 1, load, element_size(p.dtype));
   if (channels_last) {
-    if (tile.blocks > 0 && (taps > 9 || registers.kept > 108)) return false;  // 168 registers have to do
     const int loads = registers.step * 4 / (tile.vector * (load == 1 ? 4 : element_size(p.dtype)));
     const int limit = tile.vector == 1 ? kMaxMarchRegistersNhwc : kMaxMarchRegisters;
     return p.multiplier == 1 && p.c % tile.vector == 0 && (p.aligned || tile.vector == 1) &&
@@ -267,6 +266,16 @@ constexpr int kMaxDirectNchwRegisters = 150;
 
 inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, const Tile& tile) {
   if (p.layout != Layout::kNchw || args.padding_w < -64 || (!p.aligned && tile.vector > 1)) return false;
+  // Strided windows of many taps spill, and tiles of many rows where windows are large.
+  const int64_t stride = p.stride_h > p.stride_w ? p.stride_h : p.stride_w;
+  if (p.kernel_h * p.kernel_w > 9) {
+    if (stride > 2 || (stride > 1 && (args.w % tile.vector != 0 || tile.columns == 8))) return false;
+    if (tile.vector == 8 && args.w % 8 == 4) return false;  // words of four straddle nothing
+  }
+  if (tile.rows > 4 && (p.stride_h > 2 || p.dilation_h > 1)) return false;
+  if (tile.rows > 8 && (p.stride_h > 1 || p.stride_w > 1 || p.dilation_w > 1 || p.kernel_w > 7)) return false;
+  const int64_t tiles_w = (args.out_w + 2 * tile.columns) / tile.columns, tiles_h = (args.out_h + 8) / tile.rows + 1;
+  if (p.n * p.out_c * tiles_h * tiles_w > kInt32Max) return false;  // threads
   // Offsets within a plane, of rows around it too, are 32-bit numbers.
   if ((p.h + 64) * p.w > kInt32Max || (p.out_h + 64) * p.out_w > kInt32Max) return false;
   const int skew = tile.vector > 1 ? max_skew(tile.rows, tile.columns, args.out_w % tile.columns) : 0;

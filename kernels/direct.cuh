@@ -58,10 +58,10 @@ int allow_shared_bytes(Kernel kernel, int bytes) {
 }
 
 // Division by a number known at launch alone: a multiplication and a shift. For dividends below 2^31.
-struct Divider {
+struct IntDivider {
   unsigned divisor, factor, shift;
 
-  explicit Divider(unsigned divisor) : divisor(divisor), shift(31) {
+  explicit IntDivider(unsigned divisor) : divisor(divisor), shift(31) {
     while (uint64_t{1} << (shift - 31) < divisor) ++shift;
     factor = static_cast<unsigned>(((uint64_t{1} << shift) + divisor - 1) / divisor);
   }

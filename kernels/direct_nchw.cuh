@@ -94,12 +94,18 @@ struct DirectTile {
 struct DirectNchwPlan {
   SkewRows skew_rows;
   unsigned threads;
-  Divider columns, rows, out_channels;
+  IntDivider columns, rows, out_channels;
 };
 
-// Rows of more than 7 taps spill in as few registers as the compiler would take by itself.
+// Rows of more than 7 taps, and strided windows, spill in as few registers as the compiler would take by itself.
+template <class Traits>
+constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2     ? 1
+                                  : Traits::kStrideW == 1                          ? 0
+                                  : Traits::kTaps <= 25 && Traits::kDilationW == 1 ? 4
+                                                                                   : 1;
+
 template <class Traits, int kColumns, int kRows, int kVector>
-__global__ void __launch_bounds__(kDirectNchwThreads, Traits::kKernelW > 7 ? 1 : 0)
+__global__ void __launch_bounds__(kDirectNchwThreads, kDirectNchwBlocks<Traits>)
     direct_nchw_kernel(const DirectArgs args, const DirectNchwPlan plan) {
   using T = typename Traits::T;
   using Tile = DirectTile<Traits, kColumns, kRows, kVector>;
@@ -191,8 +197,8 @@ int launch_direct_nchw(const DirectArgs& args, int, cudaStream_t stream) {
   const int columns = divide_up(args.out_w + Tile::kMaxSkew, kColumns);
   const int rows = divide_up(args.out_h + skew_rows.period - 1, kRows);
   const unsigned threads = static_cast<unsigned>(args.n * args.out_c * rows * columns);
-  const DirectNchwPlan plan{skew_rows, threads, Divider(columns), Divider(rows),
-                            Divider(static_cast<unsigned>(args.out_c))};
+  const DirectNchwPlan plan{skew_rows, threads, IntDivider(columns), IntDivider(rows),
+                            IntDivider(static_cast<unsigned>(args.out_c))};
   direct_nchw_kernel<Traits, kColumns, kRows, kVector>
       <<<divide_up(threads, static_cast<unsigned>(kDirectNchwThreads)), kDirectNchwThreads, 0, stream>>>(args, plan);
   return cudaGetLastError();

@@ -15,14 +15,14 @@
 namespace depthwise {
 
 template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kColumns,
-          int kChannels, int kLeastBlocks>
+          int kChannels>
 struct GradWeightNhwcTraits
     : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels> {
   using March =
       MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels>;
   static constexpr int kBatch = 16 / kChannels;  // taps that are reduced together: 8 KB of shared memory
   // A load of one channel has an address of its own beside its register.
-  static constexpr int kBlocks = max_int(kLeastBlocks, kChannels == 1 ? min_int(2, March::kBlocks) : March::kBlocks);
+  static constexpr int kBlocks = kChannels == 1 ? min_int(2, March::kBlocks) : March::kBlocks;
 };
 
 // Loads a piece's rows.

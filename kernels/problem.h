@@ -31,7 +31,6 @@ struct Tile {
   int vector;
   int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
   bool staged = false;  // grad of weight, NCHW: whole planes through shared memory
-  int blocks = 0;       // grad of weight, channels_last: a multiprocessor's, at least; 0: as registers suggest
 };
 
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }

@@ -1,7 +1,6 @@
 // Which kernel and which tile serve a problem, and why: the one place that decides. Pure C++: no launch, no device.
 #pragma once
 
-#include <cstring>
 #include <string>
 
 #include "can_serve.h"
@@ -118,27 +117,20 @@ inline Config select_nhwc(const Problem& p) {
 
 // Grad of weight. H200, 32 images, ms.
 inline Config select_marching_nhwc(const Problem& p) {
-  const auto tile_called = [&](const char* name) {
-    const TileTable table = tile_table(Kernel::kGradWeightNhwc, p.dtype);
-    int tile = table.size - 1;
-    while (tile >= 0 && std::strcmp(table[tile].name, name) != 0) --tile;
-    return tile >= 0 && can_serve(p, Kernel::kGradWeightNhwc, tile) ? Config{Kernel::kGradWeightNhwc, tile} : Config{};
+  const bool wide = p.dtype == DType::kFloat32;
+  const auto tile_of = [&](int channels) {
+    const int tile = channels == 4 ? 0 : channels == 2 ? 1 : 2;
+    return can_serve(p, Kernel::kGradWeightNhwc, tile) ? Config{Kernel::kGradWeightNhwc, tile} : Config{};
   };
-  // One channel a thread: small images, of which there would be too few threads otherwise (3x3, 384x14x14, fp32 / fp16:
-  // 0.016 / 0.014, four channels 0.022 / 0.018; 5x5, 672x14x14: 0.031 / 0.028, two 0.044 / 0.035), and in fp32 what has
-  // too many taps for four (3x3 at stride 2, 96x112x112: 0.072, two 0.076; 1x11, 16x64x128x128: 0.068, 0.083).
-  const bool small = p.out_h * p.out_w <= 14 * 14;
-  const bool four = tile_called("weight_c4q4").kernel != Kernel::kGeneral;
-  if (small || (p.dtype == DType::kFloat32 && !four)) {
-    const Config one = tile_called("weight_c1q4");
-    if (one.kernel != Kernel::kGeneral) return one;
-  }
-  // Large images (16x64x512x512, fp16: 0.317, 0.348 with fewer blocks; not 144x56x56: 0.047, 0.043).
-  if (p.n * p.out_h * p.out_w >= 1 << 20) {
-    const Config dense = tile_called("weight_c4q4_dense");
-    if (dense.kernel != Kernel::kGeneral) return dense;
-  }
-  return first_that_serves(p, Kernel::kGradWeightNhwc);
+  // Four channels a thread, where registers hold them, but one in small images, of which there would be too few threads
+  // (3x3, 384x14x14, fp32 / fp16: 0.016 / 0.014, four 0.022 / 0.018; 5x5, 672x14x14: 0.031 / 0.028, two 0.044 / 0.035),
+  // and fewer in large ones, of which more warps are read at once (3x3, 16x64x512x512: 0.509 / 0.279, four 0.536 /
+  // 0.350; not 144x56x56, fp16: 0.044, four 0.043). In fp32 one also where four do not fit (3x7, 128x128x256: 0.339, two
+  // 0.394; 1x11, 16x64x128x128: 0.069, 0.083; not 5x5, 240x28x28: 0.047, 0.043).
+  const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
+  Config config = small || (large && wide) ? tile_of(1) : large ? tile_of(2) : tile_of(4);
+  if (config.kernel == Kernel::kGeneral && wide) config = tile_of(1);
+  return config.kernel != Kernel::kGeneral ? config : first_that_serves(p, Kernel::kGradWeightNhwc);
 }
 
 inline Config select_grad_weight(const Problem& p) {

@@ -127,8 +127,6 @@ inline std::string specialisation_source(const Specialisation& s) {
     if (s.kernel == Kernel::kGradWeightNchw)
       traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w) +
                 (tile.staged ? ", true" : ", false");
-    else
-      traits += ", " + std::to_string(tile.blocks);
   }
   if (s.kernel == Kernel::kToeplitz) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],

@@ -86,8 +86,10 @@ void add_launcher(const std::string& name, Launcher launcher) {
 Launcher find_or_build_launcher(const Specialisation& specialisation) {
   if (const Launcher launcher = find_launcher(specialisation)) return launcher;
   const std::string name = specialisation_name(specialisation);
-  if (builder == nullptr || builder(name.c_str(), specialisation_source(specialisation).c_str()) != 0)
-    throw std::runtime_error("depthwise_inline: could not build the specialisation " + name);
+  if (builder == nullptr) throw std::runtime_error("depthwise_inline: nothing is there to build " + name);
+  std::array<char, 4096> message{};
+  if (builder(name.c_str(), specialisation_source(specialisation).c_str(), message.data(), message.size()) != 0)
+    throw std::runtime_error(message.data());
   if (const Launcher launcher = find_launcher(specialisation)) return launcher;
   throw std::runtime_error("depthwise_inline: the builder gave no launcher for " + name);
 }

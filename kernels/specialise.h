@@ -8,8 +8,9 @@
 
 namespace depthwise {
 
-// Called from any thread; compiles `source`, loads it and hands its launcher to add_launcher. 0: done.
-using Builder = int (*)(const char* name, const char* source);
+// Called from any thread; compiles `source`, loads it and hands its launcher to add_launcher. 0: done; else `message`,
+// of `capacity` bytes, says why not.
+using Builder = int (*)(const char* name, const char* source, char* message, int capacity);
 
 void set_builder(Builder builder);
 void add_launcher(const std::string& name, Launcher launcher);

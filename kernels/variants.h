@@ -90,15 +90,9 @@ constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},         
                                            {"weight_x8g2", 8, 0, 8, 2},         {"weight_x2g2", 4, 0, 2, 2},
                                            {"weight_staged", 4, 0, 1, 1, true}, {"weight_x1g1", 4, 0, 1, 1},
                                            {"weight_x1g1_narrow", 2, 0, 1, 1}};
-// Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns. In 16 bits the first tile
-// fits registers for more blocks, which large images keep busy.
-constexpr Tile kGradWeightNhwcTiles32[] = {
+// Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
+constexpr Tile kGradWeightNhwcTiles[] = {
     {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
-constexpr Tile kGradWeightNhwcTiles16[] = {{"weight_c4q4", 4, 0, 4},
-                                           {"weight_c2q4", 4, 0, 2},
-                                           {"weight_c1q4", 4, 0, 1},
-                                           {"weight_c1q2", 2, 0, 1},
-                                           {"weight_c4q4_dense", 4, 0, 4, 0, false, 3}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
@@ -131,7 +125,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
     case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
-    case Kernel::kGradWeightNhwc: return wide ? TileTable(kGradWeightNhwcTiles32) : TileTable(kGradWeightNhwcTiles16);
+    case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
     case Kernel::kBlocked: return kBlockedTiles;
     case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;

@@ -6,11 +6,13 @@ import time
 
 import pytest
 import torch
+from stand_in import built, project, shipped, warm  # noqa: F401  fixtures
 
 import bench
 import bench_report as report
 
 RECORD = report.RESULTS / "gpu_tests.json"
+FUZZ_RECORD = report.RESULTS / "gpu_fuzz.json"
 
 
 def why_no_gpu():
@@ -25,7 +27,13 @@ def why_no_gpu():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record", action="store_true", help="on a GPU, write results/gpu_tests.json")
+    parser.addoption(
+        "--record",
+        action="store_true",
+        help="on a GPU, write results/gpu_tests.json; with --fuzz, results/gpu_fuzz.json",
+    )
+    parser.addoption("--fuzz", type=int, metavar="N", help="draw N problems in test_fuzz.py instead of 200")
+    parser.addoption("--fuzz-draw", type=int, metavar="NUMBER", help="repeat one draw of test_fuzz.py")
     parser.addoption(
         "--all-instances",
         action="store_true",
@@ -55,7 +63,19 @@ def pytest_terminal_summary(terminalreporter, config):
     """Under pytest-xdist the one process with a terminal, the controller, has every worker's reports."""
     if not config.getoption("--record"):
         return
-    counts = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error", "skipped")}
+    stats = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
+    if config.getoption("--fuzz") is None:
+        path = RECORD
+        counts = {name: len(reports) for name, reports in stats.items()}
+        counts["failed"] += counts.pop("error")
+        outcome = {name: counts[name] for name in ("passed", "failed", "skipped")}
+    else:
+        path = FUZZ_RECORD
+        properties = (dict(report.user_properties) for report in (*stats["passed"], *stats["failed"]))
+        outcome = next((found["fuzz"] for found in properties if "fuzz" in found), None)
+        if outcome is None:
+            terminalreporter.write_line("--fuzz --record: test_fuzz did not come to its end, nothing is recorded")
+            return
     record = {
         "sources_sha256": report.sources_sha256(),
         "gpu": torch.cuda.get_device_name(),
@@ -63,10 +83,8 @@ def pytest_terminal_summary(terminalreporter, config):
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "date": datetime.date.today().isoformat(),
-        "passed": counts["passed"],
-        "failed": counts["failed"] + counts["error"],
-        "skipped": counts["skipped"],
+        **outcome,
         "seconds": round(time.time() - config.started, 1),
     }
-    report.write_json(RECORD, record)
-    terminalreporter.write_line(f"wrote {RECORD}")
+    report.write_json(path, record)
+    terminalreporter.write_line(f"wrote {path}")

@@ -176,6 +176,50 @@ def make_tensors(problem, dtype, layout, generator):
     )
 
 
+# Other ways to store the same values, or to take fewer of them for all.
+
+
+def misaligned(t):
+    """One element past an aligned address."""
+    return t.new_empty(t.numel() + 1).as_strided(t.shape, t.stride(), 1).copy_(t)
+
+
+def sliced(t):
+    """A window of a larger tensor, which holds NaN around it."""
+    larger = t.new_full([size + 3 for size in t.shape], torch.nan)
+    window = larger[tuple(slice(1, size + 1) for size in t.shape)]
+    return window.copy_(t)
+
+
+def every_other(t):
+    """Every second element along the last dimension; NaN between."""
+    larger = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan)
+    return larger[..., ::2].copy_(t)
+
+
+def transposed(t):
+    """Stored with its last two dimensions exchanged."""
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.ndim > 1 else t
+
+
+def batch_last(t):
+    """Stored with its first dimension innermost."""
+    return t.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+def expanded(t):
+    """One image for the whole batch, with stride 0: what the gradient of a mean over the batch looks like."""
+    return t[:1].expand_as(t)
+
+
+def constant(t):
+    """One element for all, every stride 0: the gradient of sum()."""
+    return t.flatten()[:1].reshape((1,) * t.ndim).expand_as(t)
+
+
+VIEWS = (misaligned, sliced, every_other, transposed, batch_last, expanded, constant)
+
+
 class Expected(NamedTuple):
     value: torch.Tensor  # float64
     magnitude: torch.Tensor  # float64: the same sum over absolute values

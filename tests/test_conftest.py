@@ -1,4 +1,4 @@
-"""pytest --record, with and without pytest-xdist, on a machine that passes for one with a GPU."""
+"""pytest --record, with and without pytest-xdist and --fuzz, on a machine that passes for one with a GPU."""
 
 import importlib.util
 import json
@@ -18,23 +18,40 @@ RUN = """if True:
     torch.cuda.get_device_name = lambda *index: "NVIDIA Test"
     bench.driver_version = lambda: "1.2"
     bench_report.RESULTS = pathlib.Path(sys.argv[1])
+    # before
     sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--record", *sys.argv[2:]]))
 """
 TEST = "tests/test_reference.py::test_all_bits_set_is_nan"  # four passes
+
+
+MACHINE = ("sources_sha256", "gpu", "driver", "torch", "cuda", "date")
+
+
+def recorded(folder, *arguments, before=""):
+    """What a run of pytest leaves in results/, by the name of the file."""
+    code = RUN.replace("# before", before)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), *arguments], cwd=report.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("workers", (0, 2))
 def test_record(workers, tmp_path):
     if workers and importlib.util.find_spec("xdist") is None:
         pytest.skip("pytest-xdist is not installed")
-    arguments = [TEST, *(["-n", str(workers)] if workers else [])]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path), *arguments], cwd=report.ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    record = json.loads((tmp_path / "gpu_tests.json").read_text())
-    keys = ("sources_sha256", "gpu", "driver", "torch", "cuda", "date", "passed", "failed", "skipped", "seconds")
-    assert tuple(record) == keys
+    records = recorded(tmp_path, TEST, *(["-n", str(workers)] if workers else []))
+    record = records.pop("gpu_tests.json")
+    assert not records and tuple(record) == (*MACHINE, "passed", "failed", "skipped", "seconds")
     assert (record["passed"], record["failed"], record["skipped"]) == (4, 0, 0)
     assert (record["gpu"], record["driver"]) == ("NVIDIA Test", "1.2")
     assert record["sources_sha256"] == report.sources_sha256() and record["seconds"] > 0
+
+
+def test_record_of_fuzzing(tmp_path):
+    on_the_cpu = "sys.path.insert(0, 'tests'); import test_fuzz; test_fuzz.DEVICE = 'cpu'"
+    records = recorded(tmp_path, "tests/test_fuzz.py::test_fuzz", "--fuzz", "7", before=on_the_cpu)
+    record = records.pop("gpu_fuzz.json")
+    assert not records and tuple(record) == (*MACHINE, "seed", "draws", "specialisations", "failed", "seconds")
+    assert (record["draws"], record["specialisations"], record["failed"]) == (7, 0, 0)

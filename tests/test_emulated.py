@@ -70,9 +70,9 @@ def pytest_generate_tests(metafunc):
         ids = [f"{gpu.shape_id(*case[:3])}-{case[3]}-{reference.short(case[4])}" for case in cases]
         metafunc.parametrize(("kernel", "stride", "dilation", "layout", "dtype"), cases, ids=ids)
     elif "view" in metafunc.fixturenames:
-        views, places = (gpu.misaligned, gpu.constant), (("nchw", F32),)
+        views, places = (reference.misaligned, reference.constant), (("nchw", F32),)
         if everything:
-            views, places = gpu.VIEWS, gpu.ALL
+            views, places = reference.VIEWS, gpu.ALL
         cases = [(view, *where) for view in views for where in places]
         ids = [f"{view.__name__}-{layout}-{reference.short(dtype)}" for view, layout, dtype in cases]
         metafunc.parametrize(("view", "layout", "dtype"), cases, ids=ids)

@@ -9,7 +9,6 @@ import torch
 from reference import DEVICE, HALF_AND_SINGLE, LAYOUTS, Failures, Problem
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from depthwise_inline import DepthwiseConv2d, ModelNew, replace_depthwise
 
@@ -163,19 +162,6 @@ def test_copies_work_after_use():
     assert torch.equal(ours.cpu().to(DEVICE)(x), expected)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_tensor_hooks", "reentrant"])
-def test_activation_checkpointing(use_reentrant):
-    net = nn.Sequential(ModelNew(8, 3, 1, 1), nn.SiLU(), ModelNew(8, 5, 1, 2, True)).to(DEVICE)
-    x = torch.randn(2, 8, 12, 13, device=DEVICE)
-    grad_out = torch.randn_like(net(x))
-    expected = gradients(net, x, grad_out)
-    x = x.requires_grad_()
-    out = checkpoint(net, x, use_reentrant=use_reentrant)
-    out.backward(grad_out)
-    found = [out.detach(), x.grad, *(parameter.grad for parameter in net.parameters())]
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 def test_training_follows_the_reference():
     """Ten optimizer steps in float64, in step with nn.Conv2d."""
     theirs = Model(5, 3, 2, 1, True).to(DEVICE, torch.float64)
@@ -224,14 +210,6 @@ def test_graphed_callable():
         x = torch.randn_like(x)
         for found, expected in zip(gradients(graphed, x, grad_out), gradients(net, x, grad_out), strict=True):
             assert torch.equal(found, expected)
-
-
-def test_export():
-    net = ModelNew(8, 3, 1, 1, True).to(DEVICE)
-    x = torch.randn(2, 8, 12, 12, device=DEVICE)
-    program = torch.export.export(net, (x,))
-    assert "depthwise_inline.forward" in str(program.graph)
-    assert torch.equal(program.module()(x), net(x))
 
 
 # ---- Networks -------------------------------------------------------------------------------------------------------

@@ -382,30 +382,6 @@ def test_accumulation_into_grad():
         torch.testing.assert_close(t.grad, 2 * grad, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("how", ["grad", "vjp", "grad_of_grad"])
-def test_function_transforms(how):
-    tensors = reference.make_tensors(STRIDED, torch.float64, "nchw", reference.fresh_generator())
-
-    def ours(x, weight, bias):
-        return convolve(STRIDED, x, weight, bias)
-
-    def theirs(x, weight, bias):
-        return F.conv2d(x, weight, bias, **STRIDED.pairs, groups=STRIDED.channels)
-
-    def transformed(function):
-        inputs = (tensors.x, tensors.weight, tensors.bias)
-        if how == "vjp":
-            out, vjp = torch.func.vjp(function, *inputs)
-            return out, *vjp(tensors.grad_out)
-        loss = torch.func.grad(lambda *inputs: function(*inputs).pow(3).sum(), argnums=(0, 1, 2))
-        if how == "grad":
-            return loss(*inputs)
-        return torch.func.grad(lambda *inputs: sum(g.square().sum() for g in loss(*inputs)), argnums=(0, 1))(*inputs)
-
-    for found, expected in zip(transformed(ours), transformed(theirs), strict=True):
-        torch.testing.assert_close(found, expected)
-
-
 # ---- torch.compile, autocast, graphs, streams -----------------------------------------------------------------------
 
 
@@ -422,18 +398,6 @@ def test_compile(dynamic):
         out, grads = train(problem, tensors, compiled)
         compare_training(problem, tensors, out, grads)
         assert out.stride() == tensors.grad_out.stride()
-
-
-def test_compile_under_autocast():
-    torch._dynamo.reset()
-    tensors = reference.make_tensors(PROBLEM, torch.float32, "nchw", reference.fresh_generator())
-    compiled = torch.compile(functools.partial(convolve, PROBLEM), fullgraph=True)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        found, expected = (
-            f(tensors.x, tensors.weight, tensors.bias) for f in (compiled, functools.partial(convolve, PROBLEM))
-        )
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("cast_to", [torch.float16, torch.bfloat16], ids=reference.short)

@@ -1,4 +1,4 @@
-"""torch.ops.depthwise_inline on the CPU: schemas, fake kernels, autograd, autocast, torch.compile."""
+"""torch.ops.depthwise_inline on the CPU: schemas, values, autograd, fake kernels; more in test_conventions.py."""
 
 import subprocess
 import sys
@@ -171,69 +171,7 @@ def test_operators_reject(operator, device):
         OPS.grad_input(grad, weight, 6, 6, *GEOMETRIES[0], False, 2)
 
 
-# --- autocast, torch.compile -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_autocast():
-    x, weight, bias, _ = problem(GEOMETRIES[0], dtype=torch.float32)
-    for call in (
-        lambda *tensors: OPS.forward(*tensors, *GEOMETRIES[0]),
-        lambda *tensors: depthwise_conv2d(*tensors),
-        torch.compile(depthwise_conv2d, fullgraph=True, backend="eager"),
-    ):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out, expected = call(x, weight, bias), F.conv2d(x, weight, bias, groups=3)
-            torch.testing.assert_close(call(x.bfloat16(), weight, bias), expected)
-            assert call(x.double(), weight.double(), bias.double()).dtype == torch.float64
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out, expected)
-        assert call(x, weight, bias).dtype == torch.float32
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-@pytest.mark.parametrize("dynamic", (False, True))
-@pytest.mark.parametrize("padding", ((1, 2), "same", "valid"))
-def test_compile(padding, dynamic):
-    def step(x, weight, bias):
-        return depthwise_conv2d(x, weight, bias, 1, padding, (2, 1)).square()
-
-    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    tensors = [t.requires_grad_() for t in problem(GEOMETRIES[0])[:3]]
-    for x in (tensors[0], tensors[0].detach()[:, :, :5].requires_grad_(), tensors[0].detach()[0]):
-        leaves = [t for t in (x, *tensors[1:]) if t.requires_grad]
-        ours, expected = compiled(x, *tensors[1:]), step(x, *tensors[1:])
-        torch.testing.assert_close(ours, expected)
-        torch.testing.assert_close(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_operator():
-    """What a CUDA tensor meets under torch.compile."""
-    geometry = GEOMETRIES[1]
-    compiled = torch.compile(lambda *t: OPS.forward(*t, *geometry).sin(), backend="aot_eager", fullgraph=True)
-    leaves = [t.requires_grad_() for t in problem(geometry)[:3]]
-    ours, expected = compiled(*leaves), F.conv2d(*leaves, *arguments(geometry), 3).sin()
-    torch.testing.assert_close(ours, expected)
-    torch.testing.assert_close(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_compile_module():
-    model = depthwise_inline.ModelNew(4, 3, padding=1, bias=True)
-    x = torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
-
-
-def test_export():
-    model, x = depthwise_inline.ModelNew(4, 3), torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+# --- registration -----------------------------------------------------------------------------------------------------
 
 
 def test_registered_once():
