@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,12 +138,13 @@ class Emulator:
         self.builder = depthwise_inline._BUILDER(self.on_demand)
         self.library.depthwise_inline_set_builder(self.builder)
 
-    def on_demand(self, name, source):
+    def on_demand(self, name, source, message, capacity):
         try:
             self.obtain({name.decode(): source.decode()})
             return 0
         except RuntimeError as error:
-            print(error, file=sys.stderr)
+            text = str(error).encode()[: capacity - 1] + b"\0"
+            ctypes.memmove(message, text, len(text))
             return 1
 
     def obtain(self, sources, build=None):
