@@ -143,7 +143,8 @@ class Emulator:
             self.obtain({name.decode(): source.decode()})
             return 0
         except RuntimeError as error:
-            ctypes.memmove(message, (text := str(error).encode()[: capacity - 1] + b"\0"), len(text))
+            text = str(error).encode()[: capacity - 1] + b"\0"
+            ctypes.memmove(message, text, len(text))
             return 1
 
     def obtain(self, sources, build=None):

@@ -247,6 +247,24 @@ def full_float32():
         torch.backends.cudnn.allow_tf32 = before
 
 
+def grad_weight_by_taps(problem, x, grad_out):
+    """Products of pixels that exist: PyTorch on the CPU multiplies NaN and infinity by the zeros of the padding too."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, grad_out = x.to(wide).repeat_interleave(problem.multiplier, 1), grad_out.to(wide)
+    result = x.new_zeros(problem.weight_shape)
+    axes = list(zip(problem.image, problem.out_image, problem.stride, problem.padding, problem.dilation, strict=True))
+    for tap in itertools.product(*map(range, problem.kernel)):
+        pixels, outputs = [...], [...]
+        for t, (size, out_size, stride, padding, dilation) in zip(tap, axes, strict=True):
+            shift = t * dilation - padding
+            first, last = max(0, -(shift // stride)), min(out_size, (size - 1 - shift) // stride + 1)
+            outputs.append(slice(first, max(first, last)))
+            pixels.append(slice(first * stride + shift, max(first, last) * stride + shift, stride))
+        if all(span.start < span.stop for span in outputs[1:]):
+            result[:, 0, tap[0], tap[1]] = (x[tuple(pixels)] * grad_out[tuple(outputs)]).sum((0, 2, 3))
+    return result
+
+
 def pytorch_results(problem, tensors):
     """All results of PyTorch in the dtype of the tensors, by name; the gradients of undefined inputs are left out."""
     x, weight, bias, grad_out = tensors
@@ -262,6 +280,8 @@ def pytorch_results(problem, tensors):
             (True, True, bias is not None),
         )
     results |= {"grad_input": grads[0], "grad_weight": grads[1]}
+    if x.device.type == "cpu":
+        results["grad_weight"] = grad_weight_by_taps(problem, x, grad_out).to(x.dtype)
     if bias is not None:
         results["grad_bias"] = grads[2]
     return results

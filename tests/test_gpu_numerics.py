@@ -223,10 +223,14 @@ def test_edges(layout, dtype):
 @pytest.mark.parametrize(("layout", "dtype"), reference.pair_grid(LAYOUTS, DTYPES))
 def test_general_variant_on_random_problems(layout, dtype):
     """Combinations of sizes that no table lists: another fifty in every run."""
+    check_general_variant_on_random_problems(50, layout, dtype)
+
+
+def check_general_variant_on_random_problems(count, layout, dtype):
     failures, generator = Failures(), reference.fresh_generator()
     drawn = random.Random(generator.initial_seed())
     problems = 0
-    while problems < 50:
+    while problems < count:
 
         def pair(low, high):
             return (drawn.randint(low, high), drawn.randint(low, high))
@@ -424,13 +428,20 @@ SPECIAL = [  # kernel, stride, dilation out of SHAPES
 SPECIAL_CASES = [case for case in specialised_cases() if case.values[:3] in SPECIAL]
 
 
+def special_problem(image, kernel, stride, dilation, **options):
+    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    return Problem(image, kernel, stride, padding, dilation, **{"channels": 8} | options)
+
+
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("kernel", "stride", "dilation", "layout", "dtype"), SPECIAL_CASES)
 def test_nan_and_inf_go_where_they_belong(kernel, stride, dilation, layout, dtype):
     """At corners, edges and inside; a zero of padding or of a tile's filling times Inf must not reach an output."""
+    check_nan_and_inf(special_problem((67, 74), kernel, stride, dilation), layout, dtype)
+
+
+def check_nan_and_inf(problem, layout, dtype):
     failures, generator = Failures(), reference.fresh_generator()
-    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
-    problem = Problem((67, 74), kernel, stride, padding, dilation, channels=8)
     for where, value in itertools.product(("x", "grad_out"), (torch.nan, torch.inf, -torch.inf)):
         tensors = reference.make_tensors(problem, dtype, layout, generator)
         planted = getattr(tensors, where)
@@ -452,15 +463,19 @@ def test_nan_and_inf_go_where_they_belong(kernel, stride, dilation, layout, dtyp
 @pytest.mark.parametrize(("kernel", "stride", "dilation", "layout", "dtype"), SPECIAL_CASES)
 def test_magnitudes_near_the_ends_of_the_range(kernel, stride, dilation, layout, dtype):
     """Large: products and partial sums leave float16's range, results mostly do not. Small: subnormal inputs."""
+    check_magnitudes(special_problem((20, 37), kernel, stride, dilation), layout, dtype)
+
+
+def check_magnitudes(problem, layout, dtype):
     failures, generator = Failures(), reference.fresh_generator()
-    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
-    problem = Problem((20, 37), kernel, stride, padding, dilation, channels=8)
     large = reference.make_tensors(problem, dtype, layout, generator)
     # Multiples of 32 up to 60000, about nine weights of -1 or 1 and the others 0: every sum is exact in float32, so
     # the only rounding is the last, and a result that overflows float16 does so for everyone.
     for t in large:
         t.copy_((t.float() * 20_000).clamp(-60_000, 60_000).div(32).round() * 32)
-    kept = torch.rand(large.weight.shape, generator=generator, device=reference.DEVICE) < 9 / (kernel[0] * kernel[1])
+    kept = torch.rand(large.weight.shape, generator=generator, device=reference.DEVICE) < 9 / (
+        problem.kernel[0] * problem.kernel[1]
+    )
     large.weight.copy_(large.weight.sign() * kept)
     reference.check(failures, problem, large, layout, directions=("forward", "grad_input"))
 
@@ -477,8 +492,7 @@ def test_magnitudes_near_the_ends_of_the_range(kernel, stride, dilation, layout,
 def test_repeat_runs_agree_bit_for_bit(kernel, stride, dilation, layout, dtype):
     """Enough blocks to be scheduled differently each time: a race or an atomic sum would show in the last bits."""
     failures = Failures()
-    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
-    problem = Problem((57, 61), kernel, stride, padding, dilation, batch=16, channels=24)
+    problem = special_problem((57, 61), kernel, stride, dilation, batch=16, channels=24)
     tensors = reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
     for direction in reference.DIRECTIONS:
         kernel_layout = reference.forward_layout(tensors.x, tensors.weight) if direction == "forward" else layout
