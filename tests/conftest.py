@@ -27,7 +27,6 @@ def why_no_gpu():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--emulator", action="store_true", help="run the kernels in the emulator: tests/test_emulated.py")
     parser.addoption(
         "--record",
         action="store_true",
@@ -41,13 +40,6 @@ def pytest_addoption(parser):
         help="compile every shipped kernel for every architecture, not for sm_90 alone with samples on the others; "
         "emulate every kernel size in every layout and dtype, not a sample",
     )
-
-
-def pytest_ignore_collect(collection_path, config):
-    """The emulator takes minutes, and its operators stay registered: it runs by itself, when asked for."""
-    if collection_path.name == "test_emulated.py" and not config.getoption("--emulator"):
-        return True
-    return None
 
 
 def pytest_configure(config):
