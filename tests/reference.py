@@ -280,7 +280,7 @@ def pytorch_results(problem, tensors):
             (True, True, bias is not None),
         )
     results |= {"grad_input": grads[0], "grad_weight": grads[1]}
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not (x.isfinite().all() and grad_out.isfinite().all()):
         results["grad_weight"] = grad_weight_by_taps(problem, x, grad_out).to(x.dtype)
     if bias is not None:
         results["grad_bias"] = grads[2]

@@ -53,23 +53,23 @@ def test_fuzz(request, record_property):
     failures.report()
 
 
-def plant_an_error():
-    """One wrong element in the corner of every result of the forward operator."""
-    operators = torch.ops.depthwise_inline
-    forward = operators.forward_no_autograd
+class Broken:
+    """The operators, with one wrong element in the corner of every result of forward."""
 
-    def broken(*arguments):
-        out = forward(*arguments)
+    def __init__(self, operators):
+        self.operators = operators
+
+    def __getattr__(self, name):
+        return getattr(self.operators, name)
+
+    def forward_no_autograd(self, *arguments):
+        out = self.operators.forward_no_autograd(*arguments)
         out[-1:, -1:, -1:, -1:] += 100
         return out
 
-    operators.forward_no_autograd = broken
-
 
 def test_a_planted_error_is_found_and_repeated(monkeypatch):
-    operators = torch.ops.depthwise_inline
-    monkeypatch.setattr(operators, "forward_no_autograd", operators.forward_no_autograd)  # what undo() restores
-    plant_an_error()
+    monkeypatch.setattr(reference, "OPERATORS", Broken(reference.OPERATORS))
     draws, _ = fuzz.plan(0, 30, 30, 0, DEVICE, needs)
     broken = [d for d in draws if (d.direction, d.through) == ("forward", "operator") and d.problem.batch]
     assert broken
@@ -82,7 +82,12 @@ def test_a_planted_error_is_found_and_repeated(monkeypatch):
 
     python, *arguments = shlex.split(broken[0].line)
     assert (python, *arguments[:2]) == ("python", "-m", "pytest")
-    code = "import sys, pytest, test_fuzz; test_fuzz.plant_an_error(); sys.exit(pytest.main(sys.argv[1:]))"
+    code = """if True:
+        import sys
+        import pytest, reference, test_fuzz
+        reference.OPERATORS = test_fuzz.Broken(reference.OPERATORS)
+        sys.exit(pytest.main(sys.argv[1:]))
+    """
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments[2:], "-k", "test_fuzz and not planted"],
         cwd=reference.ROOT,
