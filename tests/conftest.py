@@ -13,6 +13,7 @@ import bench_report as report
 
 RECORD = report.RESULTS / "gpu_tests.json"
 FUZZ_RECORD = report.RESULTS / "gpu_fuzz.json"
+SANITIZER_RECORD = report.RESULTS / "gpu_sanitizer.json"
 
 
 def why_no_gpu():
@@ -30,10 +31,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--record",
         action="store_true",
-        help="on a GPU, write results/gpu_tests.json; with --fuzz, results/gpu_fuzz.json",
+        help="on a GPU, write results/gpu_tests.json; with --fuzz gpu_fuzz.json, with --sanitize gpu_sanitizer.json",
     )
     parser.addoption("--fuzz", type=int, metavar="N", help="draw N problems in test_fuzz.py instead of 200")
     parser.addoption("--fuzz-draw", type=int, metavar="NUMBER", help="repeat one draw of test_fuzz.py")
+    parser.addoption("--sanitize", action="store_true", help="run test_sanitizer.py's tests on a GPU")
     parser.addoption(
         "--all-instances",
         action="store_true",
@@ -64,14 +66,21 @@ def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("--record"):
         return
     stats = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
-    if config.getoption("--fuzz") is None:
+    properties = [dict(report.user_properties) for report in (*stats["passed"], *stats["failed"])]
+    if config.getoption("--sanitize"):
+        path, outcome = SANITIZER_RECORD, {}
+        for found in properties:
+            outcome |= found.get("sanitizer", {})
+        if not outcome:
+            terminalreporter.write_line("--sanitize --record: no tool came to its end, nothing is recorded")
+            return
+    elif config.getoption("--fuzz") is None:
         path = RECORD
         counts = {name: len(reports) for name, reports in stats.items()}
         counts["failed"] += counts.pop("error")
         outcome = {name: counts[name] for name in ("passed", "failed", "skipped")}
     else:
         path = FUZZ_RECORD
-        properties = (dict(report.user_properties) for report in (*stats["passed"], *stats["failed"]))
         outcome = next((found["fuzz"] for found in properties if "fuzz" in found), None)
         if outcome is None:
             terminalreporter.write_line("--fuzz --record: test_fuzz did not come to its end, nothing is recorded")
