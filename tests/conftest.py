@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionstart(session):
-    session.config.started = time.time()
+    session.config.started = time.monotonic()
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -93,7 +93,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "cuda": torch.version.cuda,
         "date": datetime.date.today().isoformat(),
         **outcome,
-        "seconds": round(time.time() - config.started, 1),
+        "seconds": round(time.monotonic() - config.started, 1),
     }
     report.write_json(path, record)
     terminalreporter.write_line(f"wrote {path}")
