@@ -755,11 +755,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_readme(cases: dict[str, Case]) -> None:
-    """The README's tables and the pictures that it shows."""
+    """The README's tables, the pictures that it shows and the pages of all rows."""
     records = report.load_records()
     for record in records:
         if record["rows"]:
             drawing()(record, report.RESULTS)
+            report.table_path(record, report.RESULTS).write_text(report.table(record))
     report.README.write_text(report.update_readme(report.README.read_text(), records, cases))
 
 

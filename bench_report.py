@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -188,6 +189,10 @@ def picture_path(record: dict[str, Any], name: str, folder: Path) -> Path:
     return folder / f"{record_path(record['gpu']).stem}_{name}.svg"
 
 
+def table_path(record: dict[str, Any], folder: Path) -> Path:
+    return folder / f"{record_path(record['gpu']).stem}.md"
+
+
 def digest(record: dict[str, Any]) -> str:
     """What a picture carries, to tell the record that it was drawn from."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -265,7 +270,7 @@ def readme_headline(records: Sequence[dict[str, Any]]) -> str:
 
 
 def readme_speed(records: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
-    """The README's tables: speedups by case, losses, host time, networks, and every row folded away."""
+    """The README's tables: speedups by case, losses, what was not measured, host time, networks."""
     return "\n\n".join(_readme_record(record, cases) for record in records) or (
         "No GPU run is recorded in `results/` yet. `python bench.py --all --record` on a GPU writes one."
     )
@@ -276,8 +281,7 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
     lines = [
         f"### {record['gpu']}",
         "",
-        f"torch {record['torch']}, CUDA {record['cuda']}, cuDNN {record['cudnn']}, driver {record['driver']}, "
-        f"{record['date'][:10]}. Copy bandwidth {record['copy_tbps']:.2f} TB/s, read and written.",
+        _versions(record) + _tests(record),
         "",
         *([_stale(record), ""] if _stale(record) else []),
         *(line for name in PICTURES if rows for line in (_readme_picture(record, name), "")),
@@ -316,6 +320,8 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
     ]
     for row in record.get("failed", ()):
         lines.append(f"- {' '.join(row[key] for key in ROW_IDENTITY)}: failed, {row['failed']}")
+    if absent := _not_measured(record, cases):
+        lines += ["", "Not measured in that run:", *absent]
     lines += [
         "",
         f"Host time of a call: forward {host['ours_forward']:.1f} us (F.conv2d {host['conv2d_forward']:.1f})"
@@ -341,9 +347,16 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
             )
             for m in models
         ]
-    lines += ["", f"<details><summary>All {len(rows)} rows</summary>", ""]
+    return "\n".join(
+        [*lines, "", f"[All {len(rows)} rows]({table_path(record, RESULTS).relative_to(ROOT).as_posix()})"]
+    )
+
+
+def table(record: dict[str, Any]) -> str:
+    """Every row of a record as a page of its own."""
+    lines = [f"# Every measured row, {record['gpu']}", "", _versions(record), ""]
     lines += _table_head(*ROW_IDENTITY, "variant", "ours ms", "PyTorch ms", "any layout ms", "speedup", "of copy")
-    for row in rows:
+    for row in record["rows"]:
         share = row["bytes"] / row["ours_ms"] / 1e9 / record["copy_tbps"]
         lines.append(
             _table_row(
@@ -356,7 +369,39 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
                 f"{share:.0%}",
             )
         )
-    return "\n".join([*lines, "", "</details>"])
+    return "\n".join([*lines, ""])
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return (
+        f"torch {record['torch']}, CUDA {record['cuda']}, cuDNN {record['cudnn']}, driver {record['driver']}, "
+        f"{record['date'][:10]}. Copy bandwidth {record['copy_tbps']:.2f} TB/s, read and written."
+    )
+
+
+def _tests(record: dict[str, Any]) -> str:
+    """The outcome of `pytest --record` on the GPU and the sources of a record; '' without one."""
+    path = RESULTS / "gpu_tests.json"
+    tests = json.loads(path.read_text()) if path.is_file() else {}
+    if any(tests.get(key) != record[key] for key in ("gpu", "sources_sha256")):
+        return ""
+    return f" Tests on it: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."
+
+
+def _not_measured(record: dict[str, Any], cases: dict[str, Case]) -> list[str]:
+    """What of the whole table is neither measured nor failed, a line a case."""
+    there = {tuple(row[key] for key in ROW_IDENTITY) for row in (*record["rows"], *record.get("failed", ()))}
+    lines = []
+    for case in cases:
+        absent = [
+            row[1:]
+            for row in itertools.product([case], record["matmul_tflops"], ("nchw", "nhwc"), DIRECTIONS)
+            if row not in there
+        ]
+        if absent:
+            whole = len(absent) == 2 * len(DIRECTIONS) * len(record["matmul_tflops"])
+            lines.append(f"- {case}: " + ("everything" if whole else ", ".join(" ".join(row) for row in absent)))
+    return lines
 
 
 def _readme_picture(record: dict[str, Any], name: str) -> str:

@@ -422,7 +422,8 @@ def test_readme_tables_come_from_the_records_and_show_losses():
     assert "NVIDIA H100 80GB HBM3" in headline and "2.00x; 71%" in headline and "rows slower than it: 1." in headline
     assert "1 of 3 rows" in speed and "- kb82 float32 nhwc forward: 0.50x" in speed
     assert "| MobileNetV2 | 128 | float32 | nchw | 60.0 | 40.0 | 1.50 |" in speed
-    assert speed.count("| 1.0000 |") == len(rows)
+    assert report.table(record).count("| 1.0000 |") == len(rows)
+    assert "- kb82: float32 nchw grad_input, " in speed and "- replk_31: everything" in speed
 
 
 def test_readme_says_so_when_nothing_is_recorded():
@@ -447,6 +448,16 @@ def test_readme_says_of_a_record_that_its_sources_are_not_the_present_ones(monke
     assert "earlier sources" in report._stale(record)
     monkeypatch.setattr(report, "sources_sha256", lambda: "a" * 64)
     assert report._stale(record) == ""
+
+
+def test_readme_tells_the_outcome_of_the_tests_on_the_same_gpu_and_sources(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    record = {"gpu": "NVIDIA Test", "sources_sha256": "a" * 64}
+    assert report._tests(record) == ""
+    outcome = {**record, "passed": 5, "failed": 2, "skipped": 1}
+    (tmp_path / "gpu_tests.json").write_text(json.dumps(outcome))
+    assert report._tests(record) == " Tests on it: 5 passed, 2 failed, 1 skipped."
+    assert report._tests(record | {"sources_sha256": "b" * 64}) == ""
 
 
 # ---- pictures

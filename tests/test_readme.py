@@ -70,8 +70,9 @@ def test_tables_are_generated_from_the_records():
     assert generated == TEXT, "run python bench.py --readme"
 
 
-def test_pictures_are_drawn_from_the_records():
+def test_pages_and_pictures_are_made_from_the_records():
     for record in report.load_records():
+        assert report.table_path(record, report.RESULTS).read_text() == report.table(record), "bench.py --readme"
         for name in report.PICTURES if record["rows"] else ():
             picture = report.picture_path(record, name, report.RESULTS).read_text()
             assert report.digest(record) in picture, "run python bench.py --readme"
