@@ -4,6 +4,7 @@
     python bench.py --all --record      every case; writes results/bench_<gpu>.json
     python bench.py --case kb82 --dtype float16 --layout nhwc --direction forward
     python bench.py --model all         training steps of whole networks
+    python bench.py --variants          every kernel and tile that can serve (bench_variants.py)
     python bench.py --plot DIR          pictures of what was measured; with --from FILE, of a record
     python bench.py --readme            README tables and pictures from results/*.json
 
@@ -333,25 +334,29 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
 
 
 def check(problem: Problem, layout: str, watch: Stopwatch, row: dict[str, Any]) -> None:
-    """Raises unless our result is as close to float64 as PyTorch's own in the same dtype, times two.
-
-    PyTorch's comes without TF32, which its convolutions may use by default. One rounding of the largest value is
-    always allowed.
-    """
+    """Raises unless our result is as close to float64 as allowed_error says."""
     ours = watch.once(Call(lambda: problem.ours(layout)))
+    if problem.direction != "grad_weight" and not ours.is_contiguous(memory_format=LAYOUTS[layout]):
+        raise RuntimeError(f"wrong layout: the result's strides are {ours.stride()}")
+    error, error_pytorch = problem.errors([ours, pytorch_result(problem, layout, watch)])
+    row["error"], row["pytorch_error"] = error, error_pytorch
+    if not error <= allowed(problem, error_pytorch):
+        raise RuntimeError(f"wrong result: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}")
+
+
+def pytorch_result(problem: Problem, layout: str, watch: Stopwatch) -> Tensor:
+    """PyTorch's own result without TF32, which its convolutions may use by default."""
     allow_tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
-        theirs = watch.once(Call(lambda: problem.pytorch(layout)))
+        return watch.once(Call(lambda: problem.pytorch(layout)))
     finally:
         torch.backends.cudnn.allow_tf32 = allow_tf32
-    if problem.direction != "grad_weight" and not ours.is_contiguous(memory_format=LAYOUTS[layout]):
-        raise RuntimeError(f"wrong layout: the result's strides are {ours.stride()}")
-    error, error_pytorch = problem.errors([ours, theirs])
-    allowed = max(2 * error_pytorch, torch.finfo(problem.dtype).eps)
-    row["error"], row["pytorch_error"] = error, error_pytorch
-    if not error <= allowed:
-        raise RuntimeError(f"wrong result: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}")
+
+
+def allowed(problem: Problem, error_pytorch: float) -> float:
+    """Twice PyTorch's own error in the same dtype; one rounding of the largest value always."""
+    return max(2 * error_pytorch, torch.finfo(problem.dtype).eps)
 
 
 def memory_needed(case: Case, dtype: torch.dtype) -> int:
@@ -687,8 +692,16 @@ def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Name
         if args.record:
             report.write_json(path, record)
 
+    def save_variants(rows: Sequence[dict[str, Any]]) -> None:
+        if args.json:
+            report.write_json(args.json, {**info, **speeds, "variants": rows})
+
     if args.model:
         failures = measure_models(args.model, lambda models: save(models=models))
+    elif args.variants is not None:
+        import bench_variants
+
+        failures = bench_variants.run(chosen, args, watch, speeds["copy_tbps"], save_variants)
     else:
         rows = run_table(chosen, args, watch, speeds["copy_tbps"], save)
         failures = sum("failed" in row for row in rows)
@@ -714,6 +727,7 @@ def parser(cases: Iterable[str]) -> argparse.ArgumentParser:
     add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="default: all")
     add("--model", nargs="+", choices=[*NETWORKS, "all"], help="training steps of these networks, not the table")
+    add("--variants", nargs="*", metavar="TILE", help="every kernel and tile that can serve, or these; not the table")
     add("--json", type=Path, metavar="FILE", help="also write what was measured to FILE")
     add("--record", action="store_true", help="write results/bench_<gpu>.json; what it holds of the same sources stays")
     add("--plot", type=Path, metavar="DIR", help="draw what was measured into DIR; needs matplotlib")
@@ -729,6 +743,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = command_line.parse_args(argv)
     if args.source and not args.plot:
         command_line.error("--from names the record that --plot DIR draws: give both")
+    if args.variants is not None and (args.record or args.plot or args.model):
+        command_line.error("--variants measures what is not selected: not with --record, --plot or --model")
     if args.model and "all" in args.model:
         args.model = list(NETWORKS)
     if args.case:

@@ -19,6 +19,7 @@ import torch
 
 import bench
 import bench_report as report
+import bench_variants
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = report.load_cases()
@@ -327,6 +328,51 @@ def test_the_run_on_a_gpu_records_and_counts_failures(on_the_cpu, monkeypatch, t
     assert written[tmp_path / "out.json"]["rows"] == record["rows"]
     assert {key: record[key] for key in SPEEDS} == SPEEDS
     assert "0 failures" in capsys.readouterr().out
+
+
+class Library:
+    """Two tiles and the general kernel, of which the tile `wrong` computes something else; `forced` is remembered."""
+
+    forced, names = "", ("general", "right", "wrong")
+
+    def depthwise_inline_force_variant(self, variant):
+        self.forced = variant.decode()
+
+    def depthwise_inline_tiles(self, direction, dtype, layout, sizes, names, capacity):
+        names.value = "\n".join(self.names).encode()
+        return 0
+
+    def select(self, *problem):
+        variant = self.forced or "right"
+        return ("general", "") if variant == "general" else (f"small/{variant}", "source")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [((), {"right", "wrong"}), (("general", "right"), {"general", "right"})]
+)
+def test_variants_are_forced_checked_and_timed(on_the_cpu, monkeypatch, capsys, names, expected, tmp_path):
+    library, built, true = Library(), [], bench.Problem.func.ours
+    monkeypatch.setattr(bench_variants.depthwise_inline, "_load_library", lambda: library)
+    monkeypatch.setattr(bench_variants.depthwise_inline, "_select", library.select)
+    monkeypatch.setattr(bench_variants.depthwise_inline, "_obtain_all", built.append)
+    monkeypatch.setattr(bench.Problem.func, "ours", lambda *a: true(*a) * (2 if library.forced == "wrong" else 1))
+    arguments = ["--dtype", "float16", "--layout", "nhwc", "--direction", "forward", "--variants", *names]
+    args = bench.parser(CASES).parse_args([*arguments, "--json", str(tmp_path / "out.json")])
+    assert bench.with_gpu({**CASES, "small": SMALL}, [SMALL], args) == ("wrong" in expected)
+    rows = json.loads((tmp_path / "out.json").read_text())["variants"]
+    assert {row["variant"].rpartition("/")[2] for row in rows} == expected and built == [{"small": "source"}]
+    right = next(row for row in rows if row["variant"] == "small/right")
+    assert (right["ms"], right["selected"], library.forced) == (1.0, True, "")
+    printed = capsys.readouterr().out
+    assert printed.count("  selected") == 1
+    if "wrong" in expected:
+        assert "wrong result" in rows[-1]["failed"] and "FAILED: RuntimeError: wrong result" in printed
+
+
+def test_variants_do_not_go_into_a_record(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--variants", "--record"])
+    assert "measures what is not selected" in capsys.readouterr().err
 
 
 def test_calls_with_cudnn_benchmark_run_in_a_thread_of_their_own(monkeypatch):

@@ -1,0 +1,142 @@
+"""Every kernel and tile that can serve a problem, timed side by side: what the numbers in kernels/select.h come from.
+
+    python bench.py --case convnext_56 --dtype float16 --variants
+    python bench.py --all --direction grad_weight --variants weight_x4g4 weight_x2g2 --json FILE
+
+The fastest first; the one that is selected is marked. Problems and stopwatch are those of the table, and each result is
+held to twice PyTorch's own error before it is timed. The general kernel takes part where it is named.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+import bench
+import depthwise_inline
+from bench_report import DIRECTIONS, Case
+
+HEADER = (
+    f"{'case':<13} {'dtype':<8} {'layout':<6} {'direction':<11} {'variant':<60} {'ms':>9} {'spread':>7} {'of copy':>8}"
+)
+
+
+def serving(case: Case, dtype: torch.dtype, layout: str, direction: str) -> list[str]:
+    """The names of all tiles that can serve a problem, and 'general'."""
+    names = ctypes.create_string_buffer(1 << 16)
+    where = DIRECTIONS.index(direction), depthwise_inline._DTYPES.index(dtype), int(layout == "nhwc")
+    sizes = (ctypes.c_int64 * len(case.sizes()))(*case.sizes())
+    if depthwise_inline._load_library().depthwise_inline_tiles(*where, sizes, names, len(names)) != 0:
+        raise RuntimeError("the library does not list the variants of this problem")
+    return names.value.decode().split()
+
+
+class Force:
+    """Makes every launch take one variant; "" leaves the choice to the library."""
+
+    def __init__(self) -> None:
+        self.variant = ""
+
+    def __call__(self, variant: str) -> None:
+        if variant != self.variant:
+            depthwise_inline._load_library().depthwise_inline_force_variant(variant.encode())
+            self.variant = variant
+
+
+def problems(cases: Sequence[Case], args: Any) -> Iterator[tuple[Case, str, str, str]]:
+    return itertools.product(cases, args.dtype, args.layout, args.direction)
+
+
+def plan(cases: Sequence[Case], args: Any) -> tuple[dict[tuple, dict[str, str]], dict[str, str]]:
+    """For each problem its variants' full names by the names that force them, '' for the selected one; the sources of
+    their specialisations."""
+    force, chosen, sources = Force(), {}, {}
+    try:
+        for case, dtype, layout, direction in problems(cases, args):
+            found = serving(case, bench.DTYPES[dtype], layout, direction)
+            wanted = [name for name in found if (name in args.variants if args.variants else name != "general")]
+            names = {}
+            for variant in ["", *wanted]:
+                force(variant)
+                name, source = depthwise_inline._select(direction, bench.DTYPES[dtype], layout == "nhwc", case.sizes())
+                names[variant] = name
+                if source:
+                    sources[name.rpartition("/")[0]] = source
+            chosen[case, dtype, layout, direction] = names
+    finally:
+        force("")
+    return chosen, sources
+
+
+def measure(
+    problem: bench.Problem, layout: str, names: dict[str, str], watch: bench.Stopwatch, force: Force
+) -> list[dict[str, Any]]:
+    """A row for each variant, the fastest first; one that failed holds 'failed' and comes last."""
+    selected = names[""]
+    rows, calls = [], []
+    allowed = bench.allowed(problem, *problem.errors([bench.pytorch_result(problem, layout, watch)]))
+    for variant, name in names.items():
+        if variant and name == selected:
+            continue
+
+        def run(variant: str = variant) -> torch.Tensor:
+            force(variant)
+            return problem.ours(layout)
+
+        row = {"variant": name, "selected": name == selected, "call": bench.Call(run)}
+        try:
+            (row["error"],) = problem.errors([watch.once(row["call"])])
+            if not row["error"] <= allowed:
+                raise RuntimeError(f"wrong result: error {row['error']:.2e} against float64, allowed {allowed:.2e}")
+            calls.append(row["call"])
+        except Exception as error:  # whatever it is, the other variants are still measured
+            row["failed"] = bench.first_line(error)
+        rows.append(row)
+    watch.time(calls)
+    for row in rows:
+        call = row.pop("call")
+        if "failed" not in row:
+            row["ms"], row["spread"] = call.median, call.spread
+    return sorted(rows, key=lambda row: row.get("ms", float("inf")))
+
+
+def run(
+    cases: Sequence[Case],
+    args: Any,
+    watch: bench.Stopwatch,
+    copy_tbps: float,
+    save: Callable[[list[dict[str, Any]]], None],
+) -> int:
+    """Measure and print problem after problem; returns the number of failures."""
+    chosen, sources = plan(cases, args)
+    depthwise_inline._obtain_all(sources)
+    print(f"\n{HEADER}")
+    rows, force = [], Force()
+    try:
+        for (case, dtype, layout, direction), names in chosen.items():
+            if len(names) == 1:  # nothing beside the selected one
+                continue
+            torch.cuda.empty_cache()
+            identity = {"case": case.name, "dtype": dtype, "layout": layout, "direction": direction}
+            with torch.no_grad():
+                problem = bench.Problem(case, bench.DTYPES[dtype], direction)
+                new = measure(problem, layout, names, watch, force)
+            for row in new:
+                rows.append(identity | row)
+                print(format_row(rows[-1], case.bytes(bench.DTYPES[dtype].itemsize), copy_tbps), flush=True)
+            save(rows)
+    finally:
+        force("")
+    return sum("failed" in row for row in rows)
+
+
+def format_row(row: dict[str, Any], bytes: int, copy_tbps: float) -> str:
+    head = f"{row['case']:<13} {row['dtype']:<8} {row['layout']:<6} {row['direction']:<11} {row['variant']:<60} "
+    if "failed" in row:
+        return head + f"FAILED: {row['failed']}"
+    share = bytes / row["ms"] / 1e9 / copy_tbps
+    return head + f"{row['ms']:9.4f} {row['spread']:7.1%} {share:8.1%}{'  selected' if row['selected'] else ''}"
