@@ -110,6 +110,42 @@ inline bool can_serve_toeplitz(const Problem& p) {
          kMaxBandBytes;
 }
 
+constexpr int64_t kMaxGridY = 65535;
+
+// images: the sizes of both images, and how far below its output row the input row of each kernel row lies, of those
+// kernel rows that meet any: `shifts` of them from `first_shift` on, in steps of the dilation.
+struct ImageShape {
+  int h, w, out_h, out_w, first_shift, shifts, shift_step;
+};
+
+inline ImageShape image_shape_of(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  ImageShape shape{args.h, args.w, args.out_h, args.out_w, 0, 0, args.dilation_h};
+  for (int row = args.kernel_h - 1; row >= 0; --row) {
+    const int shift = row * args.dilation_h - args.padding_h;
+    if (shift > -args.out_h && shift < args.h) shape.first_shift = shift, ++shape.shifts;
+  }
+  return shape;
+}
+
+constexpr int kMaxImageRegisters = 220;
+
+inline bool can_serve_images(const Problem& p, const Tile& tile) {
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1 || !p.aligned) return false;
+  if (p.h > kMaxImageSize || p.w > kMaxImageSize || p.out_h > kMaxImageSize || p.out_w > kMaxImageSize) return false;
+  const bool channels_last = p.layout == Layout::kNhwc;
+  if (channels_last && p.c % 8 != 0) return false;
+  if (p.c > kInt32Max / 2 || p.kernel_h * p.kernel_w > kInt32Max / 2 || p.n > kMaxGridY * kImagesTogether) return false;
+  for (const int64_t pixels : {p.h * p.w, p.out_h * p.out_w})
+    if (2 * tile.rows * planes_pitch(tile.vector, static_cast<int>(pixels), channels_last) > kSharedBytesEverywhere)
+      return false;
+  const ImageShape shape = image_shape_of(p);
+  const int registers =
+      image_registers(tile.rows / kImagesTogether, shape.h, shape.w, shape.out_h, shape.out_w, shape.shifts);
+  return shape.shifts > 0 && registers <= kMaxImageRegisters && registers * tile.vector * 32 <= 64 << 10;
+}
+
 // blocked: a row of a thread's window lies in registers.
 constexpr int kMaxBlockedWindow = 80;
 
@@ -302,6 +338,9 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   if (kernel == Kernel::kToeplitz) return can_serve_toeplitz(p);
   if (kernel == Kernel::kBlocked) return can_serve_blocked(p);
+  if (is_images(kernel))
+    return p.layout == (kernel == Kernel::kImagesNhwc ? Layout::kNhwc : Layout::kNchw) &&
+           can_serve_images(p, tile_table(kernel, p.dtype)[tile]);
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;

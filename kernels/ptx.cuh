@@ -30,6 +30,30 @@ __device__ __forceinline__ unsigned short to_bfloat16(float value) {  // sm_80
   return bits;
 }
 
+// Two values as a word of two, the first in its low half; sm_80.
+__device__ __forceinline__ unsigned to_float16x2(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ unsigned to_bfloat16x2(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// a * b + c of both halves of words; bfloat16: sm_80.
+__device__ __forceinline__ unsigned multiply_add_float16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned word;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  return word;
+}
+__device__ __forceinline__ unsigned multiply_add_bfloat16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned word;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  return word;
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }

@@ -20,6 +20,7 @@ struct Specialisation {
   int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked
+  ImageShape image;      // images, which takes the kernel's width at run time
   Band band;             // toeplitz, which takes the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
@@ -34,6 +35,11 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   if (kernel == Kernel::kToeplitz || kernel == Kernel::kBlocked) s.channels_last = p.layout == Layout::kNhwc;
   if (kernel == Kernel::kToeplitz) {
     s.band = band_of(p);
+    return s;
+  }
+  if (is_images(kernel)) {
+    s.image = image_shape_of(p);
+    s.tile = config.tile;
     return s;
   }
   if (is_toeplitz_grad_weight(kernel)) {  // compiled for the kernel's size in eights
@@ -85,6 +91,13 @@ inline std::string specialisation_name(const Specialisation& s) {
                   s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
     return name;
   }
+  if (is_images(s.kernel)) {
+    const ImageShape& i = s.image;
+    std::snprintf(name, sizeof(name), "%s_%s_%dx%d_%dx%d_f%s%d_r%d_d%d_%s", kernel_name(s.kernel), dtype_name(s.dtype),
+                  i.h, i.w, i.out_h, i.out_w, i.first_shift < 0 ? "m" : "", std::abs(i.first_shift), i.shifts,
+                  i.shift_step, tile_table(s.kernel, s.dtype)[s.tile].name);
+    return name;
+  }
   std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
@@ -98,7 +111,9 @@ inline std::string specialisation_name(const Specialisation& s) {
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
 inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
-  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight" : kernel_name(s.kernel);
+  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight"
+                             : is_images(s.kernel)             ? "images"
+                                                               : kernel_name(s.kernel);
   char arguments[128];
   std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
@@ -133,6 +148,14 @@ inline std::string specialisation_source(const Specialisation& s) {
                   s.band.chunks, s.stride_w, s.band.origin, s.band.image_chunks, s.band.tiles_w, s.band.tiles_h,
                   s.channels_last ? "true" : "false");
     traits = std::string("ToeplitzTraits<") + arguments;
+  }
+  if (is_images(s.kernel)) {
+    const ImageShape& i = s.image;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %d, %d, %s",
+                  kTypes[static_cast<int>(s.dtype)], i.h, i.w, i.out_h, i.out_w, i.first_shift, i.shifts, i.shift_step,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows, tile_table(s.kernel, s.dtype)[s.tile].vector,
+                  s.kernel == Kernel::kImagesNhwc ? "true" : "false");
+    traits = std::string("ImagesTraits<") + arguments;
   }
   if (s.kernel == Kernel::kBlocked) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],

@@ -18,6 +18,8 @@ enum class Kernel : int {
   kGradWeightNchw,
   kGradWeightNhwc,
   kToeplitz,
+  kImagesNchw,
+  kImagesNhwc,
   kBlocked,
   kToeplitzGradWeightNchw,
   kToeplitzGradWeightNhwc,
@@ -34,6 +36,8 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kGradWeightNchw,
                                           Kernel::kGradWeightNhwc,
                                           Kernel::kToeplitz,
+                                          Kernel::kImagesNchw,
+                                          Kernel::kImagesNhwc,
                                           Kernel::kBlocked,
                                           Kernel::kToeplitzGradWeightNchw,
                                           Kernel::kToeplitzGradWeightNhwc,
@@ -50,10 +54,11 @@ inline bool is_toeplitz_grad_weight(Kernel kernel) {
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight;
 }
+inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || kernel == Kernel::kImagesNhwc; }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
-         is_toeplitz_grad_weight(kernel);
+         is_toeplitz_grad_weight(kernel) || is_images(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -95,6 +100,13 @@ constexpr Tile kGradWeightNhwcTiles[] = {
     {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
+// `rows`: images of a block; `vector`: its channels.
+constexpr Tile kImagesNchwTiles[] = {
+    {"images_n8c4", 16, 8, 4}, {"images_n16c4", 16, 16, 4}, {"images_n8c8", 16, 8, 8}, {"images_n16c8", 16, 16, 8}};
+constexpr Tile kImagesNhwcTiles[] = {{"images_nhwc_n8c16", 16, 8, 16},
+                                     {"images_nhwc_n16c16", 16, 16, 16},
+                                     {"images_nhwc_n8c8", 16, 8, 8},
+                                     {"images_nhwc_n16c8", 16, 16, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
 // Columns of input that a stage holds.
 constexpr Tile kToeplitzGradWeightNchwTiles[] = {
@@ -127,6 +139,8 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
+    case Kernel::kImagesNchw: return kImagesNchwTiles;
+    case Kernel::kImagesNhwc: return kImagesNhwcTiles;
     case Kernel::kBlocked: return kBlockedTiles;
     case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
     case Kernel::kToeplitzGradWeightNhwc: return kToeplitzGradWeightNhwcTiles;
@@ -148,6 +162,8 @@ inline const char* kernel_name(Kernel kernel) {
                                     "grad_weight_nchw",
                                     "grad_weight_nhwc",
                                     "toeplitz",
+                                    "images_nchw",
+                                    "images_nhwc",
                                     "blocked",
                                     "toeplitz_grad_weight_nchw",
                                     "toeplitz_grad_weight_nhwc",

@@ -88,6 +88,8 @@ def shape_problems(kernel, stride, dilation, everything):
     width = dilation[1] * (kernel[1] - 1) // 8 * 8 + 16
     divided = Problem((11, width), kernel, stride, same_padding(kernel, dilation), dilation, batch=3, channels=16)
     without, *others = gpu.shape_problems(kernel, stride, dilation)
+    if (kernel, stride, dilation) == ((3, 3), (1, 1), (1, 1)):  # narrow, as some tiles want it
+        others.append(Problem((7, 7), kernel, padding=(1, 1), batch=9, channels=16))
     return [divided, *others, *([without] if everything else [])]
 
 
@@ -187,6 +189,7 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "stream_channels32", TALL, BF16, "nhwc"),
     ("forward", "lanes8", SMALL, F32, "nhwc"),
     ("forward", "band", LARGE, BF16, "nchw"),
+    ("forward", "images_n8c4", SMALL, BF16, "nchw"),
     ("grad_weight", "weight_band32", LARGE, BF16, "nchw"),
     ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
 ]

@@ -137,6 +137,13 @@ void __stcs(T* pointer, T value) {
 
 inline float __uint_as_float(unsigned bits) { return emulated_bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return emulated_bit_cast<unsigned>(value); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  unsigned word = 0;
+  for (int k = 0; k < 4; ++k)
+    word |= static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> 8 * (selector >> 4 * k & 7) & 0xff)
+            << 8 * k;
+  return word;
+}
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
 }

@@ -22,6 +22,18 @@ inline unsigned short to_bfloat16(float value) {
   return static_cast<unsigned short>(value != value ? 0x7fff : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+inline unsigned to_float16x2(float low, float high) { return to_float16(low) | unsigned{to_float16(high)} << 16; }
+inline unsigned to_bfloat16x2(float low, float high) { return to_bfloat16(low) | unsigned{to_bfloat16(high)} << 16; }
+
+inline unsigned multiply_add_float16x2(unsigned a, unsigned b, unsigned c) {
+  const auto half = [](unsigned pair, int k) { return from_float16(static_cast<unsigned short>(pair >> 16 * k)); };
+  return to_float16x2(fmaf(half(a, 0), half(b, 0), half(c, 0)), fmaf(half(a, 1), half(b, 1), half(c, 1)));
+}
+inline unsigned multiply_add_bfloat16x2(unsigned a, unsigned b, unsigned c) {
+  const auto half = [](unsigned pair, int k) { return from_bfloat16(static_cast<unsigned short>(pair >> 16 * k)); };
+  return to_bfloat16x2(fmaf(half(a, 0), half(b, 0), half(c, 0)), fmaf(half(a, 1), half(b, 1), half(c, 1)));
+}
+
 unsigned shared_address(const void* shared);
 
 void copy_async(void* shared, const void* global, int width, int bytes);
