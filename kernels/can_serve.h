@@ -246,8 +246,10 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
 constexpr int kMaxLargeGradWeight = 64;
 
 inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
-  const bool channels_last =
-      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kernel == Kernel::kToeplitzGradWeightNhwc;
+  const bool channels_last = kernel == Kernel::kBlockedGradWeight ? tile == 1
+                             : kernel == Kernel::kToeplitzGradWeightDense
+                                 ? kToeplitzGradWeightDenseTiles[tile].vector > 1
+                                 : kernel == Kernel::kToeplitzGradWeightNhwc;
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (is_toeplitz_grad_weight(kernel) && p.dtype == DType::kFloat32) return false;
@@ -258,6 +260,30 @@ inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int til
   return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.w * channels <= kInt32Max &&
          p.out_w * channels <= kInt32Max && p.out_c <= kInt32Max &&
          p.n * p.out_h * (p.w + p.out_w + 15) / 16 <= kInt32Max;
+}
+
+// images_grad_weight: the kernel rows that meet the image, as differences between an input row and an output row.
+struct LiveRows {
+  int first, count;
+};
+inline LiveRows live_rows_of(const Problem& p) {
+  const int64_t first = p.padding_h < p.out_h - 1 ? -p.padding_h : 1 - p.out_h;
+  const int64_t last = p.kernel_h - 1 - p.padding_h < p.h - 1 ? p.kernel_h - 1 - p.padding_h : p.h - 1;
+  return {static_cast<int>(first), static_cast<int>(last - first + 1)};
+}
+
+inline bool can_serve_images_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
+  if (p.layout != (kernel == Kernel::kImagesGradWeightNhwc ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.dtype == DType::kFloat32 || p.multiplier != 1) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  // channels_last: a block takes as many channels as fit.
+  const int64_t stage = images_stage(false, tile.columns, 1) * (images_pitch(static_cast<int>(p.h), tile.columns) +
+                                                                images_pitch(static_cast<int>(p.out_h), tile.columns));
+  if (tile.columns == 32 && stage * 2 > kSharedBytesEverywhere) return false;
+  return p.h <= tile.columns && p.w <= tile.columns && p.out_h <= tile.columns && p.out_w <= tile.columns &&
+         p.c <= kInt32Max / 256 && p.n <= kInt32Max;
 }
 
 // blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
@@ -329,6 +355,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     return false;
   if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
     return can_serve_large_grad_weight(p, kernel, tile);
+  if (is_images_grad_weight(kernel)) return can_serve_images_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   const bool grad_input_kernel = is_grad_input_kernel(kernel);
   if (grad_input_kernel && p.direction != Direction::kGradInput) return false;

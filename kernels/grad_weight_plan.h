@@ -78,16 +78,36 @@ inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels,
   return {bounded_splits(p, splits > worthwhile ? worthwhile : splits < fewest ? fewest : splits), 0};
 }
 
+// images_grad_weight: blocks wanted, as many as are at once on an H100's 132 multiprocessors.
+constexpr int64_t kImagesBlocksNchw = 528, kImagesBlocksLarge = 132;  // channels_last, and 32 columns
+
+inline GradWeightPlan images_grad_weight_plan(const Problem& p, const Tile& tile) {
+  const bool channels_last = p.layout == Layout::kNhwc;
+  const int live = live_rows_of(p).count;
+  const int64_t channels = divide_up64(p.out_c, images_channels(channels_last, tile.columns));
+  const int64_t stages = divide_up64(p.n, images_stage(channels_last, tile.columns, live));
+  const int64_t splits = (channels_last || tile.columns == 32 ? kImagesBlocksLarge : kImagesBlocksNchw) / channels;
+  const int64_t fewest = p.n * p.out_h / kMostPositions;
+  const int64_t wanted = splits < fewest ? fewest : splits;
+  return {bounded_splits(p, wanted < stages ? wanted : stages), 0};
+}
+
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
   switch (config.kernel) {
     case Kernel::kGradWeightNchw:
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kToeplitzGradWeightNchw: return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNchw);
+    case Kernel::kToeplitzGradWeightDense:
+      if (p.layout == Layout::kNchw) return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNhwc);
+      [[fallthrough]];
     case Kernel::kToeplitzGradWeightNhwc:
       return large_grad_weight_plan(
           p, divide_up64(p.out_c, 8),
           p.kernel_h * p.kernel_w > kManyTaps ? kToeplitzBlocksNhwc / 2 : kToeplitzBlocksNhwc);
     case Kernel::kBlockedGradWeight: return large_grad_weight_plan(p, p.out_c, kBlockedBlocks);
+    case Kernel::kImagesGradWeightNchw:
+    case Kernel::kImagesGradWeightNhwc:
+      return images_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     default: return general_grad_weight_plan(p);
   }
 }

@@ -209,6 +209,19 @@ constexpr int planes_pitch(int channels, int pixels, bool channels_last) {
                        : ((channels * pixels + 2 * kGranule - 2) / kGranule | 1) * kGranule;
 }
 
+// images_grad_weight: channels of a block, at most; images of a stage; into how many segments the `live` kernel rows
+// that meet the image are cut, where images have more than eight columns; elements from image to image in shared memory,
+// an odd number of 16-byte words.
+constexpr int images_channels(bool channels_last, int columns) { return channels_last ? 8 : columns == 8 ? 2 : 1; }
+constexpr int images_stage(bool channels_last, int columns, int live) {
+  return columns == 8 || (columns == 16 && !channels_last && live <= 16) ? 32 : 16;
+}
+constexpr int images_cuts(bool channels_last, int columns, int live) {
+  if (columns == 32) return (live + 1) / 2;
+  return channels_last ? (live <= 14 ? 2 : 4) : live <= 16 ? 2 : 8;
+}
+constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
+
 // What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.
 constexpr int kTooLittleSharedMemory = -1;
 

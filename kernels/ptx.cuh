@@ -91,6 +91,13 @@ __device__ __forceinline__ void load_matrices(unsigned (&matrix)[2], unsigned ad
                : "r"(address)
                : "memory");
 }
+// The same, but a lane gets column l / 4 of each: its elements of rows 2 * (l % 4) and 2 * (l % 4) + 1.
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address)
+               : "memory");
+}
 
 // d += A * B, fragments as in tensor_core.cuh; sm_80, but for float16 with K = 8.
 __device__ __forceinline__ void multiply_float16(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {

@@ -16,8 +16,8 @@ struct Specialisation {
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   int padding_w;         // NCHW: where windows begin within aligned words of input; grad of input: which taps meet
-  int padding_h;         // grad of input alone
-  int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns
+  int padding_h;         // grad of input; images_grad_weight of 8 columns: of the first row that meets the image
+  int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns; images_grad_weight: rows
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked
   ImageShape image;      // images, which takes the kernel's width at run time
@@ -47,6 +47,22 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     s.tile = config.tile;
+    return s;
+  }
+  if (is_images_grad_weight(kernel)) {
+    const LiveRows live = live_rows_of(p);
+    const bool channels_last = p.layout == Layout::kNhwc;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.tile = config.tile;
+    if (tile_table(kernel, p.dtype)[config.tile].columns > 8) {  // compiled for the length of its segments
+      const int cuts = images_cuts(channels_last, tile_table(kernel, p.dtype)[config.tile].columns, live.count);
+      s.kernel_h = (live.count + cuts - 1) / cuts * cuts;
+    } else {
+      s.kernel_h = live.count;
+      s.padding_h = -live.first;
+      s.width = static_cast<int>(p.h);
+      s.out_width = static_cast<int>(p.out_h);
+    }
     return s;
   }
   if (kernel == Kernel::kBlockedGradWeight) {  // compiled for the taps of a thread
@@ -98,6 +114,11 @@ inline std::string specialisation_name(const Specialisation& s) {
                   i.shift_step, tile_table(s.kernel, s.dtype)[s.tile].name);
     return name;
   }
+  if (is_images_grad_weight(s.kernel)) {
+    std::snprintf(name, sizeof(name), "%s_%s_l%d_h%dx%d_p%d_%s", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
+                  s.width, s.out_width, s.padding_h, tile_table(s.kernel, s.dtype)[s.tile].name);
+    return name;
+  }
   std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
                 s.padding_w < 0 ? -s.padding_w : s.padding_w);
@@ -113,6 +134,7 @@ inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
   const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight"
                              : is_images(s.kernel)             ? "images"
+                             : is_images_grad_weight(s.kernel) ? "images_grad_weight"
                                                                : kernel_name(s.kernel);
   char arguments[128];
   std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
@@ -125,10 +147,19 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
   if (is_toeplitz_grad_weight(s.kernel)) {
-    const bool channels_last = s.kernel == Kernel::kToeplitzGradWeightNhwc;
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
-                  s.kernel_w / 8, tile_table(s.kernel, s.dtype)[s.tile].columns / 16, channels_last ? "true" : "false");
+    const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+    const bool dense = s.kernel == Kernel::kToeplitzGradWeightDense;
+    const bool channels_last = dense ? tile.vector > 1 : s.kernel == Kernel::kToeplitzGradWeightNhwc;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s, %s", kTypes[static_cast<int>(s.dtype)],
+                  s.kernel_h / 8, s.kernel_w / 8, tile.columns / 16, channels_last ? "true" : "false",
+                  dense ? "true" : "false");
     traits = std::string("ToeplitzGradWeightTraits<") + arguments;
+  }
+  if (is_images_grad_weight(s.kernel)) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %s, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+                  tile_table(s.kernel, s.dtype)[s.tile].columns, s.kernel_h,
+                  s.kernel == Kernel::kImagesGradWeightNhwc ? "true" : "false", s.width, s.out_width, -s.padding_h);
+    traits = std::string("ImagesGradWeightTraits<") + arguments;
   }
   if (s.kernel == Kernel::kBlockedGradWeight) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,

@@ -23,7 +23,10 @@ enum class Kernel : int {
   kBlocked,
   kToeplitzGradWeightNchw,
   kToeplitzGradWeightNhwc,
+  kToeplitzGradWeightDense,
   kBlockedGradWeight,
+  kImagesGradWeightNchw,
+  kImagesGradWeightNhwc,
 };
 constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kStreamNchw,
@@ -41,7 +44,10 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kBlocked,
                                           Kernel::kToeplitzGradWeightNchw,
                                           Kernel::kToeplitzGradWeightNhwc,
-                                          Kernel::kBlockedGradWeight};
+                                          Kernel::kToeplitzGradWeightDense,
+                                          Kernel::kBlockedGradWeight,
+                                          Kernel::kImagesGradWeightNchw,
+                                          Kernel::kImagesGradWeightNhwc};
 
 inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
@@ -49,16 +55,21 @@ inline bool is_marching_grad_weight(Kernel kernel) {
   return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
 }
 inline bool is_toeplitz_grad_weight(Kernel kernel) {
-  return kernel == Kernel::kToeplitzGradWeightNchw || kernel == Kernel::kToeplitzGradWeightNhwc;
+  return kernel == Kernel::kToeplitzGradWeightNchw || kernel == Kernel::kToeplitzGradWeightNhwc ||
+         kernel == Kernel::kToeplitzGradWeightDense;
+}
+inline bool is_images_grad_weight(Kernel kernel) {
+  return kernel == Kernel::kImagesGradWeightNchw || kernel == Kernel::kImagesGradWeightNhwc;
 }
 inline bool is_grad_weight_kernel(Kernel kernel) {
-  return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight;
+  return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight ||
+         is_images_grad_weight(kernel);
 }
 inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || kernel == Kernel::kImagesNhwc; }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
-         is_toeplitz_grad_weight(kernel) || is_images(kernel);
+         is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -112,8 +123,15 @@ constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
 constexpr Tile kToeplitzGradWeightNchwTiles[] = {
     {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band16", 16, 0, 1}};
 constexpr Tile kToeplitzGradWeightNhwcTiles[] = {{"weight_band32_nhwc", 32, 0, 1}, {"weight_band16_nhwc", 16, 0, 1}};
+// Of both layouts: channels of a block.
+constexpr Tile kToeplitzGradWeightDenseTiles[] = {
+    {"weight_dense64", 64, 0, 1}, {"weight_dense32", 32, 0, 1}, {"weight_dense32_nhwc", 32, 0, 8}};
 // One for each layout.
 constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
+// Columns of the images, at most.
+constexpr Tile kImagesGradWeightNchwTiles[] = {
+    {"weight_images32", 32, 0, 1}, {"weight_images16", 16, 0, 1}, {"weight_images8", 8, 0, 1}};
+constexpr Tile kImagesGradWeightNhwcTiles[] = {{"weight_images16_nhwc", 16, 0, 8}, {"weight_images8_nhwc", 8, 0, 8}};
 
 struct TileTable {
   const Tile* tiles;
@@ -144,7 +162,10 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kBlocked: return kBlockedTiles;
     case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
     case Kernel::kToeplitzGradWeightNhwc: return kToeplitzGradWeightNhwcTiles;
+    case Kernel::kToeplitzGradWeightDense: return kToeplitzGradWeightDenseTiles;
     case Kernel::kBlockedGradWeight: return kBlockedGradWeightTiles;
+    case Kernel::kImagesGradWeightNchw: return kImagesGradWeightNchwTiles;
+    case Kernel::kImagesGradWeightNhwc: return kImagesGradWeightNhwcTiles;
     default: return {};
   }
 }
@@ -167,7 +188,10 @@ inline const char* kernel_name(Kernel kernel) {
                                     "blocked",
                                     "toeplitz_grad_weight_nchw",
                                     "toeplitz_grad_weight_nhwc",
-                                    "blocked_grad_weight"};
+                                    "toeplitz_grad_weight_dense",
+                                    "blocked_grad_weight",
+                                    "images_grad_weight_nchw",
+                                    "images_grad_weight_nhwc"};
   return kNames[static_cast<int>(kernel)];
 }
 

@@ -83,11 +83,14 @@ def same_padding(kernel, dilation=(1, 1)):
 
 
 def shape_problems(kernel, stride, dilation, everything):
-    """Odd sizes, a padding wider than the kernel, and sizes that vectors divide; without padding if everything is asked
-    for: every horizontal padding is a compilation of its own."""
+    """Odd sizes, a padding wider than the kernel, sizes that vectors divide, and small images; without padding if
+    everything is asked for: every horizontal padding is a compilation of its own."""
     width = dilation[1] * (kernel[1] - 1) // 8 * 8 + 16
     divided = Problem((11, width), kernel, stride, same_padding(kernel, dilation), dilation, batch=3, channels=16)
+    small = Problem((7, 8), kernel, stride, same_padding(kernel, dilation), dilation, batch=35, channels=8)
     without, *others = gpu.shape_problems(kernel, stride, dilation)
+    if stride == dilation == (1, 1):
+        others.append(small)
     if (kernel, stride, dilation) == ((3, 3), (1, 1), (1, 1)):  # narrow, as some tiles want it
         others.append(Problem((7, 7), kernel, padding=(1, 1), batch=9, channels=16))
     return [divided, *others, *([without] if everything else [])]
@@ -192,6 +195,8 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "images_n8c4", SMALL, BF16, "nchw"),
     ("grad_weight", "weight_band32", LARGE, BF16, "nchw"),
     ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
+    ("grad_weight", "weight_images16", SMALL, BF16, "nchw"),
+    ("grad_weight", "weight_images16_nhwc", SMALL, F16, "nhwc"),
 ]
 
 

@@ -52,6 +52,7 @@ struct Registers {
 extern Registers registers;
 
 int barrier(bool vote);  // __syncthreads; of how many threads the vote was true
+void warp_barrier();
 uint64_t shuffle(uint64_t word, int source_lane);
 int lane();
 void check_global_read(const void* pointer, int bytes);
@@ -104,6 +105,8 @@ static constexpr const dim3 &blockDim = emulator::registers.threads, &gridDim = 
 inline void __syncthreads() { emulator::barrier(false); }
 inline int __syncthreads_or(int vote) { return emulator::barrier(vote) > 0; }
 inline int __syncthreads_and(int vote) { return emulator::barrier(!vote) == 0; }
+
+inline void __syncwarp() { emulator::warp_barrier(); }
 
 template <class To, class From>
 To emulated_bit_cast(From from) {

@@ -27,6 +27,7 @@ Registers registers;
 
 namespace {
 
+constexpr int kSeveral = -1;
 constexpr int kMaxThreads = 1024, kSharedCapacity = 320 << 10;
 constexpr size_t kStackBytes = 256 << 10;
 
@@ -44,11 +45,13 @@ struct Thread {
 };
 struct Warp {
   int arrived, turn;
+  unsigned interval;         // between two of its barriers
   unsigned words[2][32][8];  // what the lanes brought, at this turn and the one before
 };
 struct Cell {  // two bytes of shared memory: who wrote and read them last, and between which barriers
-  unsigned written, read;
-  int writer, reader;
+  unsigned written, read;            // of the block
+  unsigned warp_written, warp_read;  // of the writer's and the reader's warp
+  int writer, reader, reader_warp;   // or kSeveral
 };
 struct Memory {
   const char* name;
@@ -108,17 +111,24 @@ void access_shared(int thread, int offset, int bytes, bool write) {
   const auto holds = [&](const StaticShared& s) { return offset >= s.begin && offset + bytes <= s.end; };
   if (offset + bytes > dynamic_bytes && !std::any_of(statics.begin(), statics.end(), holds))
     fail("%s %d bytes of shared memory at %d, of %d", does, bytes, offset, dynamic_bytes);
+  const int warp = thread / 32;
+  const unsigned warp_interval = warps[warp].interval;
   for (int k = offset / 2; k <= (offset + bytes - 1) / 2; ++k) {
     Cell& cell = cells[k];
-    const bool others_write = cell.written == interval && cell.writer != thread;
-    const bool others_read = cell.read == interval && cell.reader != thread;
+    const bool written = cell.written == interval && (cell.writer / 32 != warp || cell.warp_written == warp_interval);
+    const bool others_write = written && cell.writer != thread;
+    const bool read = cell.read == interval && (cell.reader_warp != warp || cell.warp_read == warp_interval);
+    const bool others_read = read && (cell.reader != thread || cell.reader_warp != warp);
     if (others_write || (write && others_read))
       fail("%s shared memory at %d, which another thread %s, without a barrier between", does, 2 * k,
            others_write ? "writes" : "reads");
-    if (write)
-      cell.written = interval, cell.writer = thread;
-    else
-      cell.read = interval, cell.reader = others_read ? -1 : thread;  // -1: several
+    if (write) {
+      cell.written = interval, cell.warp_written = warp_interval, cell.writer = thread;
+    } else {
+      cell.reader_warp = read && cell.reader_warp != warp ? kSeveral : warp;
+      cell.reader = others_read ? kSeveral : thread;
+      cell.read = interval, cell.warp_read = warp_interval;
+    }
   }
 }
 
@@ -250,6 +260,11 @@ int barrier(bool vote) {
   return last_votes;
 }
 
+void warp_barrier() {
+  Warp& warp = warps[current / 32];
+  if (meet("warp", &warp.arrived, current / 32 * 32, 32)) ++warp.interval;
+}
+
 int lane() { return current % 32; }
 
 uint64_t shuffle(uint64_t word, int source_lane) {
@@ -334,14 +349,26 @@ void wait_for_all_copies() {
   wait_for_copies(0);
 }
 
-void load_matrices(unsigned* matrix, int count, unsigned address) {
+// The addresses of all lanes' rows.
+static Words matrix_rows(int count, unsigned address) {
   if (lane() < 8 * count) {
     check_alignment(shared + address, 16);
     access_shared(current, address, 16, false);
   }
-  const Words addresses = exchange(2, &address, 1);
+  return exchange(2, &address, 1);
+}
+
+void load_matrices(unsigned* matrix, int count, unsigned address) {
+  const Words rows = matrix_rows(count, address);
+  for (int m = 0; m < count; ++m) std::memcpy(matrix + m, shared + rows[8 * m + lane() / 4][0] + lane() % 4 * 4, 4);
+}
+
+void load_matrices_transposed(unsigned* matrix, int count, unsigned address) {
+  const Words rows = matrix_rows(count, address);
   for (int m = 0; m < count; ++m)
-    std::memcpy(matrix + m, shared + addresses[8 * m + lane() / 4][0] + lane() % 4 * 4, 4);
+    for (int k = 0; k < 2; ++k)
+      std::memcpy(reinterpret_cast<unsigned char*>(matrix + m) + 2 * k,
+                  shared + rows[8 * m + lane() % 4 * 2 + k][0] + lane() / 4 * 2, 2);
 }
 
 // The tensor cores truncate: the sum of the products and of d is rounded towards zero.

@@ -54,6 +54,11 @@ template <int kCount>
 void load_matrices(unsigned (&matrix)[kCount], unsigned address) {
   load_matrices(matrix, kCount, address);
 }
+void load_matrices_transposed(unsigned* matrix, int count, unsigned address);
+template <int kCount>
+void load_matrices_transposed(unsigned (&matrix)[kCount], unsigned address) {
+  load_matrices_transposed(matrix, kCount, address);
+}
 
 // `words`: a lane's fragments of A, then of B; three for K = 8, six for K = 16.
 void multiply(float* d, const unsigned* words, int count, float (*convert)(unsigned short));
