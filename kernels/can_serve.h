@@ -348,11 +348,67 @@ inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, cons
          direct_nchw_phase(args, tile) >= 0;
 }
 
+// Kernels whose lanes are images. Pairs of an input and an output position along one dimension that meet a tap.
+constexpr int lane_pairs(int in, int out, int kernel, int padding) {
+  int pairs = 0;
+  for (int o = 0; o < out; ++o)
+    for (int k = 0; k < in; ++k) pairs += k - o + padding >= 0 && k - o + padding < kernel;
+  return pairs;
+}
+
+// Small images, stride 1; element for element alike in every plane, so all tensors are aligned.
+inline bool has_lane_images(const Problem& p) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 64 || p.kernel_w > 32) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (!p.aligned || p.multiplier != 1 || p.padding_h > 64 || p.padding_w > 64) return false;
+  if (p.n > 4 * 65535 || p.out_c > kInt32Max / 64) return false;  // blocks of a launch
+  return p.h <= kMaxLaneImage && p.w <= kMaxLaneImage && p.out_h <= kMaxLaneImage && p.out_w <= kMaxLaneImage;
+}
+
+// Multiply-adds of a whole plane, which are compile time, and values in registers.
+constexpr int kMaxLanePlane = 4096, kMaxImagesFmaRegisters = 128, kMaxImagesFmaGradWeightRegisters = 150;
+
+inline bool can_serve_images_fma(const Problem& p, const Tile& tile) {
+  if (!has_lane_images(p)) return false;
+  const DirectArgs args = direct_args(p);
+  const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
+  const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
+  if (pairs_h == 0 || pairs_w == 0 || args.out_h > max_lane_out_height(args.out_w)) return false;
+  const bool whole_plane = tile.columns > 0;
+  if (whole_plane) {
+    const bool halved = tile.rows == kImagesFmaTiles[2].rows;
+    const int rows = tile.rows < args.out_h ? tile.rows : args.out_h;
+    if (pairs_h * pairs_w > kMaxLanePlane || rows * args.out_w + args.h * args.w > kMaxImagesFmaRegisters ||
+        (halved && args.out_h <= tile.rows))
+      return false;
+  }
+  return images_fma_cut(args, whole_plane, p.layout == Layout::kNhwc).shared_bytes <= kSharedBytesEverywhere;
+}
+
+inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile) {
+  // Positions that meet padding alone would be missed.
+  if (!has_lane_images(p) || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  const DirectArgs args = direct_args(p);
+  const bool whole_plane = tile.columns > 0;
+  if (whole_plane) {
+    const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
+    const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
+    const int taps = args.w + args.out_w - 1;  // of a kernel row, which are registers beside both planes
+    if (pairs_w * pairs_h > kMaxLanePlane || args.kernel_h >= args.h + args.out_h ||
+        args.h * args.w + args.out_h * args.out_w + taps > kMaxImagesFmaGradWeightRegisters)
+      return false;
+  }
+  return images_fma_grad_weight_cut(args, whole_plane, p.layout == Layout::kNhwc).shared_bytes <=
+         kSharedBytesEverywhere;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
   if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
     return false;
+  if (kernel == Kernel::kImagesFmaGradWeight)
+    return can_serve_images_fma_grad_weight(p, tile_table(kernel, p.dtype)[tile]);
   if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
     return can_serve_large_grad_weight(p, kernel, tile);
   if (is_images_grad_weight(kernel)) return can_serve_images_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
@@ -368,6 +424,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (is_images(kernel))
     return p.layout == (kernel == Kernel::kImagesNhwc ? Layout::kNhwc : Layout::kNchw) &&
            can_serve_images(p, tile_table(kernel, p.dtype)[tile]);
+  if (kernel == Kernel::kImagesFma) return can_serve_images_fma(p, tile_table(kernel, p.dtype)[tile]);
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;

@@ -92,6 +92,21 @@ inline GradWeightPlan images_grad_weight_plan(const Problem& p, const Tile& tile
   return {bounded_splits(p, wanted < stages ? wanted : stages), 0};
 }
 
+// Blocks of images_fma_grad_weight: four rounds of what an H100's multiprocessors hold.
+constexpr int64_t kImagesFmaBlocks = 1056;
+
+// A split is some groups of images. Only the workspace can add up several of them: then there are two splits at least.
+inline GradWeightPlan images_fma_grad_weight_plan(const Problem& p, const Tile& tile) {
+  const bool whole_plane = tile.columns > 0;
+  const LaneCut cut = images_fma_grad_weight_cut(p, whole_plane, p.layout == Layout::kNhwc);
+  const int64_t groups = lane_groups(p.n, cut);
+  const int64_t channel_blocks = divide_up64(p.out_c, lane_units(whole_plane) << cut.channel_bits);
+  if (groups == 1) return {1, 0};
+  const int64_t wanted = divide_up64(kImagesFmaBlocks, channel_blocks);
+  const int64_t splits = bounded_splits(p, wanted < groups ? wanted : groups);
+  return {splits < 2 ? 2 : splits, 0};
+}
+
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
   switch (config.kernel) {
     case Kernel::kGradWeightNchw:
@@ -104,6 +119,8 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
       return large_grad_weight_plan(
           p, divide_up64(p.out_c, 8),
           p.kernel_h * p.kernel_w > kManyTaps ? kToeplitzBlocksNhwc / 2 : kToeplitzBlocksNhwc);
+    case Kernel::kImagesFmaGradWeight:
+      return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kBlockedGradWeight: return large_grad_weight_plan(p, p.out_c, kBlockedBlocks);
     case Kernel::kImagesGradWeightNchw:
     case Kernel::kImagesGradWeightNhwc:

@@ -222,6 +222,64 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
 }
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
+// Kernels whose lanes are images (image_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
+// lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
+constexpr int kMaxLaneImage = 16;  // rows and columns
+constexpr int lane_pitch(int width, int granule = 4) { return (width + granule - 1) / granule * granule; }
+constexpr int lane_plane(int height, int width, int granule = 4) {
+  const int floats = height * lane_pitch(width, granule);
+  return floats / granule % 2 != 0 ? floats : floats + granule;
+}
+// Of a block: two where whole planes are a warp's work.
+constexpr int lane_units(bool whole_plane) { return whole_plane ? 2 : 1; }
+// Output rows that the warps of a block take, at most.
+constexpr int max_lane_out_height(int out_width) { return out_width <= 14 ? 14 : kMaxLaneImage; }
+
+// How lanes are dealt to channels and images: 1 << channel_bits channels a warp.
+struct LaneCut {
+  int channel_bits, shared_bytes;
+};
+constexpr int lane_groups(int64_t n, const LaneCut& cut) {  // of images
+  const int images = 32 >> cut.channel_bits;
+  return static_cast<int>((n + images - 1) / images);
+}
+
+// `unit_bytes`: of shared memory for the planes of all units; `channel_bytes`: for what every channel has beside.
+// channels_last: eight channels, whole sectors of memory. NCHW: one, unless more leave fewer lanes without an image.
+constexpr LaneCut lane_cut(int64_t n, int units, int unit_bytes, int channel_bytes, bool channels_last) {
+  LaneCut cut{0, unit_bytes + units * channel_bytes};
+  int64_t least = 0;
+  for (int bits = 0; bits <= 3; ++bits) {
+    const int bytes = unit_bytes + (units << bits) * channel_bytes;
+    const int64_t images = 32 >> bits, padded = (n + images - 1) / images * images;
+    if (bits > 0 && (bytes > kSharedBytesEverywhere || (!channels_last && padded >= least))) continue;
+    least = padded;
+    cut = {bits, bytes};
+  }
+  return cut;
+}
+
+// Inputs and outputs share their room.
+constexpr LaneCut images_fma_cut(const DirectArgs& args, bool whole_plane, bool channels_last) {
+  const int units = lane_units(whole_plane);
+  const int in = lane_plane(args.h, args.w), out = lane_plane(args.out_h, args.out_w);
+  return lane_cut(args.n, units, 4 * 32 * units * (in > out ? in : out), 4 * lane_plane(args.kernel_h, args.kernel_w),
+                  channels_last);
+}
+
+// Floats that a lane of images_fma_grad_weight reads at once: where it does so all the time, two, as their planes leave
+// room for more blocks.
+constexpr int lane_grad_weight_granule(bool whole_plane) { return whole_plane ? 4 : 2; }
+
+// Both planes of every lane, and a float for every thread, at most. `args`: a Problem or GradWeightArgs.
+template <class Args>
+constexpr LaneCut images_fma_grad_weight_cut(const Args& args, bool whole_plane, bool channels_last) {
+  const int units = lane_units(whole_plane), granule = lane_grad_weight_granule(whole_plane);
+  const int planes = lane_plane(static_cast<int>(args.h), static_cast<int>(args.w), granule) +
+                     lane_plane(static_cast<int>(args.out_h), static_cast<int>(args.out_w), granule);
+  return lane_cut(args.n, units, 4 * 32 * units * (planes + kMaxLaneImage / 2), 0, channels_last);
+}
+
 // What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.
 constexpr int kTooLittleSharedMemory = -1;
 

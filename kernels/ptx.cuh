@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace depthwise::ptx {
 
 // The same pointer, of which the compiler no longer knows how it was computed: offsets are added to it, and not to its
@@ -11,6 +13,22 @@ template <class T>
 __device__ __forceinline__ T* opaque(T* pointer) {
   asm("" : "+l"(pointer));
   return pointer;
+}
+
+// threadIdx.x, read anew: what is computed from it takes no register in between.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+__device__ __forceinline__ unsigned opaque(unsigned value) {
+  asm("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+  asm("" : "+l"(value));
+  return value;
 }
 
 // 16-bit values are passed as their bits.
@@ -61,14 +79,18 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.
 // Copies of 16 bytes go past L1: nobody else reads them.
 template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+__device__ __forceinline__ void copy_async(unsigned shared_address, const void* global, int bytes) {
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global), "r"(bytes)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address), "l"(global), "r"(bytes),
                  "n"(kBytes)
                  : "memory");
+}
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+  copy_async<kBytes>(shared_address(shared), global, bytes);
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

@@ -16,10 +16,12 @@ struct Specialisation {
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   int padding_w;         // NCHW: where windows begin within aligned words of input; grad of input: which taps meet
-  int padding_h;         // grad of input; images_grad_weight of 8 columns: of the first row that meets the image
+  int padding_h;         // grad of input; images_fma of whole planes; images_grad_weight of 8 columns: of the first row
+                         // that meets the image
   int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns; images_grad_weight: rows
+  int height;            // images_fma: of whole planes, else 0
   int tile;              // of a kernel that is compiled tile by tile, else 0
-  int channels_last;     // toeplitz, blocked
+  int channels_last;     // toeplitz, blocked, images_fma
   ImageShape image;      // images, which takes the kernel's width at run time
   Band band;             // toeplitz, which takes the kernel's size at run time
 
@@ -72,6 +74,20 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     return s;
   }
+  if (is_images_fma(kernel)) {
+    const DirectArgs args = direct_args(p);
+    s.channels_last = p.layout == Layout::kNhwc;
+    s.kernel_w = args.kernel_w;
+    s.padding_w = args.padding_w;
+    s.width = args.w;
+    s.tile = config.tile;
+    if (tile_table(kernel, p.dtype)[config.tile].columns > 0) {
+      s.kernel_h = args.kernel_h;
+      s.padding_h = args.padding_h;
+      s.height = args.h;
+    }
+    return s;
+  }
   if (kernel != Kernel::kBlocked) s.kernel_h = static_cast<int>(p.kernel_h);
   s.kernel_w = static_cast<int>(p.kernel_w);
   s.stride_h = static_cast<int>(p.stride_h);
@@ -118,6 +134,15 @@ inline std::string specialisation_name(const Specialisation& s) {
     std::snprintf(name, sizeof(name), "%s_%s_l%d_h%dx%d_p%d_%s", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
                   s.width, s.out_width, s.padding_h, tile_table(s.kernel, s.dtype)[s.tile].name);
     return name;
+  }
+  if (is_images_fma(s.kernel)) {
+    const auto signed_number = [](int value) { return (value < 0 ? "m" : "") + std::to_string(std::abs(value)); };
+    std::string full = std::string(kernel_name(s.kernel)) + (s.channels_last ? "_nhwc_" : "_nchw_") +
+                       dtype_name(s.dtype) + "_kw" + std::to_string(s.kernel_w) + "_p" + signed_number(s.padding_w) +
+                       "_w" + std::to_string(s.width);
+    if (s.height > 0)
+      full += "_kh" + std::to_string(s.kernel_h) + "_p" + signed_number(s.padding_h) + "_h" + std::to_string(s.height);
+    return full + "_" + tile_table(s.kernel, s.dtype)[s.tile].name;
   }
   std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
@@ -187,6 +212,21 @@ inline std::string specialisation_source(const Specialisation& s) {
                   tile_table(s.kernel, s.dtype)[s.tile].rows, tile_table(s.kernel, s.dtype)[s.tile].vector,
                   s.kernel == Kernel::kImagesNhwc ? "true" : "false");
     traits = std::string("ImagesTraits<") + arguments;
+  }
+  if (is_images_fma(s.kernel)) {
+    char sizes[64];
+    std::snprintf(sizes, sizeof(sizes), "%d, %d, %d, %s", s.kernel_h, s.padding_h, s.height,
+                  s.channels_last ? "true" : "false");
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, ", kTypes[static_cast<int>(s.dtype)], s.kernel_w,
+                  s.padding_w, s.width);
+    if (s.kernel == Kernel::kImagesFma) {
+      const int out_height = s.height + 2 * s.padding_h - s.kernel_h + 1;
+      const int rows = tile_table(s.kernel, s.dtype)[s.tile].rows;
+      const bool whole = s.height > 0 && out_height < rows;
+      traits = std::string("ImagesFmaTraits<") + arguments + std::to_string(whole ? out_height : rows) + ", " + sizes;
+    } else {
+      traits = std::string("ImagesFmaGradWeightTraits<") + arguments + sizes;
+    }
   }
   if (s.kernel == Kernel::kBlocked) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],

@@ -27,6 +27,8 @@ enum class Kernel : int {
   kBlockedGradWeight,
   kImagesGradWeightNchw,
   kImagesGradWeightNhwc,
+  kImagesFma,
+  kImagesFmaGradWeight,
 };
 constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kStreamNchw,
@@ -47,7 +49,9 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kToeplitzGradWeightDense,
                                           Kernel::kBlockedGradWeight,
                                           Kernel::kImagesGradWeightNchw,
-                                          Kernel::kImagesGradWeightNhwc};
+                                          Kernel::kImagesGradWeightNhwc,
+                                          Kernel::kImagesFma,
+                                          Kernel::kImagesFmaGradWeight};
 
 inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
@@ -63,13 +67,16 @@ inline bool is_images_grad_weight(Kernel kernel) {
 }
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight ||
-         is_images_grad_weight(kernel);
+         is_images_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight;
+}
+inline bool is_images_fma(Kernel kernel) {
+  return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
 }
 inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || kernel == Kernel::kImagesNhwc; }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
-         is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel);
+         is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel) || is_images_fma(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -132,6 +139,11 @@ constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weigh
 constexpr Tile kImagesGradWeightNchwTiles[] = {
     {"weight_images32", 32, 0, 1}, {"weight_images16", 16, 0, 1}, {"weight_images8", 8, 0, 1}};
 constexpr Tile kImagesGradWeightNhwcTiles[] = {{"weight_images16_nhwc", 16, 0, 8}, {"weight_images8_nhwc", 8, 0, 8}};
+// Rows of outputs a thread; columns 0: of any plane, 1: of planes known at compile time.
+constexpr Tile kImagesFmaTiles[] = {
+    {"images_fma", 0, 2, 1}, {"images_fma_plane", 1, 8, 1}, {"images_fma_half_plane", 1, 4, 1}};
+// The same; rows 0.
+constexpr Tile kImagesFmaGradWeightTiles[] = {{"weight_images_fma", 0, 0, 1}, {"weight_images_fma_plane", 1, 0, 1}};
 
 struct TileTable {
   const Tile* tiles;
@@ -166,6 +178,8 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kBlockedGradWeight: return kBlockedGradWeightTiles;
     case Kernel::kImagesGradWeightNchw: return kImagesGradWeightNchwTiles;
     case Kernel::kImagesGradWeightNhwc: return kImagesGradWeightNhwcTiles;
+    case Kernel::kImagesFma: return kImagesFmaTiles;
+    case Kernel::kImagesFmaGradWeight: return kImagesFmaGradWeightTiles;
     default: return {};
   }
 }
@@ -191,7 +205,9 @@ inline const char* kernel_name(Kernel kernel) {
                                     "toeplitz_grad_weight_dense",
                                     "blocked_grad_weight",
                                     "images_grad_weight_nchw",
-                                    "images_grad_weight_nhwc"};
+                                    "images_grad_weight_nhwc",
+                                    "images_fma",
+                                    "images_fma_grad_weight"};
   return kNames[static_cast<int>(kernel)];
 }
 

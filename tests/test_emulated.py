@@ -93,6 +93,8 @@ def shape_problems(kernel, stride, dilation, everything):
         others.append(small)
     if (kernel, stride, dilation) == ((3, 3), (1, 1), (1, 1)):  # narrow, as some tiles want it
         others.append(Problem((7, 7), kernel, padding=(1, 1), batch=9, channels=16))
+    if kernel[0] * kernel[1] >= 25 and dilation == (1, 1):  # more images than lanes
+        others.append(Problem((7, 6), kernel, stride, same_padding(kernel, dilation), dilation, batch=33, channels=3))
     return [divided, *others, *([without] if everything else [])]
 
 
@@ -141,10 +143,11 @@ def test_sizes(emulator, everything, kernel, stride, dilation, layout, dtype):
 
 def test_values(emulator, kernel, stride, dilation, layout, dtype):
     """NaN and infinity, at the edges too, and numbers near the ends of the range."""
-    problem = gpu.special_problem((15, 18), kernel, stride, dilation)
-    emulator.obtain(reference.specialisations([problem], dtype, layout))
-    gpu.check_nan_and_inf(problem, layout, dtype)
-    gpu.check_magnitudes(problem, layout, dtype)
+    images = [(15, 18), *([(7, 6)] if kernel == (13, 13) else [])]
+    for problem in [gpu.special_problem(image, kernel, stride, dilation) for image in images]:
+        emulator.obtain(reference.specialisations([problem], dtype, layout))
+        gpu.check_nan_and_inf(problem, layout, dtype)
+        gpu.check_magnitudes(problem, layout, dtype)
 
 
 @pytest.mark.parametrize("device", [T4, RTX_3060], ids=["T4", "RTX_3060"])
@@ -184,7 +187,17 @@ def messages(direction, variant, problem, dtype, layout):
 SMALL = Problem((11, 16), (3, 3), padding=(1, 1), batch=3, channels=16)
 ODD = replace(SMALL, image=(11, 15))
 TALL = replace(SMALL, image=(60, 16))
+TINY = Problem((7, 6), (7, 7), padding=(3, 3), batch=5)
 LARGE = Problem((11, 24), (13, 13), padding=(6, 6), batch=3, channels=16)
+
+
+def test_several_groups_of_images_in_a_split(emulator):
+    """Of the kernels whose lanes are images: so many channels that a block adds up more images than it has lanes."""
+    problem = Problem((2, 3), (7, 7), padding=(3, 3), batch=96, channels=530)
+    where = ("grad_weight", "weight_images_fma", problem, F32, "nchw")
+    emulator.obtain(only(*where))
+    assert messages(*where) == ""
+
 
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
     ("forward", "planes_v8", SMALL, F16, "nchw"),
@@ -197,6 +210,8 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
     ("grad_weight", "weight_images16", SMALL, BF16, "nchw"),
     ("grad_weight", "weight_images16_nhwc", SMALL, F16, "nhwc"),
+    ("forward", "images_fma", TINY, F32, "nchw"),
+    ("grad_weight", "weight_images_fma_plane", TINY, F32, "nhwc"),
 ]
 
 

@@ -322,6 +322,8 @@ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(static_cast<const unsigned char*>(pointer) - shared);
 }
 
+void* at_shared_address(unsigned address) { return shared + address; }
+
 void copy_async(void* to, const void* global, int width, int bytes) {
   check_alignment(to, width);
   check_alignment(global, width);

@@ -12,6 +12,10 @@ T* opaque(T* pointer) {
   return pointer;
 }
 
+inline unsigned opaque(unsigned value) { return value; }
+inline int64_t opaque(int64_t value) { return value; }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+
 inline float from_float16(unsigned short bits) { return static_cast<float>(emulated_bit_cast<_Float16>(bits)); }
 inline unsigned short to_float16(float value) {
   return emulated_bit_cast<unsigned short>(static_cast<_Float16>(value));
@@ -36,10 +40,16 @@ inline unsigned multiply_add_bfloat16x2(unsigned a, unsigned b, unsigned c) {
 
 unsigned shared_address(const void* shared);
 
+void* at_shared_address(unsigned address);
+
 void copy_async(void* shared, const void* global, int width, int bytes);
 template <int kBytes>
 void copy_async(void* shared, const void* global, int bytes) {
   copy_async(shared, global, kBytes, bytes);
+}
+template <int kBytes>
+void copy_async(unsigned shared_address, const void* global, int bytes) {
+  copy_async(at_shared_address(shared_address), global, kBytes, bytes);
 }
 void commit_copies();
 void wait_for_copies(int pending);
