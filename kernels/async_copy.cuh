@@ -6,10 +6,10 @@
 namespace depthwise {
 
 // 4, 8 or 16 bytes, aligned to their size; zeros where `in_bounds` is false, and nothing is read then.
-template <int kBytes>
+template <int kBytes, bool kThroughL1 = kBytes != 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool in_bounds = true) {
 #if __CUDA_ARCH__ >= 800
-  ptx::copy_async<kBytes>(shared, global, in_bounds ? kBytes : 0);
+  ptx::copy_async<kBytes, kThroughL1>(shared, global, in_bounds ? kBytes : 0);
 #else
   using Word = typename RawWord<kBytes>::type;
   *static_cast<Word*>(shared) = in_bounds ? __ldg(static_cast<const Word*>(global)) : Word{};

@@ -12,8 +12,6 @@ constexpr int kMaxRegisterTaps = 49;
 constexpr int kMaxDirectNhwcTaps = 9;
 // tiled_nhwc: 7x7 at stride 2 spills.
 constexpr int kMaxTiledStridedTaps = 25;
-// stream_nhwc: filters, sums of the live rows and one row of the window.
-constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
 constexpr int kMaxSpan = 35;
 constexpr int64_t kInt32Max = 0x7fffffff;
@@ -148,19 +146,21 @@ inline bool can_serve_images(const Problem& p, const Tile& tile) {
 
 // blocked: a row of a thread's window lies in registers.
 constexpr int kMaxBlockedWindow = 80;
+constexpr int kMaxTallBlockedWindow = 40;  // beside the sums of seven rows
 
-inline bool can_serve_blocked(const Problem& p) {
+inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
   if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
   const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
   if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w > 64 || span_h > 512) return false;
-  if (6 * p.stride_w + span_w >= kMaxBlockedWindow) return false;
+  if (6 * p.stride_w + span_w >= (tile.rows > 4 ? kMaxTallBlockedWindow : kMaxBlockedWindow)) return false;
   if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
   if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.out_w + 6) / 7) > kInt32Max) return false;
   if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
   const bool channels_last = p.layout == Layout::kNhwc;
   if (channels_last && p.multiplier != 1) return false;
   // Weights, and what a block one thread wide and high reads.
-  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = 3 * p.stride_h + span_h + 1;
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h,
+                rows = (tile.rows - 1) * p.stride_h + span_h + 1;
   const int64_t channels = channels_last ? 16 / element_size(p.dtype) : 1;
   const int64_t weight_bytes = p.kernel_h * (p.kernel_w + 3) * 4 * channels;
   const int64_t in_bytes = (rows < in_h ? rows : in_h) * (6 * p.stride_w + span_w + 1) * 4 * channels;
@@ -192,6 +192,12 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
       march_registers(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
                       static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
                       channels_last ? tile.vector : 1, load, element_size(p.dtype));
+  if (channels_last && tile.queued) {
+    // Two steps of all threads, beside 8 KB.
+    const int64_t window = (tile.columns - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
+    const int64_t bytes = (p.stride_h * window + tile.columns) * tile.vector * element_size(p.dtype);
+    if (2 * bytes * kGradWeightThreads + (8 << 10) > kSharedBytesEverywhere) return false;
+  }
   if (channels_last) {
     const int loads = registers.step * 4 / (tile.vector * (load == 1 ? 4 : element_size(p.dtype)));
     const int limit = tile.vector == 1 ? kMaxMarchRegistersNhwc : kMaxMarchRegisters;
@@ -205,6 +211,12 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
     const int64_t strips = (p.out_w + tile.columns - 1) / tile.columns;
     const int64_t elements = (kGradWeightThreads / strips + 2) * (p.h * p.w + p.out_h * p.out_w);
     if (p.dilation_h != 1 || strips > kGradWeightThreads || elements * element_size(p.dtype) > 44 << 10) return false;
+  }
+  if (tile.queued) {
+    // Two steps of all threads, of words that may begin and end outside the window.
+    const int64_t window = (tile.columns - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1 + 2 * tile.vector;
+    const int64_t bytes = (p.stride_h * window + tile.columns) * element_size(p.dtype);
+    if (2 * bytes * kGradWeightThreads > kSharedBytesEverywhere) return false;
   }
   if (tile.columns == 8 && taps > kMaxWideStripTaps) return false;
   return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
@@ -402,6 +414,23 @@ inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile)
          kSharedBytesEverywhere;
 }
 
+// grad_weight_stream_nhwc: an unrolled stage, and a ring of two stages of a single thread tile.
+inline bool can_serve_grad_weight_stream(const Problem& p, const Tile& tile) {
+  if (p.layout != Layout::kNhwc || p.multiplier != 1 || !p.aligned || p.c * element_size(p.dtype) % 16 != 0)
+    return false;
+  if (p.stride_h > 2 || p.stride_w > 2 || p.dilation_h > 1 || p.dilation_w > 1) return false;
+  if (p.kernel_h * p.kernel_w > kMaxRegisterTaps || p.padding_h > 1 << 20 || p.padding_w > 64) return false;
+  if (p.n * p.h * p.w > kInt32Max || p.n * p.out_h * p.out_w > kInt32Max || p.w * p.c > kInt32Max / 128 ||
+      p.out_w * p.c > kInt32Max / 128)
+    return false;
+  const GradWeightStreamShape shape =
+      grad_weight_stream_shape(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                               static_cast<int>(p.stride_w));
+  const int64_t row_pixels = shape.stride_h * shape.window + kGradWeightStreamColumns;
+  return shape.vector > 0 &&
+         2 * shape.stage_steps * row_pixels * tile.vector * element_size(p.dtype) <= kSharedBytesEverywhere;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
@@ -412,6 +441,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
     return can_serve_large_grad_weight(p, kernel, tile);
   if (is_images_grad_weight(kernel)) return can_serve_images_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
+  if (kernel == Kernel::kGradWeightStreamNhwc) return can_serve_grad_weight_stream(p, kGradWeightStreamNhwcTiles[tile]);
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   const bool grad_input_kernel = is_grad_input_kernel(kernel);
   if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
@@ -420,7 +450,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
   if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   if (kernel == Kernel::kToeplitz) return can_serve_toeplitz(p);
-  if (kernel == Kernel::kBlocked) return can_serve_blocked(p);
+  if (kernel == Kernel::kBlocked) return can_serve_blocked(p, kBlockedTiles[tile]);
   if (is_images(kernel))
     return p.layout == (kernel == Kernel::kImagesNhwc ? Layout::kNhwc : Layout::kNchw) &&
            can_serve_images(p, tile_table(kernel, p.dtype)[tile]);
@@ -461,17 +491,21 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const int in_rows = window_size(4, stride_h, kernel_h, dilation_h);
   const int in_columns = window_size(4, stride_w, kernel_w, dilation_w);
   if (kernel == Kernel::kStreamNhwc) {
-    const int vector = stream_nhwc_vector(kernel_h, kernel_w);
+    const int vector = stream_nhwc_vector(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
     const int live_rows = rolling_live_rows(kernel_h, stride_h, dilation_h);
-    const int stage_rows = rolling_stage_outputs(live_rows) * stride_h;
-    const int stage_bytes = stage_rows * in_columns * t.vector * element_size(p.dtype);
-    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && 2 * stage_bytes <= kSharedBytesEverywhere &&
-           static_cast<int>(taps) * vector + (4 * live_rows + in_columns) * vector <= kMaxStreamNhwcRegisters;
+    const int columns = 4 * stream_nhwc_least_tiles(t.vector, vector, element_size(p.dtype));
+    const int stage_pixels =
+        rolling_stage_outputs(live_rows) * stride_h * window_size(columns, stride_w, kernel_w, dilation_w);
+    const int registers = stream_nhwc_registers(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
+    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
+           2 * stage_pixels * t.vector * element_size(p.dtype) <= kSharedBytesEverywhere &&
+           registers * vector <= kMaxStreamNhwcRegisters;
   }
   if (taps > kMaxTiledStridedTaps && (stride_h > 1 || stride_w > 1)) return false;
   const int pixel_bytes = (t.vector * 4 + 8) * element_size(p.dtype);
   return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
-         in_rows * in_columns * pixel_bytes + taps * t.vector * 16 <= kSharedBytesEverywhere;
+         in_rows * in_columns * pixel_bytes + tiled_nhwc_lane_taps(static_cast<int>(taps)) * t.vector * 16 <=
+             kSharedBytesEverywhere;
 }
 
 }  // namespace depthwise

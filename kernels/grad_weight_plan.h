@@ -24,6 +24,36 @@ constexpr int64_t kLargePositions = 256;  // a split worth its second pass
 // A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
 constexpr int64_t kMostPositions = 1 << 17;
 
+// grad_weight_stream_nhwc. Thread tiles of a block: `images` x `tiles_w`. Items: groups of images x strips of rows x `blocks_w`.
+struct GradWeightStreamTiling {
+  int tiles_w, images, in_columns;
+  int blocks_w, strips, items;
+  int stage_bytes;
+};
+
+inline GradWeightStreamTiling grad_weight_stream_tiling(const GradWeightStreamShape& shape, int channels,
+                                                        int element_bytes, int64_t n, int64_t out_h, int64_t out_w,
+                                                        int64_t rows) {
+  GradWeightStreamTiling tiling{};
+  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+  const int all = up(out_w, kGradWeightStreamColumns);
+  for (int most = kGradWeightStreamThreads / (channels / shape.vector); most > 0; most /= 2) {
+    tiling.tiles_w = up(all, up(all, most));
+    tiling.in_columns = window_size(tiling.tiles_w * kGradWeightStreamColumns, shape.stride_w, shape.kernel_w, 1);
+    // Small images side by side, as many as leave the fewest places of the last group empty.
+    tiling.images = 1;
+    for (int images = 2; all <= most && images <= most / all && images <= n; ++images)
+      if (up(n, images) * images <= up(n, tiling.images) * tiling.images) tiling.images = images;
+    const int row_pixels = shape.stride_h * tiling.in_columns + tiling.tiles_w * kGradWeightStreamColumns;
+    tiling.stage_bytes = shape.stage_steps * tiling.images * row_pixels * channels * element_bytes;
+    if (2 * tiling.stage_bytes <= kSharedBytesEverywhere) break;
+  }
+  tiling.blocks_w = up(all, tiling.tiles_w);
+  tiling.strips = up(out_h, rows);
+  tiling.items = up(n, tiling.images) * tiling.strips * tiling.blocks_w;
+  return tiling;
+}
+
 struct GradWeightPlan {
   int64_t splits;
   int rows;  // of grad_output that a thread marches down, at most
@@ -107,10 +137,40 @@ inline GradWeightPlan images_fma_grad_weight_plan(const Problem& p, const Tile& 
   return {splits < 2 ? 2 : splits, 0};
 }
 
+// One round of the blocks that an H100 holds, all of as many items. How many strips: the least work of a multiprocessor,
+// counted in stages of warps, of which four more stand for what so few warps leave unhidden of their latencies.
+inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile) {
+  constexpr int64_t kMultiprocessors = 132, kThreads = 512, kSharedBytes = 216 << 10;  // what each of them holds
+  constexpr int64_t kUnhiddenWarps = 4;
+  const GradWeightStreamShape shape =
+      grad_weight_stream_shape(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                               static_cast<int>(p.stride_w));
+  const GradWeightStreamTiling tiling =
+      grad_weight_stream_tiling(shape, tile.vector, element_size(p.dtype), p.n, p.out_h, p.out_w, p.out_h);
+  const int64_t threads = tile.vector / shape.vector * tiling.tiles_w * tiling.images;
+  const int64_t by_memory = kSharedBytes / (2 * tiling.stage_bytes), by_threads = kThreads / threads;
+  const int64_t blocks = kMultiprocessors * (by_memory < by_threads ? by_memory : by_threads);
+  const int64_t channels = divide_up64(p.out_c, tile.vector);
+  const int64_t wanted = bounded_splits(p, blocks < channels ? 1 : blocks / channels);
+  GradWeightPlan best{};
+  int64_t least = 0;
+  for (const int64_t strips : {1, 2, 3, 4, 6, 8, 12, 16}) {
+    const int64_t rows = divide_up64(p.out_h, strips);
+    const int64_t all = tiling.items * divide_up64(p.out_h, rows), items = divide_up64(all, wanted);  // of a block
+    const int64_t splits = divide_up64(all, items);
+    const int64_t warps = divide_up64(channels * splits, kMultiprocessors) * divide_up64(threads, 32);
+    const int64_t cost = items * divide_up64(rows + shape.depth - 1, shape.stage_steps) * (warps + kUnhiddenWarps);
+    if (least == 0 || cost < least) least = cost, best = {splits, static_cast<int>(rows)};
+  }
+  return best;
+}
+
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
   switch (config.kernel) {
     case Kernel::kGradWeightNchw:
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kGradWeightStreamNhwc:
+      return stream_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kToeplitzGradWeightNchw: return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNchw);
     case Kernel::kToeplitzGradWeightDense:
       if (p.layout == Layout::kNchw) return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNhwc);

@@ -31,6 +31,7 @@ struct Tile {
   int vector;
   int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
   bool staged = false;  // grad of weight, NCHW: whole planes through shared memory
+  bool queued = false;  // grad of weight: the rows to come in shared memory
 };
 
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
@@ -162,8 +163,55 @@ constexpr int64_t stream_depth(int64_t least, int64_t stage_elements, int64_t gr
   return least;
 }
 
+// tiled_nhwc: room for the taps of a lane in shared memory, in vectors of 16 bytes; an odd number.
+constexpr int tiled_nhwc_lane_taps(int taps) { return taps | 1; }
+
+// stream_nhwc: registers of a thread of one channel, for its filter, the sums of the live rows and one row of the window.
+constexpr int stream_nhwc_registers(int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
+                                    int dilation_w) {
+  return kernel_h * kernel_w + 4 * rolling_live_rows(kernel_h, stride_h, dilation_h) +
+         window_size(4, stride_w, kernel_w, dilation_w);
+}
+constexpr int kMaxStreamNhwcRegisters = 116;
+
 // stream_nhwc: channels a thread, as many as leave room for their filters.
-constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h * kernel_w <= 9 ? 4 : 2; }
+constexpr int stream_nhwc_vector(int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
+                                 int dilation_w) {
+  if (kernel_h * kernel_w <= 9) return 4;
+  const int registers = stream_nhwc_registers(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
+  return kernel_h * kernel_w <= 25 || 2 * registers <= kMaxStreamNhwcRegisters ? 2 : 1;
+}
+
+// stream_nhwc: whether pairs of threads exchange what they store: a block's part of a pixel is 16 bytes, which two threads
+// hold. Its thread tiles are then cut in whole warps.
+constexpr bool stream_nhwc_exchanges(int channels, int vector, int element_bytes) {
+  return channels * element_bytes == 16 && channels == 2 * vector;
+}
+constexpr int stream_nhwc_least_tiles(int channels, int vector, int element_bytes) {
+  return stream_nhwc_exchanges(channels, vector, element_bytes) ? 16 : 1;
+}
+
+// grad_weight_stream_nhwc: how its blocks are cut; see there. The parts that do not depend on the batch and the image.
+constexpr int kGradWeightStreamColumns = 4;
+constexpr int kGradWeightStreamThreads = 256;  // a block, at most
+constexpr int kMaxGradWeightStreamRegisters = 116;
+
+struct GradWeightStreamShape {
+  int vector;              // channels a thread; 0: registers do not hold the sums of one
+  int depth, stage_steps;  // rows of grad_output that an input row meets; that a stage brings
+  int window;              // columns of input that a thread reads
+  int kernel_w, stride_h, stride_w;
+};
+
+constexpr GradWeightStreamShape grad_weight_stream_shape(int kernel_h, int kernel_w, int stride_h, int stride_w) {
+  GradWeightStreamShape shape{0, (kernel_h + stride_h - 1) / stride_h, 0, 0, kernel_w, stride_h, stride_w};
+  shape.stage_steps = shape.depth < 2 ? 2 : shape.depth;
+  shape.window = window_size(kGradWeightStreamColumns, stride_w, kernel_w, 1);
+  const int registers = kernel_h * kernel_w + shape.depth * kGradWeightStreamColumns + shape.window;
+  shape.vector = 4;
+  while (shape.vector > 0 && shape.vector * registers > kMaxGradWeightStreamRegisters) shape.vector /= 2;
+  return shape;
+}
 
 // Registers of a grad-of-input thread for strides above 1: a tile of `columns` x `rows` of `channels` channels reads this
 // window of grad_output and the filter, both before it computes.

@@ -42,6 +42,13 @@ __device__ __forceinline__ unsigned short to_float16(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+// A shift, but one that the compiler does not take apart from the pair of values that it works on: as the shift that it
+// is, both are unpacked as soon as they are loaded, and wait in a register each.
+__device__ __forceinline__ float from_bfloat16(unsigned short bits) {
+  float value;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(value) : "h"(static_cast<unsigned short>(0)), "h"(bits));
+  return value;
+}
 __device__ __forceinline__ unsigned short to_bfloat16(float value) {  // sm_80
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -77,10 +84,10 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
 }
 
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.
-// Copies of 16 bytes go past L1: nobody else reads them.
-template <int kBytes>
+// Copies of 16 bytes go past L1, unless somebody else reads the line.
+template <int kBytes, bool kThroughL1 = kBytes != 16>
 __device__ __forceinline__ void copy_async(unsigned shared_address, const void* global, int bytes) {
-  if constexpr (kBytes == 16)
+  if constexpr (!kThroughL1)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global), "r"(bytes)
                  : "memory");
   else
@@ -88,9 +95,9 @@ __device__ __forceinline__ void copy_async(unsigned shared_address, const void* 
                  "n"(kBytes)
                  : "memory");
 }
-template <int kBytes>
+template <int kBytes, bool kThroughL1 = kBytes != 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
-  copy_async<kBytes>(shared_address(shared), global, bytes);
+  copy_async<kBytes, kThroughL1>(shared_address(shared), global, bytes);
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -98,6 +105,11 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Programmatic dependent launch (sm_90): the kernel that was launched to depend on this one may begin; what this one
+// depends on has ended.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // 8x8 matrices of 16-bit elements: lane l names row l % 8 of matrix l / 8, 16 aligned bytes at a shared_address, and
 // gets elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of each.

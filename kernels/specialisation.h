@@ -113,8 +113,9 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
 inline std::string specialisation_name(const Specialisation& s) {
   char name[128];
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d", s.channels_last ? "nhwc" : "nchw",
-                  dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
+    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_r%d", s.channels_last ? "nhwc" : "nchw",
+                  dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
+                  kBlockedTiles[s.tile].rows);
     return name;
   }
   if (s.kernel == Kernel::kToeplitz) {
@@ -191,6 +192,9 @@ inline std::string specialisation_source(const Specialisation& s) {
                   s.kernel_w);
     traits = std::string("BlockedGradWeightTraits<") + arguments;
   }
+  if (s.kernel == Kernel::kGradWeightStreamNhwc)
+    traits = std::string("GradWeightStreamTraits<") + arguments + ", " +
+             std::to_string(tile_table(s.kernel, s.dtype)[s.tile].vector);
   if (is_marching_grad_weight(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
@@ -198,6 +202,7 @@ inline std::string specialisation_source(const Specialisation& s) {
     if (s.kernel == Kernel::kGradWeightNchw)
       traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w) +
                 (tile.staged ? ", true" : ", false");
+    traits += tile.queued ? ", true" : ", false";
   }
   if (s.kernel == Kernel::kToeplitz) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
@@ -229,8 +234,9 @@ inline std::string specialisation_source(const Specialisation& s) {
     }
   }
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
-                  s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.channels_last ? "true" : "false");
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s, %d", kTypes[static_cast<int>(s.dtype)],
+                  s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.channels_last ? "true" : "false",
+                  kBlockedTiles[s.tile].rows);
     traits = std::string("BlockedTraits<") + arguments;
   }
   traits += ">";

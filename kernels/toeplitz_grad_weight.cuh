@@ -270,6 +270,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     }
   }
 
+  let_second_pass_begin();
+
   // Add the warps' sums, halving their number step by step.
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) bias += __shfl_xor_sync(~0u, bias, offset);

@@ -17,6 +17,7 @@ enum class Kernel : int {
   kGradInputNhwc,
   kGradWeightNchw,
   kGradWeightNhwc,
+  kGradWeightStreamNhwc,
   kToeplitz,
   kImagesNchw,
   kImagesNhwc,
@@ -40,6 +41,7 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kGradInputNhwc,
                                           Kernel::kGradWeightNchw,
                                           Kernel::kGradWeightNhwc,
+                                          Kernel::kGradWeightStreamNhwc,
                                           Kernel::kToeplitz,
                                           Kernel::kImagesNchw,
                                           Kernel::kImagesNhwc,
@@ -67,7 +69,8 @@ inline bool is_images_grad_weight(Kernel kernel) {
 }
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight ||
-         is_images_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight;
+         kernel == Kernel::kGradWeightStreamNhwc || is_images_grad_weight(kernel) ||
+         kernel == Kernel::kImagesFmaGradWeight;
 }
 inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
@@ -76,7 +79,8 @@ inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || k
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
-         is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel) || is_images_fma(kernel);
+         is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel) ||
+         is_images_fma(kernel) || kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc;
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -100,22 +104,44 @@ constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 
 constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
-constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32}};
+// Channels of a block.
+constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32},
+                                     {"stream_channels96", 4, 0, 96}, {"stream_channels48", 4, 0, 48},
+                                     {"stream_channels16", 4, 0, 16}, {"stream_channels8", 4, 0, 8}};
 constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
 // Grad of weight, NCHW: the widest loads that rows of input and of grad_output both allow, in order of preference. One
 // tile a specialisation: each is seconds of compilation.
-constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4}, {"weight_x4g2", 4, 0, 4, 2},
-                                           {"weight_x2g2", 4, 0, 2, 2}, {"weight_staged", 4, 0, 1, 1, true},
-                                           {"weight_x1g1", 4, 0, 1, 1}, {"weight_x1g1_narrow", 2, 0, 1, 1}};
-constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},         {"weight_x4g4", 4, 0, 4, 4},
-                                           {"weight_x8g2", 8, 0, 8, 2},         {"weight_x2g2", 4, 0, 2, 2},
-                                           {"weight_staged", 4, 0, 1, 1, true}, {"weight_x1g1", 4, 0, 1, 1},
-                                           {"weight_x1g1_narrow", 2, 0, 1, 1}};
+constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x4g2", 4, 0, 4, 2},
+                                           {"weight_x2g2", 4, 0, 2, 2},
+                                           {"weight_staged", 4, 0, 1, 1, true},
+                                           {"weight_x1g1", 4, 0, 1, 1},
+                                           {"weight_x1g1_narrow", 2, 0, 1, 1},
+                                           {"weight_x4g4_queue", 4, 0, 4, 4, false, true},
+                                           {"weight_x2g2_queue", 4, 0, 2, 2, false, true}};
+constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
+                                           {"weight_x4g4", 4, 0, 4, 4},
+                                           {"weight_x8g2", 8, 0, 8, 2},
+                                           {"weight_x2g2", 4, 0, 2, 2},
+                                           {"weight_staged", 4, 0, 1, 1, true},
+                                           {"weight_x1g1", 4, 0, 1, 1},
+                                           {"weight_x1g1_narrow", 2, 0, 1, 1},
+                                           {"weight_x8g8_queue", 8, 0, 8, 8, false, true},
+                                           {"weight_x4g4_queue", 4, 0, 4, 4, false, true},
+                                           {"weight_x2g2_queue", 4, 0, 2, 2, false, true}};
 // Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
-constexpr Tile kGradWeightNhwcTiles[] = {
-    {"weight_c4q4", 4, 0, 4}, {"weight_c2q4", 4, 0, 2}, {"weight_c1q4", 4, 0, 1}, {"weight_c1q2", 2, 0, 1}};
+constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4},
+                                         {"weight_c2q4", 4, 0, 2},
+                                         {"weight_c1q4", 4, 0, 1},
+                                         {"weight_c1q2", 2, 0, 1},
+                                         {"weight_c4q4_queue", 4, 0, 4, 0, false, true},
+                                         {"weight_c2q4_queue", 4, 0, 2, 0, false, true}};
+
+// Channels of a block.
+constexpr Tile kGradWeightStreamNhwcTiles[] = {
+    {"weight_stream64", 4, 0, 64}, {"weight_stream48", 4, 0, 48}, {"weight_stream32", 4, 0, 32}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 // `rows`: images of a block; `vector`: its channels.
@@ -125,7 +151,7 @@ constexpr Tile kImagesNhwcTiles[] = {{"images_nhwc_n8c16", 16, 8, 16},
                                      {"images_nhwc_n16c16", 16, 16, 16},
                                      {"images_nhwc_n8c8", 16, 8, 8},
                                      {"images_nhwc_n16c8", 16, 16, 8}};
-constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}};
+constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}, {"blocked_rows7", 7, 7, 1}};
 // Columns of input that a stage holds.
 constexpr Tile kToeplitzGradWeightNchwTiles[] = {
     {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band16", 16, 0, 1}};
@@ -168,6 +194,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
+    case Kernel::kGradWeightStreamNhwc: return kGradWeightStreamNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
     case Kernel::kImagesNchw: return kImagesNchwTiles;
     case Kernel::kImagesNhwc: return kImagesNhwcTiles;
@@ -196,6 +223,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "grad_input_nhwc",
                                     "grad_weight_nchw",
                                     "grad_weight_nhwc",
+                                    "grad_weight_stream_nhwc",
                                     "toeplitz",
                                     "images_nchw",
                                     "images_nhwc",

@@ -212,6 +212,8 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("grad_weight", "weight_images16_nhwc", SMALL, F16, "nhwc"),
     ("forward", "images_fma", TINY, F32, "nchw"),
     ("grad_weight", "weight_images_fma_plane", TINY, F32, "nhwc"),
+    ("grad_weight", "weight_stream32", SMALL, BF16, "nhwc"),
+    ("grad_weight", "weight_x4g4_queue", SMALL, F32, "nchw"),
 ]
 
 

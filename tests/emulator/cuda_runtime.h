@@ -175,6 +175,35 @@ template <class Kernel>
 int cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
   return emulator::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
 }
+#define CUDART_VERSION 13000
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class Kernel>
+int cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = EMULATED_ARCH / 10;
+  return cudaSuccess;
+}
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <class... Parameters, class... Arguments>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+  const int bytes = static_cast<int>(config->dynamicSmemBytes);
+  kernel* emulator::Launch{config->gridDim, config->blockDim, bytes, config->stream}(arguments...);
+  return cudaGetLastError();
+}
 inline int cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
   std::memset(pointer, value, bytes);
   return cudaSuccess;

@@ -43,7 +43,7 @@ unsigned shared_address(const void* shared);
 void* at_shared_address(unsigned address);
 
 void copy_async(void* shared, const void* global, int width, int bytes);
-template <int kBytes>
+template <int kBytes, bool kThroughL1 = false>
 void copy_async(void* shared, const void* global, int bytes) {
   copy_async(shared, global, kBytes, bytes);
 }
@@ -58,6 +58,10 @@ void wait_for_copies() {
   wait_for_copies(kPending);
 }
 void wait_for_all_copies();
+
+// Kernels run one after the other.
+inline void launch_dependents() {}
+inline void wait_for_dependencies() {}
 
 void load_matrices(unsigned* matrix, int count, unsigned address);
 template <int kCount>
