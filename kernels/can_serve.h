@@ -298,6 +298,72 @@ inline bool can_serve_images_grad_weight(const Problem& p, Kernel kernel, const 
          p.c <= kInt32Max / 256 && p.n <= kInt32Max;
 }
 
+// strips_grad_weight: rows and columns of a kernel.
+constexpr int kMaxSmallGradWeight = 9;
+
+inline bool can_serve_strips_grad_weight(const Problem& p, Kernel kernel) {
+  const bool channels_last = kernel == Kernel::kStripsGradWeightNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || p.dtype == DType::kFloat32) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.kernel_h > kMaxSmallGradWeight || p.kernel_w > kMaxSmallGradWeight) return false;
+  // channels_last: words of eight channels, and rows' offsets that are 32-bit numbers.
+  if (channels_last &&
+      (!p.aligned || p.c % 8 != 0 || p.multiplier != 1 || p.w * p.c > kInt32Max || p.out_w * p.c > kInt32Max))
+    return false;
+  return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.out_c <= kInt32Max &&
+         p.n * p.out_h * (p.w + p.out_w + 15) <= kInt32Max && p.padding_h <= 1 << 20 && p.padding_w <= 1 << 20;
+}
+
+// What a product of the tensor cores takes: windows of eight columns of grad_output of sixteen strips.
+constexpr int kWindow = 8;
+constexpr int kStripsAtOnce = 16;
+
+// Steps of a stage: a multiple of the kernel's rows, so that those of grad_output are registers with fixed names.
+constexpr int strips_stage_rows(int kernel_h, int fewest) { return (fewest + kernel_h - 1) / kernel_h * kernel_h; }
+
+// strips_grad_weight_nhwc: sixteen channels a block, one for each warp; two blocks of few registers a multiprocessor.
+constexpr int kStripsChannels = 16;
+constexpr int kStripsFewestRowsNhwc = 3;
+constexpr int strips_blocks_nhwc(int kernel_h) { return kernel_h <= 3 ? 2 : 1; }
+
+// Its shared memory, of rounds of `lines` patches of `windows` windows: as it lies in global memory, `buffers` stages of
+// blocks of eight pixels; planar, `sets` stages, for each channel `plane` elements, an odd number of 16-byte words, of
+// lines of `pitch`. A line has eight words more than windows, so that in banks, which are eight words wide, its first
+// window follows the last one of the line before.
+struct StripsLayoutNhwc {
+  int sets;
+  int pitch, row, plane;          // elements
+  int raw_row, raw_stage, bytes;  // bytes
+  int line_factor;                // block * line_factor >> 16: its line, right for the few hundreds of a stage
+
+  constexpr StripsLayoutNhwc(int kernel_h, int lines, int windows, int buffers, int sets)
+      : sets(sets),
+        pitch(kWindow * (windows == 8 ? 2 * windows + 1 : windows + 8)),
+        row(lines * pitch),
+        plane(strips_stage_rows(kernel_h, kStripsFewestRowsNhwc) * row),
+        raw_row(lines * (2 * windows + 1) * kWindow * kStripsChannels * 2),
+        raw_stage(strips_stage_rows(kernel_h, kStripsFewestRowsNhwc) * raw_row),
+        bytes(0),
+        line_factor((1 << 16) / (2 * windows + 1) + 1) {
+    if (plane % (2 * kWindow) == 0) plane += kWindow;
+    bytes = buffers * raw_stage + sets * kStripsChannels * plane * 2;
+  }
+};
+
+// As many lines as make sixteen strips, of segments of a row that leave room for two stages in `shared_bytes`.
+struct StripsCutNhwc {
+  int windows, segments, lines;
+};
+constexpr StripsCutNhwc strips_cut_nhwc(int kernel_h, int out_w, int shared_bytes) {
+  const int all = (out_w + kWindow - 1) / kWindow;
+  for (int segments = (all + 7) / 8;; ++segments) {
+    const int windows = (all + segments - 1) / segments;
+    for (int lines = kStripsAtOnce / windows; lines > 0; --lines)
+      if (StripsLayoutNhwc(kernel_h, lines, windows, 2, 1).bytes <= shared_bytes)
+        return {windows, (all + windows - 1) / windows, lines};
+  }
+}
+
 // blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
 // kRows - 1 steps more than rows are counted in, at 12 rows.
 struct TapTile {
@@ -442,6 +508,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     return can_serve_large_grad_weight(p, kernel, tile);
   if (is_images_grad_weight(kernel)) return can_serve_images_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   if (kernel == Kernel::kGradWeightStreamNhwc) return can_serve_grad_weight_stream(p, kGradWeightStreamNhwcTiles[tile]);
+  if (is_strips_grad_weight(kernel)) return can_serve_strips_grad_weight(p, kernel);
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   const bool grad_input_kernel = is_grad_input_kernel(kernel);
   if (grad_input_kernel && p.direction != Direction::kGradInput) return false;

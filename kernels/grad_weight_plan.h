@@ -19,8 +19,11 @@ constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth 
 // of toeplitz NCHW for small kernels), and few of them, as each leaves a kernel's worth of sums (32x512x14x14 fp16 27x27,
 // H200: 512 blocks 0.098 ms, 1024 0.115, 2048 0.129; channels_last 256 blocks 0.067, 512 0.072).
 constexpr int64_t kToeplitzBlocksNchw = 792, kToeplitzBlocksNhwc = 528, kBlockedBlocks = 1056;
-constexpr int64_t kManyTaps = 256;        // half as many blocks, channels_last
-constexpr int64_t kLargePositions = 256;  // a split worth its second pass
+// strips_grad_weight: an H100's multiprocessors, of which one block each is enough (see its tiles).
+constexpr int64_t kStripsBlocks = 132, kMostStripsWaves = 8;
+constexpr int kStripsSharedBytes = 226 << 10;  // of a multiprocessor
+constexpr int64_t kManyTaps = 256;             // half as many blocks, channels_last
+constexpr int64_t kLargePositions = 256;       // a split worth its second pass
 // A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
 constexpr int64_t kMostPositions = 1 << 17;
 
@@ -165,6 +168,31 @@ inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile
   return best;
 }
 
+// strips_grad_weight_nhwc: of as many pieces of an image, and as many rounds of patches a block (see strips.cuh), as leave
+// the fewest steps to the multiprocessor that has most of them. A block that begins costs some.
+inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
+  constexpr int kMostPieces = 8, kMostRounds = 4, kBlockCost = 10;
+  const int kernel_h = static_cast<int>(p.kernel_h), blocks = strips_blocks_nhwc(kernel_h);
+  const int stage_rows = strips_stage_rows(kernel_h, kStripsFewestRowsNhwc);
+  const StripsCutNhwc cut = strips_cut_nhwc(kernel_h, static_cast<int>(p.out_w), kStripsSharedBytes / blocks);
+  const int64_t groups = divide_up64(p.out_c, kStripsChannels);
+  int64_t least = 0, best = 1;
+  for (int64_t pieces = 1; pieces <= kMostPieces && pieces <= p.out_h; ++pieces) {
+    const int64_t all_rounds = divide_up64(p.n * cut.segments * pieces, cut.lines);
+    const int64_t stages = divide_up64(divide_up64(p.out_h, pieces) + kernel_h - 1, stage_rows);
+    for (int64_t rounds = 1; rounds <= kMostRounds && rounds <= all_rounds; ++rounds) {
+      const int64_t splits = divide_up64(all_rounds, rounds);
+      const int64_t cost =
+          divide_up64(groups * splits, blocks * kStripsBlocks) * (rounds * stages * stage_rows + kBlockCost);
+      if (least == 0 || cost < least) least = cost, best = splits;
+    }
+  }
+  // More waves of blocks than this are even enough.
+  const int64_t most = divide_up64(kMostStripsWaves * kStripsBlocks, groups);
+  const int64_t fewest = p.n * p.out_h * p.out_w / kMostPositions;
+  return {bounded_splits(p, best < most ? best : most > fewest ? most : fewest), 0};
+}
+
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
   switch (config.kernel) {
     case Kernel::kGradWeightNchw:
@@ -185,6 +213,9 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
     case Kernel::kImagesGradWeightNchw:
     case Kernel::kImagesGradWeightNhwc:
       return images_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kStripsGradWeightNchw:
+      return large_grad_weight_plan(p, p.out_c, kStripsBlocks * tile_table(config.kernel, p.dtype)[config.tile].vector);
+    case Kernel::kStripsGradWeightNhwc: return strips_nhwc_grad_weight_plan(p);
     default: return general_grad_weight_plan(p);
   }
 }

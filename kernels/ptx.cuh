@@ -132,6 +132,12 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[4], 
                : "r"(address)
                : "memory");
 }
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[2], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrix[0]), "=r"(matrix[1])
+               : "r"(address)
+               : "memory");
+}
 
 // d += A * B, fragments as in tensor_core.cuh; sm_80, but for float16 with K = 8.
 __device__ __forceinline__ void multiply_float16(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {

@@ -67,6 +67,13 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     }
     return s;
   }
+  if (is_strips_grad_weight(kernel)) {  // compiled for the kernel's rows; nine columns stand for all
+    s.kernel_h = static_cast<int>(p.kernel_h);
+    s.kernel_w = kMaxSmallGradWeight;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.tile = config.tile;
+    return s;
+  }
   if (kernel == Kernel::kBlockedGradWeight) {  // compiled for the taps of a thread
     const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
     s.kernel_h = taps.rows;
@@ -186,6 +193,16 @@ inline std::string specialisation_source(const Specialisation& s) {
                   tile_table(s.kernel, s.dtype)[s.tile].columns, s.kernel_h,
                   s.kernel == Kernel::kImagesGradWeightNhwc ? "true" : "false", s.width, s.out_width, -s.padding_h);
     traits = std::string("ImagesGradWeightTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kStripsGradWeightNchw) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    traits = std::string("StripsGradWeightNchwTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kStripsGradWeightNhwc) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    traits = std::string("StripsGradWeightNhwcTraits<") + arguments;
   }
   if (s.kernel == Kernel::kBlockedGradWeight) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,

@@ -30,6 +30,8 @@ enum class Kernel : int {
   kImagesGradWeightNhwc,
   kImagesFma,
   kImagesFmaGradWeight,
+  kStripsGradWeightNchw,
+  kStripsGradWeightNhwc,
 };
 constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kStreamNchw,
@@ -53,7 +55,9 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kImagesGradWeightNchw,
                                           Kernel::kImagesGradWeightNhwc,
                                           Kernel::kImagesFma,
-                                          Kernel::kImagesFmaGradWeight};
+                                          Kernel::kImagesFmaGradWeight,
+                                          Kernel::kStripsGradWeightNchw,
+                                          Kernel::kStripsGradWeightNhwc};
 
 inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
@@ -67,9 +71,13 @@ inline bool is_toeplitz_grad_weight(Kernel kernel) {
 inline bool is_images_grad_weight(Kernel kernel) {
   return kernel == Kernel::kImagesGradWeightNchw || kernel == Kernel::kImagesGradWeightNhwc;
 }
+// Those on the tensor cores for kernels up to 9x9, one for each layout.
+inline bool is_strips_grad_weight(Kernel kernel) {
+  return kernel == Kernel::kStripsGradWeightNchw || kernel == Kernel::kStripsGradWeightNhwc;
+}
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight ||
-         kernel == Kernel::kGradWeightStreamNhwc || is_images_grad_weight(kernel) ||
+         kernel == Kernel::kGradWeightStreamNhwc || is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) ||
          kernel == Kernel::kImagesFmaGradWeight;
 }
 inline bool is_images_fma(Kernel kernel) {
@@ -80,7 +88,8 @@ inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || k
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel) ||
-         is_images_fma(kernel) || kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc;
+         is_images_fma(kernel) || kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc ||
+         is_strips_grad_weight(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -170,6 +179,12 @@ constexpr Tile kImagesFmaTiles[] = {
     {"images_fma", 0, 2, 1}, {"images_fma_plane", 1, 8, 1}, {"images_fma_half_plane", 1, 4, 1}};
 // The same; rows 0.
 constexpr Tile kImagesFmaGradWeightTiles[] = {{"weight_images_fma", 0, 0, 1}, {"weight_images_fma_plane", 1, 0, 1}};
+// Windows of eight columns (`rows` of sixteen strips each) that a warp takes, and how many blocks a multiprocessor should
+// have before channels are split (`vector`).
+constexpr Tile kStripsGradWeightNchwTiles[] = {
+    {"weight_strips", 8, 1, 1}, {"weight_strips2", 8, 2, 1}, {"weight_strips_split", 8, 1, 3}};
+// channels_last: sets of planes at most (`rows`).
+constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 2, 8}, {"weight_strips_nhwc_deep", 8, 1, 8}};
 
 struct TileTable {
   const Tile* tiles;
@@ -207,6 +222,8 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kImagesGradWeightNhwc: return kImagesGradWeightNhwcTiles;
     case Kernel::kImagesFma: return kImagesFmaTiles;
     case Kernel::kImagesFmaGradWeight: return kImagesFmaGradWeightTiles;
+    case Kernel::kStripsGradWeightNchw: return kStripsGradWeightNchwTiles;
+    case Kernel::kStripsGradWeightNhwc: return kStripsGradWeightNhwcTiles;
     default: return {};
   }
 }
@@ -235,7 +252,9 @@ inline const char* kernel_name(Kernel kernel) {
                                     "images_grad_weight_nchw",
                                     "images_grad_weight_nhwc",
                                     "images_fma",
-                                    "images_fma_grad_weight"};
+                                    "images_fma_grad_weight",
+                                    "strips_grad_weight_nchw",
+                                    "strips_grad_weight_nhwc"};
   return kNames[static_cast<int>(kernel)];
 }
 

@@ -214,6 +214,9 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("grad_weight", "weight_images_fma_plane", TINY, F32, "nhwc"),
     ("grad_weight", "weight_stream32", SMALL, BF16, "nhwc"),
     ("grad_weight", "weight_x4g4_queue", SMALL, F32, "nchw"),
+    ("grad_weight", "weight_strips", ODD, F16, "nchw"),
+    ("grad_weight", "weight_strips2", SMALL, BF16, "nchw"),
+    ("grad_weight", "weight_strips_nhwc", SMALL, BF16, "nhwc"),
 ]
 
 

@@ -351,26 +351,27 @@ void wait_for_all_copies() {
   wait_for_copies(0);
 }
 
-// The addresses of all lanes' rows.
-static Words matrix_rows(int count, unsigned address) {
+// The lanes' addresses of matrices of eight rows, which are read as far as `count` matrices go.
+Words matrix_rows(unsigned kind, int count, unsigned address) {
   if (lane() < 8 * count) {
     check_alignment(shared + address, 16);
     access_shared(current, address, 16, false);
   }
-  return exchange(2, &address, 1);
+  return exchange(kind, &address, 1);
 }
 
 void load_matrices(unsigned* matrix, int count, unsigned address) {
-  const Words rows = matrix_rows(count, address);
-  for (int m = 0; m < count; ++m) std::memcpy(matrix + m, shared + rows[8 * m + lane() / 4][0] + lane() % 4 * 4, 4);
+  const Words addresses = matrix_rows(2, count, address);
+  for (int m = 0; m < count; ++m)
+    std::memcpy(matrix + m, shared + addresses[8 * m + lane() / 4][0] + lane() % 4 * 4, 4);
 }
 
 void load_matrices_transposed(unsigned* matrix, int count, unsigned address) {
-  const Words rows = matrix_rows(count, address);
+  const Words addresses = matrix_rows(4, count, address);
   for (int m = 0; m < count; ++m)
     for (int k = 0; k < 2; ++k)
       std::memcpy(reinterpret_cast<unsigned char*>(matrix + m) + 2 * k,
-                  shared + rows[8 * m + lane() % 4 * 2 + k][0] + lane() / 4 * 2, 2);
+                  shared + addresses[8 * m + lane() % 4 * 2 + k][0] + lane() / 4 * 2, 2);
 }
 
 // The tensor cores truncate: the sum of the products and of d is rounded towards zero.
