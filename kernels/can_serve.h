@@ -144,6 +144,28 @@ inline bool can_serve_images(const Problem& p, const Tile& tile) {
   return shape.shifts > 0 && registers <= kMaxImageRegisters && registers * tile.vector * 32 <= 64 << 10;
 }
 
+// strips: eight outputs read sixteen columns.
+constexpr int kMinStripsKernel = 3, kMaxStripsKernel = 9;
+constexpr int kMaxStripsWidth = 1 << 22;
+
+inline bool can_serve_strips(const Problem& p, Kernel kernel) {
+  const bool channels_last = kernel == Kernel::kStripsNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return false;
+  for (const int64_t size : {p.kernel_h, p.kernel_w})
+    if (size < kMinStripsKernel || size > kMaxStripsKernel) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.w > kMaxStripsWidth || p.out_w > kMaxStripsWidth) return false;
+  // Strips, of which a block has one at least.
+  const DirectArgs args = direct_args(p);
+  if (p.n * p.out_c * ((args.out_h + 6) / 7) * ((args.out_w + 15) / 8) > kInt32Max) return false;
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  // channels_last: a block takes several images only where they are small.
+  return !channels_last || (p.multiplier == 1 && p.aligned && p.c % 8 == 0 && p.c <= 1 << 18 &&
+                            p.h * p.w * p.c <= kInt32Max / 2 && p.out_h * p.out_w * p.c <= kInt32Max / 2);
+}
+
 // blocked: a row of a thread's window lies in registers.
 constexpr int kMaxBlockedWindow = 80;
 constexpr int kMaxTallBlockedWindow = 40;  // beside the sums of seven rows
@@ -522,6 +544,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     return p.layout == (kernel == Kernel::kImagesNhwc ? Layout::kNhwc : Layout::kNchw) &&
            can_serve_images(p, tile_table(kernel, p.dtype)[tile]);
   if (kernel == Kernel::kImagesFma) return can_serve_images_fma(p, tile_table(kernel, p.dtype)[tile]);
+  if (is_strips(kernel)) return can_serve_strips(p, kernel);
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;

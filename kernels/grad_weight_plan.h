@@ -168,7 +168,7 @@ inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile
   return best;
 }
 
-// strips_grad_weight_nhwc: of as many pieces of an image, and as many rounds of patches a block (see strips.cuh), as leave
+// strips_grad_weight_nhwc: of as many pieces of an image, and as many rounds of patches a block (see strips_grad_weight.cuh), as leave
 // the fewest steps to the multiprocessor that has most of them. A block that begins costs some.
 inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
   constexpr int kMostPieces = 8, kMostRounds = 4, kBlockCost = 10;

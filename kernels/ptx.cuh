@@ -14,6 +14,11 @@ __device__ __forceinline__ T* opaque(T* pointer) {
   asm("" : "+l"(pointer));
   return pointer;
 }
+// The same number, likewise: what is computed from it is computed anew, instead of kept in registers.
+__device__ __forceinline__ unsigned opaque(unsigned value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // threadIdx.x, read anew: what is computed from it takes no register in between.
 __device__ __forceinline__ int thread_index() {
@@ -53,6 +58,15 @@ __device__ __forceinline__ unsigned short to_bfloat16(float value) {  // sm_80
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
+}
+// Each half of `sum` plus zero times that of `pair`: NaN from when on a pair was not finite; sm_80.
+__device__ __forceinline__ unsigned probe_float16_pair(unsigned sum, unsigned pair) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
+}
+__device__ __forceinline__ unsigned probe_bfloat16_pair(unsigned sum, unsigned pair) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
 }
 
 // Two values as a word of two, the first in its low half; sm_80.

@@ -95,6 +95,11 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     }
     return s;
   }
+  if (is_strips(kernel)) {  // which take the kernel's columns at run time
+    s.kernel_h = static_cast<int>(p.kernel_h);
+    s.tile = config.tile;
+    return s;
+  }
   if (kernel != Kernel::kBlocked) s.kernel_h = static_cast<int>(p.kernel_h);
   s.kernel_w = static_cast<int>(p.kernel_w);
   s.stride_h = static_cast<int>(p.stride_h);
@@ -151,6 +156,11 @@ inline std::string specialisation_name(const Specialisation& s) {
     if (s.height > 0)
       full += "_kh" + std::to_string(s.kernel_h) + "_p" + signed_number(s.padding_h) + "_h" + std::to_string(s.height);
     return full + "_" + tile_table(s.kernel, s.dtype)[s.tile].name;
+  }
+  if (is_strips(s.kernel)) {
+    std::snprintf(name, sizeof(name), "%s_%s_kh%d_%s", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].name);
+    return name;
   }
   std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.padding_w < 0 ? "m" : "",
@@ -255,6 +265,11 @@ inline std::string specialisation_source(const Specialisation& s) {
                   s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.channels_last ? "true" : "false",
                   kBlockedTiles[s.tile].rows);
     traits = std::string("BlockedTraits<") + arguments;
+  }
+  if (is_strips(s.kernel)) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows, s.kernel == Kernel::kStripsNhwc ? "true" : "false");
+    traits = std::string("StripsTraits<") + arguments;
   }
   traits += ">";
   const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];

@@ -1,4 +1,4 @@
-// Grad of weight and bias on the tensor cores, NCHW, for kernels up to nine rows and columns; the idea: strips.cuh.
+// Grad of weight and bias on the tensor cores, NCHW, for kernels up to nine rows and columns; the idea: strips_grad_weight.cuh.
 //
 // Serves  fp16 and bf16, stride 1, dilation 1, kernels up to kMaxSmallGradWeight rows and columns, any padding, image
 //         size, alignment and depth multiplier.
@@ -12,7 +12,7 @@
 // Chosen  when it is forced by name.
 #pragma once
 
-#include "strips.cuh"
+#include "strips_grad_weight.cuh"
 
 namespace depthwise {
 

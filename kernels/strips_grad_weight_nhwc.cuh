@@ -1,5 +1,5 @@
 // Grad of weight and bias on the tensor cores, channels_last, for kernels up to nine rows and columns; the idea:
-// strips.cuh.
+// strips_grad_weight.cuh.
 //
 // Serves  fp16 and bf16, stride 1, dilation 1, kernels up to kMaxSmallGradWeight rows and columns, any padding and image
 //         size; aligned tensors of a multiple of eight channels, multiplier 1.
@@ -16,7 +16,7 @@
 // Chosen  when it is forced by name.
 #pragma once
 
-#include "strips.cuh"
+#include "strips_grad_weight.cuh"
 
 namespace depthwise {
 

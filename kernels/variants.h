@@ -22,6 +22,8 @@ enum class Kernel : int {
   kImagesNchw,
   kImagesNhwc,
   kBlocked,
+  kStripsNchw,
+  kStripsNhwc,
   kToeplitzGradWeightNchw,
   kToeplitzGradWeightNhwc,
   kToeplitzGradWeightDense,
@@ -48,6 +50,8 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kImagesNchw,
                                           Kernel::kImagesNhwc,
                                           Kernel::kBlocked,
+                                          Kernel::kStripsNchw,
+                                          Kernel::kStripsNhwc,
                                           Kernel::kToeplitzGradWeightNchw,
                                           Kernel::kToeplitzGradWeightNhwc,
                                           Kernel::kToeplitzGradWeightDense,
@@ -84,12 +88,13 @@ inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
 }
 inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || kernel == Kernel::kImagesNhwc; }
+inline bool is_strips(Kernel kernel) { return kernel == Kernel::kStripsNchw || kernel == Kernel::kStripsNhwc; }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel) ||
          is_images_fma(kernel) || kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc ||
-         is_strips_grad_weight(kernel);
+         is_strips_grad_weight(kernel) || is_strips(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -161,6 +166,10 @@ constexpr Tile kImagesNhwcTiles[] = {{"images_nhwc_n8c16", 16, 8, 16},
                                      {"images_nhwc_n8c8", 16, 8, 8},
                                      {"images_nhwc_n16c8", 16, 16, 8}};
 constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}, {"blocked_rows7", 7, 7, 1}};
+// Rows of a strip: those that divide the images' are best.
+constexpr Tile kStripsNchwTiles[] = {{"strips7", 8, 7, 8}, {"strips8", 8, 8, 8}};
+constexpr Tile kStripsNhwcTiles[] = {
+    {"strips7_nhwc", 8, 7, 8}, {"strips8_nhwc", 8, 8, 8}, {"strips11_nhwc", 8, 11, 8}, {"strips14_nhwc", 8, 14, 8}};
 // Columns of input that a stage holds.
 constexpr Tile kToeplitzGradWeightNchwTiles[] = {
     {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band16", 16, 0, 1}};
@@ -214,6 +223,8 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kImagesNchw: return kImagesNchwTiles;
     case Kernel::kImagesNhwc: return kImagesNhwcTiles;
     case Kernel::kBlocked: return kBlockedTiles;
+    case Kernel::kStripsNchw: return kStripsNchwTiles;
+    case Kernel::kStripsNhwc: return kStripsNhwcTiles;
     case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
     case Kernel::kToeplitzGradWeightNhwc: return kToeplitzGradWeightNhwcTiles;
     case Kernel::kToeplitzGradWeightDense: return kToeplitzGradWeightDenseTiles;
@@ -245,6 +256,8 @@ inline const char* kernel_name(Kernel kernel) {
                                     "images_nchw",
                                     "images_nhwc",
                                     "blocked",
+                                    "strips_nchw",
+                                    "strips_nhwc",
                                     "toeplitz_grad_weight_nchw",
                                     "toeplitz_grad_weight_nhwc",
                                     "toeplitz_grad_weight_dense",

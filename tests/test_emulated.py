@@ -206,6 +206,8 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "lanes8", SMALL, F32, "nhwc"),
     ("forward", "band", LARGE, BF16, "nchw"),
     ("forward", "images_n8c4", SMALL, BF16, "nchw"),
+    ("forward", "strips7", SMALL, F16, "nchw"),
+    ("forward", "strips8_nhwc", SMALL, BF16, "nhwc"),
     ("grad_weight", "weight_band32", LARGE, BF16, "nchw"),
     ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
     ("grad_weight", "weight_images16", SMALL, BF16, "nchw"),

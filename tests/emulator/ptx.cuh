@@ -25,6 +25,12 @@ inline unsigned short to_bfloat16(float value) {
   const unsigned bits = __float_as_uint(value);  // to nearest even
   return static_cast<unsigned short>(value != value ? 0x7fff : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
+inline unsigned probe_float16_pair(unsigned sum, unsigned pair) {
+  return (pair & 0x7c00) == 0x7c00 || (pair >> 16 & 0x7c00) == 0x7c00 ? 0x7fff7fff : sum;
+}
+inline unsigned probe_bfloat16_pair(unsigned sum, unsigned pair) {
+  return (pair & 0x7f80) == 0x7f80 || (pair >> 16 & 0x7f80) == 0x7f80 ? 0x7fff7fff : sum;
+}
 
 inline unsigned to_float16x2(float low, float high) { return to_float16(low) | unsigned{to_float16(high)} << 16; }
 inline unsigned to_bfloat16x2(float low, float high) { return to_bfloat16(low) | unsigned{to_bfloat16(high)} << 16; }
