@@ -2,6 +2,8 @@
 // and 32-bit indices on every architecture. Which of those that can is chosen: select.h.
 #pragma once
 
+#include <initializer_list>
+
 #include "variants.h"
 
 namespace depthwise {

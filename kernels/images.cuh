@@ -119,16 +119,6 @@ __device__ __forceinline__ unsigned load_pixels(const T* row, int column) {
   }
 }
 
-// Two values as a word of 16-bit ones.
-template <class T>
-__device__ __forceinline__ unsigned pack(float low, float high) {
-#if __CUDA_ARCH__ >= 800
-  return is_bfloat16<T> ? ptx::to_bfloat16x2(low, high) : ptx::to_float16x2(low, high);
-#else
-  return from_float<T>(low).bits | static_cast<unsigned>(from_float<T>(high).bits) << 16;
-#endif
-}
-
 // Of all words seen, whether one has a NaN (or infinity, which does no harm: `poisoned` asks for a closer look). Two
 // chains, as each is as long as there are words.
 template <class T>

@@ -19,21 +19,20 @@ __device__ __forceinline__ unsigned opaque(unsigned value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+  asm("" : "+l"(value));
+  return value;
+}
 
 // threadIdx.x, read anew: what is computed from it takes no register in between.
 __device__ __forceinline__ int thread_index() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
-}
-
-__device__ __forceinline__ unsigned opaque(unsigned value) {
-  asm("" : "+r"(value));
-  return value;
-}
-__device__ __forceinline__ int64_t opaque(int64_t value) {
-  asm("" : "+l"(value));
-  return value;
 }
 
 // 16-bit values are passed as their bits.

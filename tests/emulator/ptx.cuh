@@ -13,6 +13,7 @@ T* opaque(T* pointer) {
 }
 
 inline unsigned opaque(unsigned value) { return value; }
+inline int opaque(int value) { return value; }
 inline int64_t opaque(int64_t value) { return value; }
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
 
