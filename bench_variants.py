@@ -3,8 +3,9 @@
     python bench.py --case convnext_56 --dtype float16 --variants
     python bench.py --all --direction grad_weight --variants weight_x4g4 weight_x2g2 --json FILE
 
-The fastest first; the one that is selected is marked. Problems and stopwatch are those of the table, and each result is
-held to twice PyTorch's own error before it is timed. The general kernel takes part where it is named.
+The fastest first; the one that is selected is marked, and the end tells where it is not the fastest. Problems and
+stopwatch are those of the table, and each result is held to twice PyTorch's own error before it is timed. The general
+kernel takes part where it is named.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch
 
 import bench
 import depthwise_inline
-from bench_report import DIRECTIONS, Case
+from bench_report import DIRECTIONS, ROW_IDENTITY, Case, geometric_mean
+
+NOISE = 1.03
 
 HEADER = (
     f"{'case':<13} {'dtype':<8} {'layout':<6} {'direction':<11} {'variant':<60} {'ms':>9} {'spread':>7} {'of copy':>8}"
@@ -131,7 +134,29 @@ def run(
             save(rows)
     finally:
         force("")
+    print(f"\n{format_regrets(rows)}")
     return sum("failed" in row for row in rows)
+
+
+def format_regrets(rows: Sequence[dict[str, Any]]) -> str:
+    """What the selection costs: the problems whose selected variant is beyond NOISE slower than the fastest one."""
+    measured = [row for row in rows if "failed" not in row]
+    groups = itertools.groupby(measured, key=lambda row: [row[key] for key in ROW_IDENTITY])
+    regrets, lines = [], []
+    for identity, group in groups:
+        fastest, *others = group
+        chosen = next((row for row in (fastest, *others) if row["selected"]), None)
+        if chosen is None:
+            continue
+        regrets.append(chosen["ms"] / fastest["ms"])
+        if regrets[-1] > NOISE:
+            lines.append(f"  {' '.join(identity)}: {regrets[-1]:.2f}x the time of {fastest['variant']}")
+    if not regrets:
+        return "No selected variant was measured."
+    mean = geometric_mean(regrets)
+    return "\n".join(
+        [f"The selected variants take {mean:.3f}x the time of the fastest, {len(lines)} beyond noise", *lines]
+    )
 
 
 def format_row(row: dict[str, Any], bytes: int, copy_tbps: float) -> str:

@@ -369,6 +369,22 @@ def test_variants_are_forced_checked_and_timed(on_the_cpu, monkeypatch, capsys, 
         assert "wrong result" in rows[-1]["failed"] and "FAILED: RuntimeError: wrong result" in printed
 
 
+def test_the_selection_is_held_against_the_fastest():
+    def timed(variant, ms, case="kb82", selected=False):
+        return {key: row(case)[key] for key in report.ROW_IDENTITY} | {
+            "variant": variant,
+            "ms": ms,
+            "selected": selected,
+        }
+
+    rows = [timed("a", 1.0), timed("b", 2.0, selected=True), timed("c", 1.0, "mbv2_7", selected=True)]
+    failed = timed("d", 1.0, "mbv2_7") | {"failed": "RuntimeError: no"}
+    text = bench_variants.format_regrets([*rows, failed])
+    assert "take 1.414x the time of the fastest, 1 beyond noise" in text
+    assert "  kb82 float32 nchw forward: 2.00x the time of a" in text and "mbv2_7" not in text
+    assert bench_variants.format_regrets([failed]) == "No selected variant was measured."
+
+
 def test_variants_do_not_go_into_a_record(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--variants", "--record"])
