@@ -20,7 +20,7 @@
 // Chosen  by name alone, as yet.
 #pragma once
 
-#include "image_planes.cuh"
+#include "images_planes.cuh"
 #include "toeplitz.cuh"
 
 namespace depthwise {

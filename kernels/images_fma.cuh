@@ -6,7 +6,7 @@
 //         the kernel's height and its vertical padding as well.
 // Owns    a lane owns its image, so that the weights are the same for all lanes that share a channel, and products with
 //         padding are left out: by compile-time indices within rows, by the ranges of loops among rows. A thread
-//         computes kRows rows of outputs in registers, a warp kRows rows of its unit (image_lanes.cuh).
+//         computes kRows rows of outputs in registers, a warp kRows rows of its unit (images_fma_lanes.cuh).
 //         Rows: it walks down the kernel; a kernel row serves all of its output rows, whose input rows are a ring of
 //         registers: 14x14, 27x27, kRows = 2: 392 multiply-adds for 7 loads of weights and 4 of input, 16 bytes each.
 //         Whole planes: the input is registers as well, and everything is unrolled: 7x7, 13x13: 2401 multiply-adds for
@@ -16,7 +16,7 @@
 // Chosen  by name only.
 #pragma once
 
-#include "image_lanes.cuh"
+#include "images_fma_lanes.cuh"
 
 namespace depthwise {
 

@@ -3,7 +3,7 @@
 // Serves  images up to 16x16, in and out; stride 1, dilation 1; fp32, and fp16 and bf16 converted on load; compile-time
 //         are the type, the width, the kernel's width and its horizontal padding. Whole planes (kHeight > 0): the height,
 //         the kernel's height and its vertical padding as well.
-// Owns    a block: the units (image_lanes.cuh) of its channels, for a share of the images. A thread: the taps of one
+// Owns    a block: the units (images_fma_lanes.cuh) of its channels, for a share of the images. A thread: the taps of one
 //         kernel row, in registers, for the image of its lane; the lanes' sums are added in a fixed order.
 //         Rows: a warp takes every kWarps-th kernel row: of 'same' kernels that reach over the whole image, that gives
 //         all warps the same work. Each row of grad_output with its row of input is 14x14 multiply-adds for 14 loads of
@@ -18,7 +18,7 @@
 #pragma once
 
 #include "exact_grad_weight.cuh"
-#include "image_lanes.cuh"
+#include "images_fma_lanes.cuh"
 
 namespace depthwise {
 

@@ -17,15 +17,15 @@
 //         time, and a block as many rounds as its items need (the planes stay where it has a single stage). The sums of
 //         kImageWarps warps are added, then their diagonals through shared memory, all in a fixed order; the splits by
 //         add_splits_kernel.
-// Memory  A stage's planes, see images_planes.cuh, twice where stages overlap; from image to image an odd number of
+// Memory  A stage's planes, see images_grad_weight_planes.cuh, twice where stages overlap; from image to image an odd number of
 //         16-byte words, so that ldmatrix meets no bank twice. 27x27 on 14x14 images: 29 KB of planes and 9 KB of
 //         diagonals for one channel of NCHW, 118 KB and 19 KB for eight of channels_last.
 // Chosen  by name alone.
 #pragma once
 
 #include "exact_grad_weight.cuh"
-#include "images_planes.cuh"
-#include "images_sums.cuh"
+#include "images_grad_weight_planes.cuh"
+#include "images_grad_weight_sums.cuh"
 
 namespace depthwise {
 

@@ -1,6 +1,8 @@
-// How images_grad_weight brings the planes of a stage into shared memory: [channel][image][row], rows of kColumns
-// elements, of which those beyond the width hold anything. From NCHW as they lie, asynchronously where vectors do not
-// straddle rows; from channels_last two pixels at a time, put planar on the way.
+// The planes of a block of images.cuh, between global and shared memory.
+//
+// NCHW          an image's channels lie one after the other, in granules of 16 bytes as in global memory, so that a run
+//               of channels is copied as it is, wherever it begins. Asynchronously: nothing waits for a register.
+// channels_last a thread turns two neighbouring pixels of eight channels into eight words, and back.
 #pragma once
 
 #include "async_copy.cuh"
@@ -8,199 +10,186 @@
 
 namespace depthwise {
 
-// Division of numbers below 1024 by one known at launch alone, of at most 1024.
-struct SmallDivider {
-  unsigned factor;
+// What a block computes: its first image and channel, and how many there are.
+template <class Traits>
+struct ImagesBlock {
+  int image, images, channel, channels, all_channels;
 
-  explicit SmallDivider(int divisor) : factor(((1u << kShift) + divisor - 1) / divisor) {}
-  __device__ __forceinline__ int quotient(int dividend) const {
-    return static_cast<int>(static_cast<unsigned>(dividend) * factor >> kShift);
+  __device__ explicit ImagesBlock(const DirectArgs& args) : all_channels(static_cast<int>(args.out_c)) {
+    channel = blockIdx.x * Traits::kChannels;
+    image = blockIdx.y * Traits::kImages;
+    channels = min(Traits::kChannels, all_channels - channel);
+    images = min(Traits::kImages, static_cast<int>(args.n) - image);
   }
-
- private:
-  static constexpr int kShift = 20;
 };
 
-// One of the two tensors. A unit is what one copy takes: `vector` elements, see copy_planes and transpose_planes.
-struct ImagesTensor {
-  int64_t image_stride;  // global memory
-  int height, width, vector;
-  int pitch;    // shared memory: elements from image to image
-  int units;    // NCHW: of a block's channels
-  int sharing;  // NCHW: images that the threads of a block copy at a time
-  SmallDivider by_units, by_plane, by_width, by_height;
-};
-
-// Planes of a stage: where one tensor has them in global memory, and where they go.
-template <class T>
+// The planes of a block in a tensor, and how they lie in shared memory. NCHW: an image's channels one after the other as
+// in global memory, after what precedes them in their first granule of 16 bytes. channels_last: channel by channel, each
+// on a word's boundary. Images are apart by an odd number of four words, so that eight of them are in different banks.
+template <class Traits, int kPixels_, class T>
 struct Planes {
-  const T* global;  // the block's first channel of the stage's first image
-  T* shared;
-  int channels, images;  // channels_last: images beyond the last are zeros, up to a multiple of sixteen
+  static constexpr int kPixels = kPixels_;
+  static constexpr int kPlanePitch = plane_pitch(kPixels, Traits::kChannelsLast);
+  static constexpr int kImagePitch = planes_pitch(Traits::kChannels, kPixels, Traits::kChannelsLast);
+  static constexpr int kRoom = Traits::kImages * kImagePitch;
+
+  T* first;        // the block's first channel of its first image
+  int64_t stride;  // from image to image
+
+  __device__ Planes(T* tensor, const ImagesBlock<Traits>& block) {
+    stride = static_cast<int64_t>(block.all_channels) * kPixels;
+    first = tensor + block.image * stride + static_cast<int64_t>(block.channel) * (Traits::kChannelsLast ? 1 : kPixels);
+  }
+  // The elements that precede an image in its first granule.
+  __device__ __forceinline__ int head(int image) const {
+    if (Traits::kChannelsLast) return 0;
+    return static_cast<unsigned>(reinterpret_cast<uintptr_t>(first) / sizeof(T) + image * stride) % kGranule;
+  }
+  // An image's channel in shared memory.
+  __device__ __forceinline__ int at(int image, int channel) const {
+    return image * kImagePitch + head(image) + channel * kPlanePitch;
+  }
+};
+template <class Traits>
+using InPlanes = Planes<Traits, Traits::kPixels, const typename Traits::T>;
+template <class Traits>
+using OutPlanes = Planes<Traits, Traits::kOutPixels, typename Traits::T>;
+
+// NCHW: for the images of a warp, full(shared, global) of each granule inside its run of channels, and rest(shared,
+// global, first, end) for those elements of a granule that share it with other runs.
+template <class Traits, class Planes, class T, class Full, class Rest>
+__device__ __forceinline__ void for_each_granule(T* room, const Planes& planes, const ImagesBlock<Traits>& block,
+                                                 Full full, Rest rest) {
+  constexpr int kElements = Traits::kChannels * Planes::kPixels, kStep = 32 * kGranule;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (kElements % kGranule == 0 && planes.head(0) == 0 && planes.stride % kGranule == 0 &&
+      block.channels == Traits::kChannels) {  // all runs are whole granules, and as many as is known when compiled
+    auto* global = ptx::opaque(planes.first + warp * planes.stride + lane * kGranule);
+    T* const shared = room + warp * Planes::kImagePitch + lane * kGranule;
+#pragma unroll
+    for (int image = 0; image < Traits::kImages; image += Traits::kWarps) {
+      if (image + warp >= block.images) break;
+#pragma unroll
+      for (int at = 0; at < kElements; at += kStep)
+        if (at + kStep <= kElements || at + lane * kGranule < kElements)
+          full(shared + image * Planes::kImagePitch + at, global + at);
+      global += Traits::kWarps * planes.stride;
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int image = warp; image < block.images; image += Traits::kWarps) {
+    const int head = planes.head(image), end = head + block.channels * Planes::kPixels;
+    const int begin = head == 0 ? 0 : kGranule, last = max(begin, end / kGranule * kGranule);
+    const auto global = planes.first + image * planes.stride - head;
+    T* const shared = room + image * Planes::kImagePitch;
+#pragma unroll 1
+    for (int at = begin + lane * kGranule; at + kGranule <= end; at += kStep) full(shared + at, global + at);
+    if (lane == 0 && head != 0) rest(shared, global, head, min(kGranule, end));
+    if (lane == 1 && last < end) rest(shared + last, global + last, 0, end - last);
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void copy_images(typename Traits::T* room, const InPlanes<Traits>& planes,
+                                            const ImagesBlock<Traits>& block) {
+  using T = typename Traits::T;
+  for_each_granule(
+      room, planes, block, [](T* to, const T* from) { copy_async<16>(to, from); },
+      [](T* to, const T* from, int, int end) { copy_16_async(to, from, end * int{sizeof(T)}); });
+}
+
+template <class Traits>
+__device__ __forceinline__ void store_images(typename Traits::T* room, const OutPlanes<Traits>& planes,
+                                             const ImagesBlock<Traits>& block) {
+  using T = typename Traits::T;
+  for_each_granule(
+      room, planes, block,
+      [](T* from, T* to) { store_streaming(to, *reinterpret_cast<const Vector<T, kGranule>*>(from)); },
+      [](T* from, T* to, int first, int end) {
+#pragma unroll 1
+        for (int e = first; e < end; ++e) to[e] = from[e];
+      });
+}
+
+// The low halves of two words, and the high ones.
+__device__ __forceinline__ unsigned low_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ unsigned high_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x7632); }
+
+// channels_last: the pairs of neighbouring pixels, of eight channels, that a thread moves between global and shared
+// memory: all of one image.
+template <class Traits, class Planes>
+struct PixelPairs {
+  static constexpr int kEights = Traits::kChannels / kGranule, kStep = Traits::kThreads / Traits::kImages / kEights;
+  static constexpr int kPairs = divide_up(Planes::kPixels, 2), kSteps = divide_up(kPairs, kStep);
+  int first, shared;  // the thread's first pair; its word in shared memory, of the first channel
+  unsigned all_channels;
+  int64_t global;
+  bool exist;
+
+  __device__ __forceinline__ PixelPairs(const Planes& planes, const ImagesBlock<Traits>& block) {
+    const int channel = threadIdx.x % kEights * kGranule, image = threadIdx.x / (kStep * kEights);
+    first = threadIdx.x / kEights % kStep;
+    all_channels = block.all_channels;
+    exist = image < block.images && channel < block.channels;
+    global = static_cast<uint64_t>(image * Planes::kPixels + 2 * first) * all_channels + channel;
+    shared = planes.at(image, channel) + 2 * first;
+  }
+  // Calls body(k, offset in global memory, offset in shared memory, whether both pixels exist) for each pair.
+  template <class Body>
+  __device__ __forceinline__ void for_each(Body body) const {
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const int pair = first + k * kStep;
+      if (exist && (pair < kPairs || (k + 1) * kStep <= kPairs))
+        body(k, global + static_cast<uint64_t>(2 * k * kStep) * all_channels, shared + 2 * k * kStep,
+             Planes::kPixels % 2 == 0 || 2 * pair + 1 < Planes::kPixels);
+    }
+  }
 };
 
-// Loads to registers under way in a thread, of so many registers each. Before the first stage no sums are held.
-template <class Traits, bool kFirst>
-constexpr int loads_at_once(int registers) {
-  if (Traits::kChannelsLast) return (Traits::kWarps < 16 ? 64 : kFirst ? 32 : 16) / registers;
-  return (kFirst ? (Traits::kNarrow ? 32 : 16) : 4) / registers;
-}
-
-// NCHW: the block's channels are contiguous. kInRow: vectors stay within a row, and are copied asynchronously.
-template <class Traits, bool kFirst, int kVector, bool kInRow>
-__device__ __forceinline__ void copy_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor) {
-  using T = typename Traits::T;
-  constexpr int kLanes = kInRow ? 32 : Traits::kCopyLanes, kThreads = Traits::kTensorThreads / 32 * kLanes;
-  const int channel_pitch = Traits::kStageImages * tensor.pitch, plane = tensor.height * tensor.width;
-  const auto offset_of = [&](int element) {
-    const int channel = Traits::kChannels == 1 ? 0 : tensor.by_plane.quotient(element);
-    const int rest = element - channel * plane, row = tensor.by_width.quotient(rest);
-    return channel * channel_pitch + row * Traits::kColumns + rest - row * tensor.width;
-  };
-  const int lane = threadIdx.x % 32, thread = threadIdx.x % Traits::kTensorThreads / 32 * kLanes + lane;
-  const int first_image = tensor.by_units.quotient(thread);
-  if (lane >= kLanes || (first_image > 0 && first_image >= tensor.sharing)) return;
-  const int units = p.channels == Traits::kChannels ? tensor.units : p.channels * plane / kVector;
-#pragma unroll 1
-  for (int unit = thread - first_image * tensor.units; unit < units; unit += kThreads) {
-    const T* global = p.global + unit * kVector + first_image * tensor.image_stride;
-    T* shared = p.shared + first_image * tensor.pitch;
-    const int64_t global_step = tensor.sharing * tensor.image_stride;
-    const int shared_step = tensor.sharing * tensor.pitch;
-    if constexpr (kInRow) {
-      shared += offset_of(unit * kVector);
-#pragma unroll 2
-      for (int image = first_image; image < p.images; image += tensor.sharing) {
-        copy_async<kVector * sizeof(T)>(shared, global);
-        global += global_step;
-        shared += shared_step;
-      }
-    } else {
-      constexpr int kBatch = loads_at_once<Traits, kFirst>(1);
-      T* to[kVector];
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) to[k] = shared + offset_of(unit * kVector + k);
-#pragma unroll 1
-      for (int image = first_image; image < p.images; image += kBatch * tensor.sharing) {
-        Vector<T, kVector> values[kBatch];
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {  // without conditions: there are more loads than predicates
-          values[b] = load_or_zero<kVector>(global, true);
-          global += image + (b + 1) * tensor.sharing < p.images ? global_step : 0;
-        }
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-          for (int k = 0; k < kVector; ++k) {
-            if (image + b * tensor.sharing < p.images) *to[k] = values[b].value[k];
-            to[k] += shared_step;
-          }
-      }
-    }
-  }
-}
-
-// `vector`: 8, 4 or 2 elements of a row; -2: two that may straddle rows; 1.
-template <class Traits, bool kFirst>
-__device__ __forceinline__ void copy_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor) {
-  switch (tensor.vector) {
-    case 8: return copy_planes<Traits, kFirst, 8, true>(p, tensor);
-    case 4: return copy_planes<Traits, kFirst, 4, true>(p, tensor);
-    case 2: return copy_planes<Traits, kFirst, 2, true>(p, tensor);
-    case -2: return copy_planes<Traits, kFirst, 2, false>(p, tensor);
-    default: return copy_planes<Traits, kFirst, 1, false>(p, tensor);
-  }
-}
-
-// Zeros for the images that the last sixteen lack.
 template <class Traits>
-__device__ __forceinline__ void clear_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor) {
-  const int missing = (divide_up(p.images, 16) * 16 - p.images) * tensor.pitch / 8;  // in 16 bytes
-#pragma unroll 1
-  for (int k = threadIdx.x % Traits::kTensorThreads; k < p.channels * missing; k += Traits::kTensorThreads) {
-    const int channel = k / missing, image = channel * Traits::kStageImages + p.images;
-    reinterpret_cast<uint4*>(p.shared + image * tensor.pitch)[k - channel * missing] = uint4{};
-  }
-}
-
-// channels_last: two neighbouring pixels of kVector channels, stored as one word into each channel's plane.
-template <class Traits, bool kFirst, int kVector>
-__device__ __forceinline__ void transpose_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor,
-                                                 int64_t pixel_stride) {
+struct LoadedPixels {
   using T = typename Traits::T;
-  constexpr int kLanes = Traits::kColumns / 2, kStep = Traits::kTensorThreads / kLanes;
-  constexpr int kBatch = kVector == 1 ? 1 : loads_at_once<Traits, kFirst>(8);
-  const int channel_pitch = Traits::kStageImages * tensor.pitch;
-  const int thread = threadIdx.x % Traits::kTensorThreads, column = thread % kLanes * 2;
-  const int rows = divide_up(p.images, 16) * 16 * tensor.height;
-  // Loads without conditions, as there are more of them than predicates: columns that do not exist hold anything, and
-  // images are made zeros afterwards.
-  const int first_column = column < tensor.width ? column : 0;
-  const int64_t second = column + 1 < tensor.width ? pixel_stride : 0;
-#pragma unroll 1
-  for (int first = thread / kLanes; first < rows; first += kBatch * kStep) {
-    Vector<T, kVector> pixels[kBatch][2];
-#pragma unroll 1
-    for (int c = 0; c < p.channels; c += kVector) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int idx = first + b * kStep, image = tensor.by_height.quotient(idx), row = idx - image * tensor.height;
-        const T* const global = p.global + min(image, p.images - 1) * tensor.image_stride +
-                                (row * tensor.width + first_column) * pixel_stride + c;
-        pixels[b][0] = load_or_zero<kVector>(global, true);
-        pixels[b][1] = load_or_zero<kVector>(global + second, true);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int idx = first + b * kStep, image = tensor.by_height.quotient(idx), row = idx - image * tensor.height;
-        const unsigned mask = image < p.images ? ~0u : 0u;
-        T* const shared = p.shared + c * channel_pitch + image * tensor.pitch + row * Traits::kColumns + column;
-        if (idx < rows) {
-#pragma unroll
-          for (int k = 0; k < kVector; ++k)
-            *reinterpret_cast<unsigned*>(shared + k * channel_pitch) =
-                (pixels[b][0].value[k].bits | static_cast<unsigned>(pixels[b][1].value[k].bits) << 16) & mask;
-        }
-      }
-    }
-  }
-}
+  using Pairs = PixelPairs<Traits, InPlanes<Traits>>;
+  uint4 left[Pairs::kSteps], right[Pairs::kSteps];
 
-template <class Traits, bool kFirst>
-__device__ __forceinline__ void transpose_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor,
-                                                 int64_t pixel_stride) {
-  switch (tensor.vector) {
-    case 8: return transpose_planes<Traits, kFirst, 8>(p, tensor, pixel_stride);
-    case 4: return transpose_planes<Traits, kFirst, 4>(p, tensor, pixel_stride);
-    default: return transpose_planes<Traits, kFirst, 1>(p, tensor, pixel_stride);
+  // Plain loads, which come before a barrier that comes after them.
+  __device__ __forceinline__ LoadedPixels(const Pairs& pairs, const T* input) {
+    pairs.for_each([&](int k, int64_t global, int, bool both) {
+      left[k] = *reinterpret_cast<const uint4*>(input + global);
+      right[k] = both ? *reinterpret_cast<const uint4*>(input + global + pairs.all_channels) : uint4{};
+    });
   }
-}
+  __device__ __forceinline__ void store(const Pairs& pairs, T* room) const {
+    pairs.for_each([&](int k, int64_t, int shared, bool) {
+      const unsigned a[4] = {left[k].x, left[k].y, left[k].z, left[k].w};
+      const unsigned b[4] = {right[k].x, right[k].y, right[k].z, right[k].w};
+#pragma unroll
+      for (int e = 0; e < kGranule; ++e)
+        *reinterpret_cast<unsigned*>(room + shared + e * InPlanes<Traits>::kPlanePitch) =
+            e % 2 == 0 ? low_halves(a[e / 2], b[e / 2]) : high_halves(a[e / 2], b[e / 2]);
+    });
+  }
+};
 
 template <class Traits>
-ImagesTensor images_tensor(const void* tensor, int64_t all_channels, int channels, int height, int width) {
-  const auto aligned = [&](int elements) {
-    return reinterpret_cast<uintptr_t>(tensor) % (elements * sizeof(typename Traits::T)) == 0;
-  };
-  int vector = 8;
-  if constexpr (Traits::kChannelsLast) {
-    vector = all_channels % channels == 0 && channels >= 4 && aligned(channels) ? channels : 1;
-  } else {
-    while (vector > 1 && (width % vector != 0 || !aligned(vector))) vector /= 2;
-    const bool even = height * width % 2 == 0 || (channels % 2 == 0 && all_channels % 2 == 0);
-    if (vector == 1 && even && aligned(2)) vector = -2;
-  }
-  const int units = channels * height * width / (vector == -2 ? 2 : vector);
-  return {all_channels * height * width,
-          height,
-          width,
-          vector,
-          images_pitch(height, Traits::kColumns),
-          units,
-          max_int(1, Traits::kTensorThreads / 32 * (vector == 1 || vector == -2 ? Traits::kCopyLanes : 32) / units),
-          SmallDivider(units),
-          SmallDivider(height * width),
-          SmallDivider(width),
-          SmallDivider(height)};
+__device__ __forceinline__ void store_pixels(const typename Traits::T* room, const OutPlanes<Traits>& planes,
+                                             const ImagesBlock<Traits>& block) {
+  const PixelPairs<Traits, OutPlanes<Traits>> pairs(planes, block);
+  pairs.for_each([&](int, int64_t global, int shared, bool both) {
+    unsigned word[kGranule];
+#pragma unroll
+    for (int e = 0; e < kGranule; ++e)
+      word[e] = *reinterpret_cast<const unsigned*>(room + shared + e * OutPlanes<Traits>::kPlanePitch);
+    auto* const to = planes.first + global;
+    __stcs(reinterpret_cast<uint4*>(to), uint4{low_halves(word[0], word[1]), low_halves(word[2], word[3]),
+                                               low_halves(word[4], word[5]), low_halves(word[6], word[7])});
+    if (both)
+      __stcs(reinterpret_cast<uint4*>(to + pairs.all_channels),
+             uint4{high_halves(word[0], word[1]), high_halves(word[2], word[3]), high_halves(word[4], word[5]),
+                   high_halves(word[6], word[7])});
+  });
 }
 
 }  // namespace depthwise

@@ -270,7 +270,7 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
 }
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
-// Kernels whose lanes are images (image_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
+// Kernels whose lanes are images (images_fma_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
 // lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
 constexpr int kMaxLaneImage = 16;  // rows and columns
 constexpr int lane_pitch(int width, int granule = 4) { return (width + granule - 1) / granule * granule; }
