@@ -279,7 +279,8 @@ int launch_grad_weight_nchw(const GradWeightArgs& args, int, cudaStream_t stream
   const int planes = min_int(static_cast<int>(args.n), threads / (pieces.strips * pieces.cuts) + 2);
   const int plane_bytes = (args.h * args.w + args.out_h * args.out_w) * static_cast<int>(sizeof(typename Traits::T));
   const int shared_bytes = Traits::kStaged ? planes * plane_bytes : NchwStrip<Traits>::kQueueBytes;
-  if (const int error = allow_shared_bytes(grad_weight_nchw_kernel<Traits>, shared_bytes)) return error;
+  constexpr int kStaticBytes = kGradWeightThreads / 32 * (Traits::kTaps + 1) * static_cast<int>(sizeof(float));
+  if (const int error = allow_shared_bytes(grad_weight_nchw_kernel<Traits>, shared_bytes, kStaticBytes)) return error;
   grad_weight_nchw_kernel<Traits><<<blocks, threads, shared_bytes, stream>>>(args, pieces);
   return cudaGetLastError();
 }

@@ -206,9 +206,7 @@ int launch_grad_weight_nhwc(const GradWeightArgs& args, int, cudaStream_t stream
   const int x = divide_up(lanes, blocks_c);
   const int y = min_int(kGradWeightThreads / x, divide_up(pieces.per_channel, args.splits));
   constexpr int kBytes = NhwcStrip<Traits>::kQueueBytes, kStaticBytes = 8 << 10;
-  // Together with its static shared memory, more than 48 KB has to be asked for.
-  if (kBytes + kStaticBytes > 48 << 10)
-    cudaFuncSetAttribute(grad_weight_nhwc_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (const int error = allow_shared_bytes(grad_weight_nhwc_kernel<Traits>, kBytes, kStaticBytes)) return error;
   grad_weight_nhwc_kernel<Traits><<<dim3(blocks_c, args.splits), dim3(x, y), kBytes, stream>>>(args, pieces);
   return cudaGetLastError();
 }

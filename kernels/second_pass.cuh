@@ -19,15 +19,21 @@ __device__ __forceinline__ void wait_for_first_pass() {
 #endif
 }
 
-// Whether the code of `kernel` waits: it may have been compiled for an earlier architecture than the device's. Captured
-// into CUDA graphs since CUDA 12.3.
+// Whether the current device's code of `kernel` waits: it may have been compiled for an earlier architecture. Captured into
+// CUDA graphs since CUDA 12.3, which the driver must know as well.
 template <class Kernel>
 bool waits_for_first_pass(Kernel kernel) {
-  static const bool waits = [=] {
+  thread_local int known_device = -1;
+  thread_local bool waits = false;
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device != known_device) {
+    int driver = 0;
     cudaFuncAttributes attributes{};
-    return CUDART_VERSION >= 12030 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-           attributes.ptxVersion >= 90;
-  }();
+    waits = CUDART_VERSION >= 12030 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
+            cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    known_device = device;
+  }
   return waits;
 }
 
@@ -43,7 +49,9 @@ int launch_second_pass(void (*kernel)(Parameters...), dim3 blocks, dim3 threads,
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = waits_for_first_pass(kernel) ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  const int error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  cudaGetLastError();  // forgets the error, which would be the next launch's
+  return error;
 }
 
 }  // namespace depthwise

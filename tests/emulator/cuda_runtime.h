@@ -180,6 +180,10 @@ int cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
   return emulator::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
 }
 #define CUDART_VERSION 13000
+inline int cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
 struct cudaFuncAttributes {
   int ptxVersion;
 };

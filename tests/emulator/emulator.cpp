@@ -73,7 +73,7 @@ unsigned interval = 1;           // between two barriers
 
 alignas(1024) unsigned char shared[kSharedCapacity];
 Cell cells[kSharedCapacity / 2];
-int dynamic_bytes, shared_end;
+int dynamic_bytes, static_bytes, all_bytes, shared_end;
 std::vector<StaticShared> statics;
 std::vector<Memory> memory;
 std::map<const void*, int> allowed_shared_bytes;
@@ -184,7 +184,7 @@ void run_block(dim3 index) {
   registers.block = index;
   ++interval;
   std::fill_n(shared, shared_end, 0xff);
-  statics.clear();
+  statics.clear(), static_bytes = 0;
   shared_end = (dynamic_bytes + 15) / 16 * 16 + 16;
   arrived = votes = 0;
   for (Warp& warp : warps) warp.arrived = 0;
@@ -243,6 +243,7 @@ void launch(const void* kernel, const Launch& shape, void (*new_body)(const void
   body = new_body, body_arguments = arguments;
   num_threads = static_cast<int>(count);
   dynamic_bytes = shape.shared_bytes, shared_end = kSharedCapacity;
+  all_bytes = allowed_shared_bytes[kernel] > 0 ? device[2] : 48 << 10;
   registers.threads = size, registers.blocks = blocks;
   device_memory("arguments", const_cast<void*>(arguments), bytes, false);
   device_memory("registers", &registers, sizeof(registers), false);
@@ -285,7 +286,9 @@ void* static_shared(int line, int bytes) {
     if (s.line == line) return shared + s.begin;
   statics.push_back({line, shared_end, shared_end + bytes});
   shared_end = (shared_end + bytes + 15) / 16 * 16 + 16;
-  if (shared_end > kSharedCapacity) fail("too much static shared memory");
+  static_bytes += bytes;
+  if (shared_end > kSharedCapacity || dynamic_bytes + static_bytes > all_bytes)
+    fail("%d bytes of static shared memory beside %d", static_bytes, dynamic_bytes);
   return shared + statics.back().begin;
 }
 
