@@ -39,29 +39,45 @@ __device__ __forceinline__ void load_strips_nchw(typename Traits::T* to, const t
                                                  const CopyThread& at, const StripsPlan& plan,
                                                  const StripsBlock<Traits>& block, int images) {
   using T = typename Traits::T;
-  for (int k = 0; k < images; ++k, from += plan.in_image, to += plan.image_pitch * kChunk)
-    for (int column = 0; at.column + column < block.in_columns; column += kVector << plan.in.lanes) {
-      const T* source = from + column;
-      T* target = to + column;
-      if constexpr (kVector > 1) {
+  if constexpr (kVector == 1) {
+    // No asynchronous copy is that narrow: several loads on their way at a time, of rows, or of images of few rows.
+    constexpr int kBatch = 4;
+    const bool of_rows = plan.images == 1;
+    const int64_t source_step = of_rows ? plan.in.step : plan.in_image;
+    const int target_step = of_rows ? plan.in.shared_step : plan.image_pitch * kChunk;
+    const int step = of_rows ? plan.in.rows : 1, end = of_rows ? block.in_rows : images;
+    for (int column = 0; at.column + column < block.in_columns; column += 1 << plan.in.lanes) {
+      const T* row_source = from + column;
+      T* row_target = to + column;
+#pragma unroll 1
+      for (int row = at.row; row < block.in_rows; row += of_rows ? kNoRow : plan.in.rows) {
+        const T* source = row_source;
+        T* target = row_target;
+#pragma unroll 1
+        for (int k = of_rows ? row : 0; k < end; k += kBatch * step) {
+          T values[kBatch];
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b, source += source_step)
+            values[b] = load_or_zero<1>(source, k + b * step < end).value[0];
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b, target += target_step)
+            if (k + b * step < end) *target = values[b];
+        }
+        row_source += plan.in.step, row_target += plan.in.shared_step;
+      }
+    }
+  } else {
+    for (int k = 0; k < images; ++k, from += plan.in_image, to += plan.image_pitch * kChunk)
+      for (int column = 0; at.column + column < block.in_columns; column += kVector << plan.in.lanes) {
+        const T* source = from + column;
+        T* target = to + column;
 #pragma unroll 4
         for (int row = at.row; row < block.in_rows; row += plan.in.rows) {
           copy_async<kVector * sizeof(T)>(target, source);
           source += plan.in.step, target += plan.in.shared_step;
         }
-      } else {
-        constexpr int kBatch = 4;  // no asynchronous copy is that narrow: several loads on their way at a time
-        for (int row = at.row; row < block.in_rows; row += kBatch * plan.in.rows) {
-          T values[kBatch];
-#pragma unroll
-          for (int b = 0; b < kBatch; ++b, source += plan.in.step)
-            values[b] = load_or_zero<1>(source, row + b * plan.in.rows < block.in_rows).value[0];
-#pragma unroll
-          for (int b = 0; b < kBatch; ++b, target += plan.in.shared_step)
-            if (row + b * plan.in.rows < block.in_rows) *target = values[b];
-        }
       }
-    }
+  }
 }
 
 // The staged outputs of `images` images. `from` and `to`: what the thread copies first.

@@ -230,14 +230,20 @@ int launch_strips_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
   for (int most_tiles = 1; most_tiles <= min_int(all_tiles, kTileRows); ++most_tiles) {
     plan.tiles = even_part(all_tiles, most_tiles);
     plan.strips = even_part(all_strips, kTileRows / plan.tiles);
+    // As many strips and images as there is room to turn around, and as offsets of 32 bits reach.
+    const auto image_chunks = [&] {
+      return strips_layout(plan.tiles, plan.strips, Traits::kRows, Traits::kKernelH).image_pitch;
+    };
+    while (plan.strips > 1 && image_chunks() > Traits::kChunks) plan.strips = even_part(all_strips, plan.strips - 1);
     plan.blocks_w = divide_up(all_tiles, plan.tiles);
     plan.blocks_h = divide_up(all_strips, plan.strips);
     const bool whole = plan.blocks_w * plan.blocks_h == 1;
-    plan.images = whole ? even_part(images, min_int(images, kTileRows / (plan.strips * plan.tiles))) : 1;
+    const int most_images = min_int(min_int(kTileRows / (plan.strips * plan.tiles), Traits::kChunks / image_chunks()),
+                                    static_cast<int>(INT32_MAX / plan.in_image));
+    plan.images = whole ? even_part(images, max_int(1, most_images)) : 1;
     const int plan_bytes = lay_out_strips<Traits>(&plan, kStripsChannels) + kStripsOctets * kOctetSkew * 16 +
                            Traits::kChunks * static_cast<int>(sizeof(ChunkSource));
-    const int units = divide_up(plan.images * plan.image_pitch, kUnitChunks);
-    if (plan_bytes > device.shared_bytes_block || units > Traits::kUnits * Traits::kWarps) continue;
+    if (plan_bytes > device.shared_bytes_block || plan.images * plan.image_pitch > Traits::kChunks) continue;
     const int64_t count = static_cast<int64_t>(divide_up(images, plan.images)) * plan.blocks_w * plan.blocks_h;
     const int64_t cost = count * (kWalk + plan.images * plan.image_pitch);
     if (least == 0 || cost < least) least = cost, best = plan, bytes = plan_bytes;
