@@ -497,6 +497,7 @@ inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile)
     const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
     const int taps = args.w + args.out_w - 1;  // of a kernel row, which are registers beside both planes
     if (pairs_w * pairs_h > kMaxLanePlane || args.kernel_h >= args.h + args.out_h ||
+        !lane_sums_fit(taps, args.h, args.w, args.out_h, args.out_w) ||
         args.h * args.w + args.out_h * args.out_w + taps > kMaxImagesFmaGradWeightRegisters)
       return false;
   }

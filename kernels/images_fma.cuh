@@ -61,18 +61,26 @@ __device__ __forceinline__ void load_filters(float* shared, const DirectArgs& ar
   const int column = args.flip ? Traits::kKernelW - 1 - lane : lane;
   int first = (args.flip ? args.kernel_h - 1 - warp : warp) * Traits::kWeightPitch + column;
   const int step = (args.flip ? -warps : warps) * Traits::kWeightPitch;
+  constexpr int kAtOnce = sizeof(T) == 4 ? 1 : 4;  // loads, which are waited for, as copies are not
 #pragma unroll 1
   for (int channel = 0; channel < channels; ++channel) {
     const T* at = from;
     int offset = first;
 #pragma unroll 2
-    for (int i = warp; i < args.kernel_h; i += warps) {
-      if constexpr (sizeof(T) == 4)
+    for (int i = warp; i < args.kernel_h; i += kAtOnce * warps) {
+      if constexpr (kAtOnce == 1) {
         target.template copy_async<4>(offset, at);
-      else
-        shared[offset] = load(at);
-      at = ptx::opaque(at + warps * Traits::kKernelW);
-      offset += step;
+      } else {
+        Vector<T, 1> value[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k)
+          value[k] = load_or_zero<1>(at + k * warps * Traits::kKernelW, i + k * warps < args.kernel_h);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k)
+          if (i + k * warps < args.kernel_h) shared[offset + k * step] = to_float(value[k].value[0]);
+      }
+      at = ptx::opaque(at + kAtOnce * warps * Traits::kKernelW);
+      offset += kAtOnce * step;
     }
     from += args.kernel_h * Traits::kKernelW;
     first += lane_plane(args.kernel_h, Traits::kKernelW);

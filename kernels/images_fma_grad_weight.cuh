@@ -43,7 +43,7 @@ struct ImagesFmaGradWeightTraits {
   static constexpr int kWarps = kWholePlane ? 1 : max_lane_out_height(max_int(kWidth, kOutWidth)) / 2;
   static constexpr int kThreads = 32 * kUnits * kWarps;
   // Whole planes: kernel rows whose sums have room where the planes of a unit were, a tap of all lanes after the other.
-  static constexpr int kTapPitch = 36;  // floats; an odd multiple of 16 bytes
+  static constexpr int kTapPitch = kLaneTapPitch;
   static constexpr int kUnitFloats = 32 * (lane_plane(kHeight, kWidth) + lane_plane(kOutHeight, kOutWidth));
   static constexpr int kChunks = divide_up(max_int(kKernelH, 1), kUnitFloats / (kTaps * kTapPitch));
   static constexpr int kRowsAtOnce = divide_up(kKernelH, kChunks);

@@ -319,6 +319,13 @@ constexpr LaneCut images_fma_cut(const DirectArgs& args, bool whole_plane, bool 
 // room for more blocks.
 constexpr int lane_grad_weight_granule(bool whole_plane) { return whole_plane ? 4 : 2; }
 
+// images_fma_grad_weight of whole planes: floats from tap to tap of the lanes' sums; an odd multiple of 16 bytes. The
+// sums of a kernel row at least have room where the planes were.
+constexpr int kLaneTapPitch = 36;
+constexpr bool lane_sums_fit(int taps, int h, int w, int out_h, int out_w) {
+  return taps * kLaneTapPitch <= 32 * (lane_plane(h, w) + lane_plane(out_h, out_w));
+}
+
 // Both planes of every lane, and a float for every thread, at most. `args`: a Problem or GradWeightArgs.
 template <class Args>
 constexpr LaneCut images_fma_grad_weight_cut(const Args& args, bool whole_plane, bool channels_last) {
