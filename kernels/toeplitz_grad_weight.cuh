@@ -357,7 +357,7 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
 
   constexpr int kFewestRows = 8;
   // As many rows as fit, or as many images as give every warp some rows.
-  constexpr int kMoreRows = 8 * Traits::kTilesI - 1;  // that a band's last row meets
+  constexpr int kMoreRows = 8 * Traits::kGroups * Traits::kGroupTiles - 1;  // that a band's last row meets
   const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
   // Few images: bands, so that every split has a stage.
   const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
