@@ -235,6 +235,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       }
       if (!one_stage) __syncthreads();
     }
+    if (round == Traits::kMaxRounds - 1) let_second_pass_begin();
 
     if constexpr (Traits::kOverlays) {
       __syncthreads();

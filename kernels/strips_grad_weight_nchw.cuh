@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
   wait_for_copies<0>();
   __syncthreads();
+  let_second_pass_begin();
 
   // Diagonals, in a fixed order: eight lanes take a tap's sums of column n, warp by warp, then add theirs.
   float* const sums = reinterpret_cast<float*>(shared_memory);
