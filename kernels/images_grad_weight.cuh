@@ -79,8 +79,10 @@ struct ImagesGradWeightTraits {
   static constexpr int kDiagonalBuffers = kOverlays ? 1 : 2;
   static constexpr int kDiagonalFloats = kDiagonalBuffers * 8 * kDiagonalPitch;
   // What takes the place of the planes after the last stage, and what is beside them.
-  static constexpr int kExchangeBytes = kImageWarps == 1 ? 0 : kChannels * kCuts * kSegmentRows * kParts * 32 * 4;
-  static constexpr int kLateBytes = kOverlays ? kWarps * kDiagonalFloats * 4 : kExchangeBytes;
+  static constexpr int late_bytes(int channels) {
+    if (kOverlays) return kWarps * kDiagonalFloats * 4;
+    return kImageWarps == 1 ? 0 : channels * kCuts * kSegmentRows * kParts * 32 * 4;
+  }
   static constexpr int kOwnBytes = (kMaxItems + (kOverlays ? 0 : kWarps * kDiagonalFloats)) * 4;
 };
 
@@ -233,6 +235,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       }
       if (!one_stage) __syncthreads();
     }
+    if (round == Traits::kMaxRounds - 1) let_second_pass_begin();
 
     if constexpr (Traits::kOverlays) {
       __syncthreads();
@@ -320,7 +323,8 @@ int launch_images_grad_weight(const GradWeightArgs& args, int, cudaStream_t stre
     return channels * Traits::kStageImages * (tiling.tensors[0].pitch + tiling.tensors[1].pitch) + 8;
   };
   const auto bytes = [&](int channels, int buffers) {
-    return max_int(buffers * elements(channels) * static_cast<int>(sizeof(typename Traits::T)), Traits::kLateBytes) +
+    return max_int(buffers * elements(channels) * static_cast<int>(sizeof(typename Traits::T)),
+                   Traits::late_bytes(channels)) +
            Traits::kOwnBytes;
   };
   const DeviceLimits& limits = device_limits();

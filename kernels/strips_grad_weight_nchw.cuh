@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
   wait_for_copies<0>();
   __syncthreads();
+  let_second_pass_begin();
 
   // Diagonals, in a fixed order: eight lanes take a tap's sums of column n, warp by warp, then add theirs.
   float* const sums = reinterpret_cast<float*>(shared_memory);
@@ -269,6 +270,8 @@ StripsTiling strips_tiling_nchw(const GradWeightArgs& args) {
   const int threads = 32 * divide_up(tiling.lines / kStripsAtOnce * tiling.windows, Traits::kSets);
   if (3 * threads <= 2 * Traits::kThreads && 3 * stage_bytes(tiling.lines) <= device_limits().shared_bytes_for(3))
     tiling.buffers = min_int(3, tiling.buffers);
+  // No more than a block has stages: that may be room for another block (384x14x14, 7x7).
+  tiling.buffers = max_int(2, min_int(tiling.block_rounds * tiling.stages, tiling.buffers));
   return tiling;
 }
 

@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     set ^= lead;
   }
   wait_for_copies<0>();
+  let_second_pass_begin();
 
   // Diagonals, some rows of the kernel at a time, in a fixed order: eight lanes take a tap's sums of column n.
   const int64_t channel = first_channel + warp;
@@ -231,6 +232,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) anywhere |= __shfl_xor_sync(~0u, anywhere, offset);
   if (!anywhere || channel >= channels) return;
+  __syncwarp();  // other lanes have stored these taps
   for (int tap = lane; tap < taps; tap += 32) store(tap, exact_strips<T>(args, tiling, true, channel, tap, begin, end));
 }
 

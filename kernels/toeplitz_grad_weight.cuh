@@ -357,7 +357,7 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
 
   constexpr int kFewestRows = 8;
   // As many rows as fit, or as many images as give every warp some rows.
-  constexpr int kMoreRows = 8 * Traits::kTilesI - 1;  // that a band's last row meets
+  constexpr int kMoreRows = 8 * Traits::kGroups * Traits::kGroupTiles - 1;  // that a band's last row meets
   const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
   // Few images: bands, so that every split has a stage.
   const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
@@ -372,7 +372,8 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
     while (tiling.warps_per_image > 1 && tiling.warps_per_image * kRowsOfWarp > args.out_h + kRowsOfWarp)
       tiling.warps_per_image /= 2;
     const int wanted = Traits::kChannelsLast ? divide_up(28, args.out_h) : Traits::kSlots / tiling.warps_per_image;
-    const int room = budget / (tiling.image_rows * kInputRow + args.out_h * kGradRow);
+    const int more_rows = args.out_h + kMoreRows - tiling.image_rows;  // of the last image
+    const int room = (budget - more_rows * kInputRow) / (tiling.image_rows * kInputRow + args.out_h * kGradRow);
     const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
     tiling.images = max_int(1, min_int(min_int(wanted, room), share));
     tiling.images = divide_up(share, divide_up(share, tiling.images));

@@ -4,6 +4,7 @@ Problems and bodies are mostly those of test_gpu_numerics.py. Of its kernel size
 which every kernel and every tile occurs; --all-instances takes all, in every layout and dtype.
 """
 
+import contextlib
 import itertools
 import re
 import shutil
@@ -197,6 +198,22 @@ def test_several_groups_of_images_in_a_split(emulator):
     where = ("grad_weight", "weight_images_fma", problem, F32, "nchw")
     emulator.obtain(only(*where))
     assert messages(*where) == ""
+
+
+TIGHT = [  # grads of weight at the end of shared memory: of the block's own, and of what the device grants
+    (None, "weight_dense32_nhwc", Problem((3, 3), (50, 50), padding=(24, 24), batch=1, channels=4), F16),
+    (T4, "weight_band16_nhwc", Problem((7, 3), (39, 6), padding=(19, 3), batch=20, channels=1), F16),
+    (T4, "weight_images8_nhwc", Problem((8, 8), (15, 15), padding=(7, 7), batch=17, channels=8), F16),
+]
+
+
+@pytest.mark.parametrize("case", TIGHT, ids=[case[1] for case in TIGHT])
+def test_tight_shared_memory(emulator, case):
+    device, variant, problem, dtype = case
+    where = ("grad_weight", variant, problem, dtype, "nhwc")
+    emulator.obtain(only(*where))
+    with emulator.device(*device) if device else contextlib.nullcontext():
+        assert messages(*where) == ""
 
 
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
