@@ -40,7 +40,7 @@ struct ImagesTraits {
   static constexpr int kWarps = kChannels, kThreads = 32 * kWarps;
   static constexpr bool kNarrow = is_narrow_image(kWidth, kOutWidth);
 
-  static constexpr int kPassRows = image_pass_rows(kWidth, kOutHeight, kOutWidth, kShifts);
+  static constexpr int kRoundRows = image_round_rows(kWidth, kOutHeight, kOutWidth, kShifts);
   // What nvcc needs for sm_90; beyond that some more, before sm_80 other products.
   static constexpr int kRegisters = image_registers(kProducts, kHeight, kWidth, kOutHeight, kOutWidth, kShifts);
 #if __CUDA_ARCH__ >= 800
@@ -341,9 +341,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   if constexpr (Traits::kNarrow)
     convolve_narrow<Traits>(images, taps, probe);
   else
-    for_each_index<divide_up(Traits::kOutHeight, Traits::kPassRows)>([&](auto pass) {
-      constexpr int kFirst = decltype(pass)::value * Traits::kPassRows;
-      convolve_wide<kFirst, min_int(Traits::kPassRows, Traits::kOutHeight - kFirst)>(images, taps, probe);
+    for_each_index<divide_up(Traits::kOutHeight, Traits::kRoundRows)>([&](auto round) {
+      constexpr int kFirst = decltype(round)::value * Traits::kRoundRows;
+      convolve_wide<kFirst, min_int(Traits::kRoundRows, Traits::kOutHeight - kFirst)>(images, taps, probe);
     });
 
   if (__syncthreads_or(probe.poisoned())) {

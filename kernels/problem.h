@@ -227,24 +227,24 @@ constexpr int grad_input_registers(int columns, int rows, int channels, int kern
 constexpr int kImagesTogether = 8;
 constexpr int kMaxImageSize = 16;
 constexpr bool is_narrow_image(int width, int out_width) { return width <= 8 && out_width <= 8; }
-// In how many passes the rows of outputs are computed, each with its sums in registers: more where that makes room for
+// In how many rounds the rows of outputs are computed, each with its sums in registers: more where that makes room for
 // another block and the few bands cost little to shuffle again.
-constexpr int image_passes(int width, int out_height, int out_width, int shifts) {
+constexpr int image_rounds(int width, int out_height, int out_width, int shifts) {
   if (is_narrow_image(width, out_width) || out_height <= 8) return 1;
   return shifts <= 5 ? 3 : shifts <= 9 ? 2 : 1;
 }
-constexpr int image_pass_rows(int width, int out_height, int out_width, int shifts) {
-  const int passes = image_passes(width, out_height, out_width, shifts);
-  return (out_height + passes - 1) / passes;
+constexpr int image_round_rows(int width, int out_height, int out_width, int shifts) {
+  const int rounds = image_rounds(width, out_height, out_width, shifts);
+  return (out_height + rounds - 1) / rounds;
 }
 // Registers of a thread: rows of input and sums of each product, taps, and the rest, which nvcc's reports tell and which
 // is more where columns are loaded one by one.
 constexpr int image_registers(int products, int height, int width, int out_height, int out_width, int shifts) {
-  const int pass_rows = image_pass_rows(width, out_height, out_width, shifts);
-  if (is_narrow_image(width, out_width)) return products * (height + 2 * pass_rows + 6) + shifts / 2 + shifts + 18;
+  const int round_rows = image_round_rows(width, out_height, out_width, shifts);
+  if (is_narrow_image(width, out_width)) return products * (height + 2 * round_rows + 6) + shifts / 2 + shifts + 18;
   constexpr int kRest[] = {20, 32, 27};
-  return products * (2 * height + 4 * pass_rows + 8) + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
-         kRest[image_passes(width, out_height, out_width, shifts) - 1];
+  return products * (2 * height + 4 * round_rows + 8) + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
+         kRest[image_rounds(width, out_height, out_width, shifts) - 1];
 }
 constexpr int kGranule = 8;  // elements of 16 bytes
 // channels_last: words so that the planes of a channel and of the eighth one on are half the banks apart.
