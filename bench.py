@@ -48,8 +48,8 @@ import depthwise_inline
 from bench_models import NETWORKS, Network
 from bench_report import DIRECTIONS, LOSS, Case
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+DTYPES = {name: getattr(torch, name) for name in report.DTYPES}
+LAYOUTS = dict(zip(report.LAYOUTS, (torch.contiguous_format, torch.channels_last), strict=True))
 IMAGE_SIZE = 224  # of the networks' images
 
 FLUSH_BYTES = 256 << 20  # at least twice the L2 cache of every GPU so far (H100: 50 MB)
@@ -340,7 +340,7 @@ def check(problem: Problem, layout: str, watch: Stopwatch, row: dict[str, Any]) 
         raise RuntimeError(f"wrong layout: the result's strides are {ours.stride()}")
     error, error_pytorch = problem.errors([ours, pytorch_result(problem, layout, watch)])
     row["error"], row["pytorch_error"] = error, error_pytorch
-    if not error <= allowed(problem, error_pytorch):
+    if not error <= allowed_error(problem, error_pytorch):
         raise RuntimeError(f"wrong result: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}")
 
 
@@ -354,7 +354,7 @@ def pytorch_result(problem: Problem, layout: str, watch: Stopwatch) -> Tensor:
         torch.backends.cudnn.allow_tf32 = allow_tf32
 
 
-def allowed(problem: Problem, error_pytorch: float) -> float:
+def allowed_error(problem: Problem, error_pytorch: float) -> float:
     """Twice PyTorch's own error in the same dtype; one rounding of the largest value always."""
     return max(2 * error_pytorch, torch.finfo(problem.dtype).eps)
 
@@ -380,8 +380,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
+def format_identity(row: dict[str, Any]) -> str:
+    return f"{row['case']:<13} {row['dtype']:<8} {row['layout']:<6} {row['direction']:<11} "
+
+
 def format_row(row: dict[str, Any], copy_tbps: float) -> str:
-    head = f"{row['case']:<13} {row['dtype']:<8} {row['layout']:<6} {row['direction']:<11} "
+    head = format_identity(row)
     if "failed" in row:
         return head + f"FAILED: {row['failed']}"
     ms = row["ours_ms"]
@@ -623,14 +627,8 @@ def without_gpu(headline: Case, chosen: Sequence[Case], args: argparse.Namespace
     return failures
 
 
-def run_table(
-    cases: Sequence[Case],
-    args: argparse.Namespace,
-    watch: Stopwatch,
-    copy_tbps: float,
-    save: Callable[[Sequence[dict[str, Any]]], None],
-) -> list[dict[str, Any]]:
-    """Measures and prints the rows, each as soon as it is known; saves as it goes."""
+def groups_that_fit(cases: Sequence[Case], args: argparse.Namespace) -> list[tuple[Case, str, str]]:
+    """Case, dtype and direction of what is asked for; says what is left out, as the GPU's memory cannot hold it."""
     memory = torch.cuda.get_device_properties(0).total_memory
     groups = []
     for case, dtype in itertools.product(cases, args.dtype):
@@ -639,6 +637,18 @@ def run_table(
             groups += [(case, dtype, direction) for direction in args.direction]
         else:
             print(f"{case.name} {dtype} is left out: it needs about {needed / 2**30:.0f} GiB of GPU memory")
+    return groups
+
+
+def run_table(
+    cases: Sequence[Case],
+    args: argparse.Namespace,
+    watch: Stopwatch,
+    copy_tbps: float,
+    save: Callable[[Sequence[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Measures and prints the rows, each as soon as it is known; saves as it goes."""
+    groups = groups_that_fit(cases, args)
     selected = [
         depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
         for (case, dtype, direction), layout in itertools.product(groups, args.layout)
@@ -699,7 +709,7 @@ def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Name
     if args.model:
         failures = measure_models(args.model, lambda models: save(models=models))
     elif args.variants is not None:
-        import bench_variants
+        import bench_variants  # which imports this file
 
         failures = bench_variants.run(chosen, args, watch, speeds["copy_tbps"], save_variants)
     else:

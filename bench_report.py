@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 README = ROOT / "README.md"
 HEADLINE = "kb82"
+DTYPES = ("float32", "float16", "bfloat16")
+LAYOUTS = ("nchw", "nhwc")
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
 LOSS = 1.0  # a speedup below this is a loss
 
@@ -281,7 +283,7 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
     lines = [
         f"### {record['gpu']}",
         "",
-        _versions(record) + _tests(record),
+        _versions(record) + _tests_outcome(record),
         "",
         *([_stale(record), ""] if _stale(record) else []),
         *(line for name in PICTURES if rows for line in (_readme_picture(record, name), "")),
@@ -355,6 +357,7 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
 def table(record: dict[str, Any]) -> str:
     """Every row of a record as a page of its own."""
     lines = [f"# Every measured row, {record['gpu']}", "", _versions(record), ""]
+    lines += [_stale(record), ""] if _stale(record) else []
     lines += _table_head(*ROW_IDENTITY, "variant", "ours ms", "PyTorch ms", "any layout ms", "speedup", "of copy")
     for row in record["rows"]:
         share = row["bytes"] / row["ours_ms"] / 1e9 / record["copy_tbps"]
@@ -379,7 +382,7 @@ def _versions(record: dict[str, Any]) -> str:
     )
 
 
-def _tests(record: dict[str, Any]) -> str:
+def _tests_outcome(record: dict[str, Any]) -> str:
     """The outcome of `pytest --record` on the GPU and the sources of a record; '' without one."""
     path = RESULTS / "gpu_tests.json"
     tests = json.loads(path.read_text()) if path.is_file() else {}
@@ -393,14 +396,10 @@ def _not_measured(record: dict[str, Any], cases: dict[str, Case]) -> list[str]:
     there = {tuple(row[key] for key in ROW_IDENTITY) for row in (*record["rows"], *record.get("failed", ()))}
     lines = []
     for case in cases:
-        absent = [
-            row[1:]
-            for row in itertools.product([case], record["matmul_tflops"], ("nchw", "nhwc"), DIRECTIONS)
-            if row not in there
-        ]
+        whole = list(itertools.product(DTYPES, LAYOUTS, DIRECTIONS))
+        absent = [row for row in whole if (case, *row) not in there]
         if absent:
-            whole = len(absent) == 2 * len(DIRECTIONS) * len(record["matmul_tflops"])
-            lines.append(f"- {case}: " + ("everything" if whole else ", ".join(" ".join(row) for row in absent)))
+            lines.append(f"- {case}: " + ("everything" if absent == whole else ", ".join(map(" ".join, absent))))
     return lines
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ import bench
 import depthwise_inline
 from bench_report import DIRECTIONS, ROW_IDENTITY, Case, geometric_mean
 
-NOISE = 1.03
+NOISE = 1.03  # a selected variant slower than the fastest by less than this is as good
 
 HEADER = (
     f"{'case':<13} {'dtype':<8} {'layout':<6} {'direction':<11} {'variant':<60} {'ms':>9} {'spread':>7} {'of copy':>8}"
@@ -32,56 +32,49 @@ def serving(case: Case, dtype: torch.dtype, layout: str, direction: str) -> list
     """The names of all tiles that can serve a problem, and 'general'."""
     names = ctypes.create_string_buffer(1 << 16)
     where = DIRECTIONS.index(direction), depthwise_inline._DTYPES.index(dtype), int(layout == "nhwc")
-    sizes = (ctypes.c_int64 * len(case.sizes()))(*case.sizes())
+    sizes = depthwise_inline._SIZES(*case.sizes())
     if depthwise_inline._load_library().depthwise_inline_tiles(*where, sizes, names, len(names)) != 0:
         raise RuntimeError("the library does not list the variants of this problem")
     return names.value.decode().split()
 
 
-class Force:
+def force(variant: str) -> None:
     """Makes every launch take one variant; "" leaves the choice to the library."""
-
-    def __init__(self) -> None:
-        self.variant = ""
-
-    def __call__(self, variant: str) -> None:
-        if variant != self.variant:
-            depthwise_inline._load_library().depthwise_inline_force_variant(variant.encode())
-            self.variant = variant
+    depthwise_inline._load_library().depthwise_inline_force_variant(variant.encode())
 
 
-def problems(cases: Sequence[Case], args: Any) -> Iterator[tuple[Case, str, str, str]]:
-    return itertools.product(cases, args.dtype, args.layout, args.direction)
-
-
-def plan(cases: Sequence[Case], args: Any) -> tuple[dict[tuple, dict[str, str]], dict[str, str]]:
-    """For each problem its variants' full names by the names that force them, '' for the selected one; the sources of
-    their specialisations."""
-    force, chosen, sources = Force(), {}, {}
+def plan(
+    groups: Sequence[tuple[Case, str, str]], args: Any
+) -> tuple[dict[tuple[Case, str, str], dict[str, dict[str, str]]], dict[str, str]]:
+    """For each problem and layout its variants' full names by the names that force them, '' for the selected one; and
+    the sources of their specialisations. Where nothing is asked for beside the selected one, neither."""
+    chosen, sources = {}, {}
     try:
-        for case, dtype, layout, direction in problems(cases, args):
+        for (case, dtype, direction), layout in itertools.product(groups, args.layout):
             found = serving(case, bench.DTYPES[dtype], layout, direction)
             wanted = [name for name in found if (name in args.variants if args.variants else name != "general")]
             names = {}
-            for variant in ["", *wanted]:
+            for variant in ["", *wanted] if wanted else []:
                 force(variant)
                 name, source = depthwise_inline._select(direction, bench.DTYPES[dtype], layout == "nhwc", case.sizes())
                 names[variant] = name
                 if source:
                     sources[name.rpartition("/")[0]] = source
-            chosen[case, dtype, layout, direction] = names
+            if names:
+                chosen.setdefault((case, dtype, direction), {})[layout] = names
     finally:
         force("")
+    named = {variant for layouts in chosen.values() for names in layouts.values() for variant in names}
+    if unknown := [name for name in args.variants if name not in named]:
+        print(f"none of these problems is served by {', '.join(unknown)}")
     return chosen, sources
 
 
-def measure(
-    problem: bench.Problem, layout: str, names: dict[str, str], watch: bench.Stopwatch, force: Force
-) -> list[dict[str, Any]]:
+def measure(problem: bench.Problem, layout: str, names: dict[str, str], watch: bench.Stopwatch) -> list[dict[str, Any]]:
     """A row for each variant, the fastest first; one that failed holds 'failed' and comes last."""
     selected = names[""]
     rows, calls = [], []
-    allowed = bench.allowed(problem, *problem.errors([bench.pytorch_result(problem, layout, watch)]))
+    allowed = bench.allowed_error(problem, *problem.errors([bench.pytorch_result(problem, layout, watch)]))
     for variant, name in names.items():
         if variant and name == selected:
             continue
@@ -115,27 +108,30 @@ def run(
     save: Callable[[list[dict[str, Any]]], None],
 ) -> int:
     """Measure and print problem after problem; returns the number of failures."""
-    chosen, sources = plan(cases, args)
+    chosen, sources = plan(bench.groups_that_fit(cases, args), args)
     depthwise_inline._obtain_all(sources)
     print(f"\n{HEADER}")
-    rows, force = [], Force()
+    rows, failures = [], 0
     try:
-        for (case, dtype, layout, direction), names in chosen.items():
-            if len(names) == 1:  # nothing beside the selected one
-                continue
+        for (case, dtype, direction), layouts in chosen.items():
             torch.cuda.empty_cache()
-            identity = {"case": case.name, "dtype": dtype, "layout": layout, "direction": direction}
-            with torch.no_grad():
-                problem = bench.Problem(case, bench.DTYPES[dtype], direction)
-                new = measure(problem, layout, names, watch, force)
-            for row in new:
-                rows.append(identity | row)
-                print(format_row(rows[-1], case.bytes(bench.DTYPES[dtype].itemsize), copy_tbps), flush=True)
+            try:
+                with torch.no_grad():
+                    problem = bench.Problem(case, bench.DTYPES[dtype], direction)
+                    new = {layout: measure(problem, layout, names, watch) for layout, names in layouts.items()}
+            except Exception as error:  # whatever it is, the other problems are still measured
+                print(f"{case.name} {dtype} {direction} FAILED: {bench.first_line(error)}", flush=True)
+                failures += 1
+                continue
+            for layout in new:
+                for row in new[layout]:
+                    rows.append({"case": case.name, "dtype": dtype, "layout": layout, "direction": direction} | row)
+                    print(format_row(rows[-1], case.bytes(bench.DTYPES[dtype].itemsize), copy_tbps), flush=True)
             save(rows)
     finally:
         force("")
     print(f"\n{format_regrets(rows)}")
-    return sum("failed" in row for row in rows)
+    return failures + sum("failed" in row for row in rows)
 
 
 def format_regrets(rows: Sequence[dict[str, Any]]) -> str:
@@ -160,7 +156,7 @@ def format_regrets(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def format_row(row: dict[str, Any], bytes: int, copy_tbps: float) -> str:
-    head = f"{row['case']:<13} {row['dtype']:<8} {row['layout']:<6} {row['direction']:<11} {row['variant']:<60} "
+    head = bench.format_identity(row) + f"{row['variant']:<60} "
     if "failed" in row:
         return head + f"FAILED: {row['failed']}"
     share = bytes / row["ms"] / 1e9 / copy_tbps

@@ -385,6 +385,25 @@ def test_the_selection_is_held_against_the_fastest():
     assert bench_variants.format_regrets([failed]) == "No selected variant was measured."
 
 
+def test_variants_that_serve_nothing_are_named_and_a_broken_problem_does_not_end_the_run(
+    on_the_cpu, monkeypatch, capsys
+):
+    def broken(*arguments):
+        raise RuntimeError("out of memory\nand more")
+
+    library = Library()
+    monkeypatch.setattr(bench_variants.depthwise_inline, "_load_library", lambda: library)
+    monkeypatch.setattr(bench_variants.depthwise_inline, "_select", library.select)
+    monkeypatch.setattr(bench_variants, "measure", broken)
+    args = bench.parser(CASES).parse_args(
+        ["--dtype", "float16", "--direction", "forward", "--variants", "wrong", "rong"]
+    )
+    assert bench_variants.run([SMALL, CASES["kb84"], SMALL_SQUARE], args, Watch(), 3.0, lambda rows: None) == 2
+    printed = capsys.readouterr().out
+    assert "none of these problems is served by rong\n" in printed and "kb84 float16 is left out" in printed
+    assert "square float16 forward FAILED: RuntimeError: out of memory\n" in printed
+
+
 def test_variants_do_not_go_into_a_record(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--variants", "--record"])
@@ -515,11 +534,11 @@ def test_readme_says_of_a_record_that_its_sources_are_not_the_present_ones(monke
 def test_readme_tells_the_outcome_of_the_tests_on_the_same_gpu_and_sources(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     record = {"gpu": "NVIDIA Test", "sources_sha256": "a" * 64}
-    assert report._tests(record) == ""
+    assert report._tests_outcome(record) == ""
     outcome = {**record, "passed": 5, "failed": 2, "skipped": 1}
     (tmp_path / "gpu_tests.json").write_text(json.dumps(outcome))
-    assert report._tests(record) == " Tests on it: 5 passed, 2 failed, 1 skipped."
-    assert report._tests(record | {"sources_sha256": "b" * 64}) == ""
+    assert report._tests_outcome(record) == " Tests on it: 5 passed, 2 failed, 1 skipped."
+    assert report._tests_outcome(record | {"sources_sha256": "b" * 64}) == ""
 
 
 # ---- pictures
