@@ -6,15 +6,37 @@
 namespace depthwise {
 
 // 4, 8 or 16 bytes, aligned to their size; zeros where `in_bounds` is false, and nothing is read then.
-template <int kBytes>
+template <int kBytes, bool kThroughL1 = kBytes != 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool in_bounds = true) {
 #if __CUDA_ARCH__ >= 800
-  ptx::copy_async<kBytes>(shared, global, in_bounds ? kBytes : 0);
+  ptx::copy_async<kBytes, kThroughL1>(shared, global, in_bounds ? kBytes : 0);
 #else
   using Word = typename RawWord<kBytes>::type;
   *static_cast<Word*>(shared) = in_bounds ? __ldg(static_cast<const Word*>(global)) : Word{};
 #endif
 }
+
+// Shared memory that asynchronous copies go to; with its address at hand, an offset is all that a copy has to compute.
+template <class T>
+struct CopyTarget {
+#if __CUDA_ARCH__ >= 800
+  unsigned address;
+  __device__ __forceinline__ explicit CopyTarget(T* shared) : address(ptx::opaque(ptx::shared_address(shared))) {}
+
+  template <int kBytes>
+  __device__ __forceinline__ void copy_async(int offset, const void* global) const {
+    ptx::copy_async<kBytes>(address + offset * static_cast<int>(sizeof(T)), global, kBytes);
+  }
+#else
+  T* shared;
+  __device__ __forceinline__ explicit CopyTarget(T* shared) : shared(shared) {}
+
+  template <int kBytes>
+  __device__ __forceinline__ void copy_async(int offset, const void* global) const {
+    depthwise::copy_async<kBytes>(shared + offset, global);
+  }
+#endif
+};
 
 // Copies `bytes` of the 16 bytes at `global`, and zeros for the rest; both pointers are aligned to 16 bytes.
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, int bytes) {

@@ -8,7 +8,9 @@
 //         weights that all threads of a warp read alike. NCHW: a block works on one channel of one image, or of several
 //         small ones; channels_last: on as many channels as fill 16 bytes, a warp on one of them.
 // Memory  fp32: weights, [channel][kernel row][column]; the input rows inside the image with zeros for the padding left
-//         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room.
+//         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room. Images
+//         lie so far apart that the lanes of a warp read different banks: lanes along a row, an odd number of columns
+//         apart, take one of every so many banks, and those of the next image others.
 // Cost    A window row is kWindow loads, and every row of weights a quarter of kernel_w, for kColumns * kernel_w
 //         multiply-adds a row of outputs: 31x31 issues 69 loads for 868 multiply-adds.
 // Chosen  select.h.
@@ -18,7 +20,9 @@
 
 namespace depthwise {
 
-template <class T_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_, bool kChannelsLast_>
+// kTileRows: the rows of variants.h's table.
+template <class T_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_, bool kChannelsLast_,
+          int kTileRows>
 struct BlockedTraits {
   using T = T_;
   static constexpr int kKernelW = kKernelW_;
@@ -27,12 +31,14 @@ struct BlockedTraits {
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr int kChannels = kChannelsLast ? 16 / static_cast<int>(sizeof(T)) : 1;  // of a block
   // An odd number of columns: neighbouring threads then read different banks. Seven divides the images of most
-  // networks.
+  // networks, as columns and as rows.
   static constexpr int kColumns = 7;
   static constexpr int kWindow = window_size(kColumns, kStrideW, kKernelW, kDilationW);
   // More rows a thread share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six, 0.364 with four;
   // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
-  static constexpr int kRows = kKernelW >= 29 && kWindow <= 44 ? 6 : 4;
+  static constexpr int kRows = kTileRows == 4 && kKernelW >= 29 && kWindow <= 44 ? 6 : kTileRows;
+  // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share of two.
+  static constexpr bool kIsTall = kTileRows > 4;
   static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
 };
 
@@ -45,6 +51,14 @@ struct BlockedTiling {
   int threads;                   // for each channel
   int pitch;                     // floats from one input row to the next
 };
+
+// Floats from one image to the next, of `floats` each, where `tiles_w` lanes lie along a row.
+__host__ __device__ inline int blocked_image_pitch(int floats, int tiles_w) {
+  constexpr int kBanks = 32;
+  int lanes = 1;
+  while (lanes < tiles_w) lanes *= 2;
+  return floats + ((lanes - floats) & (kBanks - 1));
+}
 
 template <class Traits>
 __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
@@ -77,10 +91,11 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
 
   extern __shared__ __align__(16) float shared[];
   float* tile = shared + kChannels * args.kernel_h * Traits::kWeightPitch;
-  const int tile_rows = kChannels * images * in_rows;
+  const int image_pitch = blocked_image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
+  const int tile_floats = kChannels * images * image_pitch;
 
   // Load the weights and the tile.
-  for (int k = threadIdx.x; k < (tile_rows + 1) * tiling.pitch; k += blockDim.x) tile[k] = 0;
+  for (int k = threadIdx.x; k < tile_floats + tiling.pitch; k += blockDim.x) tile[k] = 0;
   const int taps = args.kernel_h * Traits::kKernelW;
   const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
   for (int k = threadIdx.x; k < channels * taps; k += blockDim.x) {
@@ -97,7 +112,7 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
       const bool vectors = in_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
       for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance()) {
         const T* from = input + (at.outer * plane + static_cast<int64_t>(at.middle) * args.w + at.inner) * in_c;
-        float* to = corner + (at.outer * in_rows + at.middle) * tiling.pitch + at.inner;
+        float* to = corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner;
         Vector<T, kChannels> pixel;
         if (vectors) {
           pixel = load_or_zero<kChannels>(from, true);
@@ -106,14 +121,14 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
           for (int e = 0; e < kChannels; ++e) pixel.value[e] = load_or_zero<1>(from + e, e < channels).value[0];
         }
 #pragma unroll
-        for (int e = 0; e < kChannels; ++e) to[e * images * in_rows * tiling.pitch] = to_float(pixel.value[e]);
+        for (int e = 0; e < kChannels; ++e) to[e * images * image_pitch] = to_float(pixel.value[e]);
       }
     } else {
       const T* input = static_cast<const T*>(args.input) + (image * in_c + channel / args.multiplier) * plane +
                        static_cast<int64_t>(in_row) * args.w + in_column;
 #pragma unroll 4
       for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance())
-        corner[(at.outer * in_rows + at.middle) * tiling.pitch + at.inner] =
+        corner[at.outer * image_pitch + at.middle * tiling.pitch + at.inner] =
             load(input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner);
     }
   }
@@ -127,9 +142,9 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
   const int tile_h = unit / tiling.tiles_w / images;
   const bool exists = tile_h * kRows < rows && tile_w * kColumns < columns && own_channel < channels;
   const int own_row = first_row + tile_h * kRows * Traits::kStrideH;  // input row of the window's row 0
-  const float* zeros = tile + tile_rows * tiling.pitch + tile_w * kColumns * Traits::kStrideW;
-  const float* window_row = tile + ((own_channel * images + own_image) * in_rows + own_row - in_row) * tiling.pitch +
-                            tile_w * kColumns * Traits::kStrideW;
+  const float* zeros = tile + tile_floats + tile_w * kColumns * Traits::kStrideW;
+  const float* window_row = tile + (own_channel * images + own_image) * image_pitch +
+                            (own_row - in_row) * tiling.pitch + tile_w * kColumns * Traits::kStrideW;
 
   // Rows of the window that lie inside the image for any lane of the warp.
   const int window_rows = (kRows - 1) * Traits::kStrideH + last_tap + 1;
@@ -235,12 +250,12 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
     const int in_rows =
         min_int(args.h, (out_rows - 1) * Traits::kStrideH + (args.kernel_h - 1) * Traits::kDilationH + 1);
     const int planes = Traits::kChannels * tiling.images;
-    const int in_floats = (planes * in_rows + 1) * tiling.pitch;
+    const int in_floats = planes * blocked_image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.pitch;
     const int out_floats = planes * out_rows * tiling.tiles_w * Traits::kColumns;
     return 4 * (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(in_floats, out_floats));
   };
-  // Two or three blocks a multiprocessor of an H100.
-  const int roomy = min_int(device.shared_bytes_block, (Traits::kChannelsLast ? 110 : 72) << 10);
+  const int roomy = Traits::kIsTall ? device.shared_bytes_for(2)
+                                    : min_int(device.shared_bytes_block, (Traits::kChannelsLast ? 110 : 72) << 10);
   while (tiling.tiles_h > 1 && shared_bytes() > roomy) tiling.tiles_h = divide_up(tiling.tiles_h, 2);
   while (tiling.tiles_w > 1 && shared_bytes() > roomy) tiling.tiles_w = divide_up(tiling.tiles_w, 2);
   tiling.blocks_w = divide_up(all_w, tiling.tiles_w);

@@ -20,20 +20,24 @@
 namespace depthwise {
 
 constexpr int kBlockedSharedBytes = 48 << 10;
-constexpr int kBlockedGradWeightThreads = 256;  // a block, at most
-constexpr int kStrip = 4;                       // columns of grad_output a step takes
-constexpr int kBlockedTileColumns = 64;         // of grad_output a stage holds, at most
+constexpr int kStrip = 4;                // columns of grad_output a step takes
+constexpr int kBlockedTileColumns = 64;  // of grad_output a stage holds, at most
 
 template <class T_, int kRows_, int kColumns_>
 struct BlockedGradWeightTraits {
   using T = T_;
   static constexpr int kRows = kRows_, kColumns = kColumns_;  // taps of a thread
   static_assert(kColumns % 4 == 0);
-  // Whether a few rows' terms are added up before they join the sums, as equal ones would round the same way every time:
-  // where the 128 registers of a thread hold both, and multiply-adds are not all that counts, as they are for the large
-  // tiles. 16-bit results hide it.
-  static constexpr bool kSumsRows = sizeof(T) == 4 && kRows * kColumns <= 20;
-  static constexpr int kRowsAtOnce = kRows > 3 ? (kRows + 1) / 2 : kRows;
+  // Terms are added up in parts before they join the sums: a long running sum loses bits with every term, and equal
+  // terms would round the same way every time (32x128x56x56, 31x31: a thread's sum has 1568 terms). Where multiply-adds
+  // are all that counts, as for the large tiles, parts are as long as the sums of them. 16-bit results hide it.
+  static constexpr bool kSumsParts = sizeof(T) == 4;
+  static constexpr bool kIsLarge = kRows * kColumns > 20;
+  static constexpr int kPartTerms = 64;
+  static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
+  static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
+  // A thread's registers are its sums, those of a part and the rows of a strip: 128, or 168 for tall tiles.
+  static constexpr int kThreads = kSumsParts && kRows > 6 ? 192 : 256;  // a block, at most
 };
 
 // How a launch is cut.
@@ -89,7 +93,7 @@ __device__ __forceinline__ float sum_every(const float* values, int step, int co
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, 2)
     blocked_grad_weight_kernel(const GradWeightArgs args, const BlockedGradWeightTiling tiling,
                                const int shared_bytes) {
   using T = typename Traits::T;
@@ -199,14 +203,14 @@ __global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
           for (int i = 0; i < kRows; ++i)
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
-              float& to = Traits::kSumsRows ? part[i][j] : sum[i][j];
+              float& to = Traits::kSumsParts ? part[i][j] : sum[i][j];
               to = fmaf(window[j + w], strip[(phase - i + kRows) % kRows][w], to);
             }
         input += input_pitch;
         grad += grad_pitch;
       };
       const auto add_part = [&] {
-        if constexpr (Traits::kSumsRows) {
+        if constexpr (Traits::kSumsParts) {
 #pragma unroll
           for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -218,8 +222,9 @@ __global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
 #pragma unroll
         for (int phase = 0; phase < kRows; ++phase) {
           take_step(phase);
-          if ((phase + 1) % Traits::kRowsAtOnce == 0 || phase == kRows - 1) add_part();
+          if (Traits::kPartRows < kRows && (phase + 1) % Traits::kPartRows == 0) add_part();
         }
+        if (steps / kRows % Traits::kPartRounds == 0) add_part();
       }
 #pragma unroll
       for (int phase = 0; phase < kRows - 1; ++phase)
@@ -236,6 +241,8 @@ __global__ void __launch_bounds__(kBlockedGradWeightThreads, 2)
       }
     __syncthreads();
   }
+
+  let_second_pass_begin();
 
   // Add the groups' sums tap by tap.
   float* const sums = reinterpret_cast<float*>(shared_memory);
@@ -287,7 +294,7 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
   BlockedGradWeightTiling tiling;
   tiling.tiles_h = divide_up(args.kernel_h, Traits::kRows);
   tiling.tiles_w = divide_up(args.kernel_w, Traits::kColumns);
-  const int max_groups = kBlockedGradWeightThreads / (tiling.tiles_h * tiling.tiles_w);
+  const int max_groups = Traits::kThreads / (tiling.tiles_h * tiling.tiles_w);
   tiling.channels_last = channels_last;
   tiling.num_column_tiles = divide_up(args.out_w, kBlockedTileColumns);
   tiling.tile_columns = divide_up(divide_up(args.out_w, tiling.num_column_tiles), kStrip) * kStrip;

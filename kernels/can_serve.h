@@ -2,6 +2,8 @@
 // and 32-bit indices on every architecture. Which of those that can is chosen: select.h.
 #pragma once
 
+#include <initializer_list>
+
 #include "variants.h"
 
 namespace depthwise {
@@ -12,8 +14,6 @@ constexpr int kMaxRegisterTaps = 49;
 constexpr int kMaxDirectNhwcTaps = 9;
 // tiled_nhwc: 7x7 at stride 2 spills.
 constexpr int kMaxTiledStridedTaps = 25;
-// stream_nhwc: filters, sums of the live rows and one row of the window.
-constexpr int kMaxStreamNhwcRegisters = 116;
 // Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
 constexpr int kMaxSpan = 35;
 constexpr int64_t kInt32Max = 0x7fffffff;
@@ -110,21 +110,81 @@ inline bool can_serve_toeplitz(const Problem& p) {
          kMaxBandBytes;
 }
 
+constexpr int64_t kMaxGridY = 65535;
+
+// images: the sizes of both images, and how far below its output row the input row of each kernel row lies, of those
+// kernel rows that meet any: `shifts` of them from `first_shift` on, in steps of the dilation.
+struct ImageShape {
+  int h, w, out_h, out_w, first_shift, shifts, shift_step;
+};
+
+inline ImageShape image_shape_of(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  ImageShape shape{args.h, args.w, args.out_h, args.out_w, 0, 0, args.dilation_h};
+  for (int row = args.kernel_h - 1; row >= 0; --row) {
+    const int shift = row * args.dilation_h - args.padding_h;
+    if (shift > -args.out_h && shift < args.h) shape.first_shift = shift, ++shape.shifts;
+  }
+  return shape;
+}
+
+constexpr int kMaxImageRegisters = 220;
+
+inline bool can_serve_images(const Problem& p, const Tile& tile) {
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1 || !p.aligned) return false;
+  if (p.h > kMaxImageSize || p.w > kMaxImageSize || p.out_h > kMaxImageSize || p.out_w > kMaxImageSize) return false;
+  const bool channels_last = p.layout == Layout::kNhwc;
+  if (channels_last && p.c % 8 != 0) return false;
+  if (p.c > kInt32Max / 2 || p.kernel_h * p.kernel_w > kInt32Max / 2 || p.n > kMaxGridY * kImagesTogether) return false;
+  for (const int64_t pixels : {p.h * p.w, p.out_h * p.out_w})
+    if (2 * tile.rows * planes_pitch(tile.vector, static_cast<int>(pixels), channels_last) > kSharedBytesEverywhere)
+      return false;
+  const ImageShape shape = image_shape_of(p);
+  const int registers =
+      image_registers(tile.rows / kImagesTogether, shape.h, shape.w, shape.out_h, shape.out_w, shape.shifts);
+  return shape.shifts > 0 && registers <= kMaxImageRegisters && registers * tile.vector * 32 <= 64 << 10;
+}
+
+// strips: eight outputs read sixteen columns.
+constexpr int kMinStripsKernel = 3, kMaxStripsKernel = 9;
+constexpr int kMaxStripsWidth = 1 << 22;
+
+inline bool can_serve_strips(const Problem& p, Kernel kernel) {
+  const bool channels_last = kernel == Kernel::kStripsNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return false;
+  for (const int64_t size : {p.kernel_h, p.kernel_w})
+    if (size < kMinStripsKernel || size > kMaxStripsKernel) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.w > kMaxStripsWidth || p.out_w > kMaxStripsWidth) return false;
+  // Strips, of which a block has one at least.
+  const DirectArgs args = direct_args(p);
+  if (p.n * p.out_c * ((args.out_h + 6) / 7) * ((args.out_w + 15) / 8) > kInt32Max) return false;
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  // channels_last: a block takes several images only where they are small.
+  return !channels_last || (p.multiplier == 1 && p.aligned && p.c % 8 == 0 && p.c <= 1 << 18 &&
+                            p.h * p.w * p.c <= kInt32Max / 2 && p.out_h * p.out_w * p.c <= kInt32Max / 2);
+}
+
 // blocked: a row of a thread's window lies in registers.
 constexpr int kMaxBlockedWindow = 80;
+constexpr int kMaxTallBlockedWindow = 40;  // beside the sums of seven rows
 
-inline bool can_serve_blocked(const Problem& p) {
+inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
   if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
   const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
   if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w > 64 || span_h > 512) return false;
-  if (6 * p.stride_w + span_w >= kMaxBlockedWindow) return false;
+  if (6 * p.stride_w + span_w >= (tile.rows > 4 ? kMaxTallBlockedWindow : kMaxBlockedWindow)) return false;
   if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
   if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.out_w + 6) / 7) > kInt32Max) return false;
   if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
   const bool channels_last = p.layout == Layout::kNhwc;
   if (channels_last && p.multiplier != 1) return false;
   // Weights, and what a block one thread wide and high reads.
-  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = 3 * p.stride_h + span_h + 1;
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h,
+                rows = (tile.rows - 1) * p.stride_h + span_h + 1;
   const int64_t channels = channels_last ? 16 / element_size(p.dtype) : 1;
   const int64_t weight_bytes = p.kernel_h * (p.kernel_w + 3) * 4 * channels;
   const int64_t in_bytes = (rows < in_h ? rows : in_h) * (6 * p.stride_w + span_w + 1) * 4 * channels;
@@ -156,6 +216,12 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
       march_registers(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
                       static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
                       channels_last ? tile.vector : 1, load, element_size(p.dtype));
+  if (channels_last && tile.queued) {
+    // Two steps of all threads, beside 8 KB.
+    const int64_t window = (tile.columns - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
+    const int64_t bytes = (p.stride_h * window + tile.columns) * tile.vector * element_size(p.dtype);
+    if (2 * bytes * kGradWeightThreads + (8 << 10) > kSharedBytesEverywhere) return false;
+  }
   if (channels_last) {
     const int loads = registers.step * 4 / (tile.vector * (load == 1 ? 4 : element_size(p.dtype)));
     const int limit = tile.vector == 1 ? kMaxMarchRegistersNhwc : kMaxMarchRegisters;
@@ -169,6 +235,12 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
     const int64_t strips = (p.out_w + tile.columns - 1) / tile.columns;
     const int64_t elements = (kGradWeightThreads / strips + 2) * (p.h * p.w + p.out_h * p.out_w);
     if (p.dilation_h != 1 || strips > kGradWeightThreads || elements * element_size(p.dtype) > 44 << 10) return false;
+  }
+  if (tile.queued) {
+    // Two steps of all threads, of words that may begin and end outside the window.
+    const int64_t window = (tile.columns - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1 + 2 * tile.vector;
+    const int64_t bytes = (p.stride_h * window + tile.columns) * element_size(p.dtype);
+    if (2 * bytes * kGradWeightThreads > kSharedBytesEverywhere) return false;
   }
   if (tile.columns == 8 && taps > kMaxWideStripTaps) return false;
   return (p.aligned || (tile.vector == 1 && tile.grad_vector == 1)) && p.w % tile.vector == 0 &&
@@ -210,8 +282,10 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
 constexpr int kMaxLargeGradWeight = 64;
 
 inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
-  const bool channels_last =
-      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kernel == Kernel::kToeplitzGradWeightNhwc;
+  const bool channels_last = kernel == Kernel::kBlockedGradWeight ? tile == 1
+                             : kernel == Kernel::kToeplitzGradWeightDense
+                                 ? kToeplitzGradWeightDenseTiles[tile].vector > 1
+                                 : kernel == Kernel::kToeplitzGradWeightNhwc;
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (is_toeplitz_grad_weight(kernel) && p.dtype == DType::kFloat32) return false;
@@ -222,6 +296,96 @@ inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int til
   return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.w * channels <= kInt32Max &&
          p.out_w * channels <= kInt32Max && p.out_c <= kInt32Max &&
          p.n * p.out_h * (p.w + p.out_w + 15) / 16 <= kInt32Max;
+}
+
+// images_grad_weight: the kernel rows that meet the image, as differences between an input row and an output row.
+struct LiveRows {
+  int first, count;
+};
+inline LiveRows live_rows_of(const Problem& p) {
+  const int64_t first = p.padding_h < p.out_h - 1 ? -p.padding_h : 1 - p.out_h;
+  const int64_t last = p.kernel_h - 1 - p.padding_h < p.h - 1 ? p.kernel_h - 1 - p.padding_h : p.h - 1;
+  return {static_cast<int>(first), static_cast<int>(last - first + 1)};
+}
+
+inline bool can_serve_images_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
+  if (p.layout != (kernel == Kernel::kImagesGradWeightNhwc ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.dtype == DType::kFloat32 || p.multiplier != 1) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  // channels_last: a block takes as many channels as fit.
+  const int64_t stage = images_stage(false, tile.columns, 1) * (images_pitch(static_cast<int>(p.h), tile.columns) +
+                                                                images_pitch(static_cast<int>(p.out_h), tile.columns));
+  if (tile.columns == 32 && stage * 2 > kSharedBytesEverywhere) return false;
+  return p.h <= tile.columns && p.w <= tile.columns && p.out_h <= tile.columns && p.out_w <= tile.columns &&
+         p.c <= kInt32Max / 256 && p.n <= kInt32Max;
+}
+
+// strips_grad_weight: rows and columns of a kernel.
+constexpr int kMaxSmallGradWeight = 9;
+
+inline bool can_serve_strips_grad_weight(const Problem& p, Kernel kernel) {
+  const bool channels_last = kernel == Kernel::kStripsGradWeightNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || p.dtype == DType::kFloat32) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.kernel_h > kMaxSmallGradWeight || p.kernel_w > kMaxSmallGradWeight) return false;
+  // channels_last: words of eight channels, and rows' offsets that are 32-bit numbers.
+  if (channels_last &&
+      (!p.aligned || p.c % 8 != 0 || p.multiplier != 1 || p.w * p.c > kInt32Max || p.out_w * p.c > kInt32Max))
+    return false;
+  return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.out_c <= kInt32Max &&
+         p.n * p.out_h * (p.w + p.out_w + 15) <= kInt32Max && p.padding_h <= 1 << 20 && p.padding_w <= 1 << 20;
+}
+
+// What a product of the tensor cores takes: windows of eight columns of grad_output of sixteen strips.
+constexpr int kWindow = 8;
+constexpr int kStripsAtOnce = 16;
+
+// Steps of a stage: a multiple of the kernel's rows, so that those of grad_output are registers with fixed names.
+constexpr int strips_stage_rows(int kernel_h, int fewest) { return (fewest + kernel_h - 1) / kernel_h * kernel_h; }
+
+// strips_grad_weight_nhwc: sixteen channels a block, one for each warp; two blocks of few registers a multiprocessor.
+constexpr int kStripsChannels = 16;
+constexpr int kStripsFewestRowsNhwc = 3;
+constexpr int strips_blocks_nhwc(int kernel_h) { return kernel_h <= 3 ? 2 : 1; }
+
+// Its shared memory, of rounds of `lines` patches of `windows` windows: as it lies in global memory, `buffers` stages of
+// blocks of eight pixels; planar, `sets` stages, for each channel `plane` elements, an odd number of 16-byte words, of
+// lines of `pitch`. A line has eight words more than windows, so that in banks, which are eight words wide, its first
+// window follows the last one of the line before.
+struct StripsLayoutNhwc {
+  int sets;
+  int pitch, row, plane;          // elements
+  int raw_row, raw_stage, bytes;  // bytes
+  int line_factor;                // block * line_factor >> 16: its line, right for the few hundreds of a stage
+
+  constexpr StripsLayoutNhwc(int kernel_h, int lines, int windows, int buffers, int sets)
+      : sets(sets),
+        pitch(kWindow * (windows == 8 ? 2 * windows + 1 : windows + 8)),
+        row(lines * pitch),
+        plane(strips_stage_rows(kernel_h, kStripsFewestRowsNhwc) * row),
+        raw_row(lines * (2 * windows + 1) * kWindow * kStripsChannels * 2),
+        raw_stage(strips_stage_rows(kernel_h, kStripsFewestRowsNhwc) * raw_row),
+        bytes(0),
+        line_factor((1 << 16) / (2 * windows + 1) + 1) {
+    if (plane % (2 * kWindow) == 0) plane += kWindow;
+    bytes = buffers * raw_stage + sets * kStripsChannels * plane * 2;
+  }
+};
+
+// As many lines as make sixteen strips, of segments of a row that leave room for two stages in `shared_bytes`.
+struct StripsCutNhwc {
+  int windows, segments, lines;
+};
+constexpr StripsCutNhwc strips_cut_nhwc(int kernel_h, int out_w, int shared_bytes) {
+  const int all = (out_w + kWindow - 1) / kWindow;
+  for (int segments = (all + 7) / 8;; ++segments) {
+    const int windows = (all + segments - 1) / segments;
+    for (int lines = kStripsAtOnce / windows; lines > 0; --lines)
+      if (StripsLayoutNhwc(kernel_h, lines, windows, 2, 1).bytes <= shared_bytes)
+        return {windows, (all + windows - 1) / windows, lines};
+  }
 }
 
 // blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
@@ -286,13 +450,90 @@ inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, cons
          direct_nchw_phase(args, tile) >= 0;
 }
 
+// Kernels whose lanes are images. Pairs of an input and an output position along one dimension that meet a tap.
+constexpr int lane_pairs(int in, int out, int kernel, int padding) {
+  int pairs = 0;
+  for (int o = 0; o < out; ++o)
+    for (int k = 0; k < in; ++k) pairs += k - o + padding >= 0 && k - o + padding < kernel;
+  return pairs;
+}
+
+// Small images, stride 1; element for element alike in every plane, so all tensors are aligned.
+inline bool has_lane_images(const Problem& p) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 64 || p.kernel_w > 32) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (!p.aligned || p.multiplier != 1 || p.padding_h > 64 || p.padding_w > 64) return false;
+  if (p.n > 4 * 65535 || p.out_c > kInt32Max / 64) return false;  // blocks of a launch
+  return p.h <= kMaxLaneImage && p.w <= kMaxLaneImage && p.out_h <= kMaxLaneImage && p.out_w <= kMaxLaneImage;
+}
+
+// Multiply-adds of a whole plane, which are compile time, and values in registers.
+constexpr int kMaxLanePlane = 4096, kMaxImagesFmaRegisters = 128, kMaxImagesFmaGradWeightRegisters = 150;
+
+inline bool can_serve_images_fma(const Problem& p, const Tile& tile) {
+  if (!has_lane_images(p)) return false;
+  const DirectArgs args = direct_args(p);
+  const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
+  const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
+  if (pairs_h == 0 || pairs_w == 0 || args.out_h > max_lane_out_height(args.out_w)) return false;
+  const bool whole_plane = tile.columns > 0;
+  if (whole_plane) {
+    const bool halved = tile.rows == kImagesFmaTiles[2].rows;
+    const int rows = tile.rows < args.out_h ? tile.rows : args.out_h;
+    if (pairs_h * pairs_w > kMaxLanePlane || rows * args.out_w + args.h * args.w > kMaxImagesFmaRegisters ||
+        (halved && args.out_h <= tile.rows))
+      return false;
+  }
+  return images_fma_cut(args, whole_plane, p.layout == Layout::kNhwc).shared_bytes <= kSharedBytesEverywhere;
+}
+
+inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile) {
+  // Positions that meet padding alone would be missed.
+  if (!has_lane_images(p) || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  const DirectArgs args = direct_args(p);
+  const bool whole_plane = tile.columns > 0;
+  if (whole_plane) {
+    const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
+    const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
+    const int taps = args.w + args.out_w - 1;  // of a kernel row, which are registers beside both planes
+    if (pairs_w * pairs_h > kMaxLanePlane || args.kernel_h >= args.h + args.out_h ||
+        !lane_sums_fit(taps, args.h, args.w, args.out_h, args.out_w) ||
+        args.h * args.w + args.out_h * args.out_w + taps > kMaxImagesFmaGradWeightRegisters)
+      return false;
+  }
+  return images_fma_grad_weight_cut(args, whole_plane, p.layout == Layout::kNhwc).shared_bytes <=
+         kSharedBytesEverywhere;
+}
+
+// grad_weight_stream_nhwc: an unrolled stage, and a ring of two stages of a single thread tile.
+inline bool can_serve_grad_weight_stream(const Problem& p, const Tile& tile) {
+  if (p.layout != Layout::kNhwc || p.multiplier != 1 || !p.aligned || p.c * element_size(p.dtype) % 16 != 0)
+    return false;
+  if (p.stride_h > 2 || p.stride_w > 2 || p.dilation_h > 1 || p.dilation_w > 1) return false;
+  if (p.kernel_h * p.kernel_w > kMaxRegisterTaps || p.padding_h > 1 << 20 || p.padding_w > 64) return false;
+  if (p.n * p.h * p.w > kInt32Max || p.n * p.out_h * p.out_w > kInt32Max || p.w * p.c > kInt32Max / 128 ||
+      p.out_w * p.c > kInt32Max / 128)
+    return false;
+  const GradWeightStreamShape shape =
+      grad_weight_stream_shape(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                               static_cast<int>(p.stride_w));
+  const int64_t row_pixels = shape.stride_h * shape.window + kGradWeightStreamColumns;
+  return shape.vector > 0 &&
+         2 * shape.stage_steps * row_pixels * tile.vector * element_size(p.dtype) <= kSharedBytesEverywhere;
+}
+
 // Whether `kernel` with tile `tile` can serve `p` at all.
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
   if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
     return false;
+  if (kernel == Kernel::kImagesFmaGradWeight)
+    return can_serve_images_fma_grad_weight(p, tile_table(kernel, p.dtype)[tile]);
   if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
     return can_serve_large_grad_weight(p, kernel, tile);
+  if (is_images_grad_weight(kernel)) return can_serve_images_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
+  if (kernel == Kernel::kGradWeightStreamNhwc) return can_serve_grad_weight_stream(p, kGradWeightStreamNhwcTiles[tile]);
+  if (is_strips_grad_weight(kernel)) return can_serve_strips_grad_weight(p, kernel);
   if (is_grad_weight_kernel(kernel)) return can_serve_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   const bool grad_input_kernel = is_grad_input_kernel(kernel);
   if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
@@ -301,7 +542,12 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
   if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   if (kernel == Kernel::kToeplitz) return can_serve_toeplitz(p);
-  if (kernel == Kernel::kBlocked) return can_serve_blocked(p);
+  if (kernel == Kernel::kBlocked) return can_serve_blocked(p, kBlockedTiles[tile]);
+  if (is_images(kernel))
+    return p.layout == (kernel == Kernel::kImagesNhwc ? Layout::kNhwc : Layout::kNchw) &&
+           can_serve_images(p, tile_table(kernel, p.dtype)[tile]);
+  if (kernel == Kernel::kImagesFma) return can_serve_images_fma(p, tile_table(kernel, p.dtype)[tile]);
+  if (is_strips(kernel)) return can_serve_strips(p, kernel);
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;
@@ -338,17 +584,21 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const int in_rows = window_size(4, stride_h, kernel_h, dilation_h);
   const int in_columns = window_size(4, stride_w, kernel_w, dilation_w);
   if (kernel == Kernel::kStreamNhwc) {
-    const int vector = stream_nhwc_vector(kernel_h, kernel_w);
+    const int vector = stream_nhwc_vector(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
     const int live_rows = rolling_live_rows(kernel_h, stride_h, dilation_h);
-    const int stage_rows = rolling_stage_outputs(live_rows) * stride_h;
-    const int stage_bytes = stage_rows * in_columns * t.vector * element_size(p.dtype);
-    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && 2 * stage_bytes <= kSharedBytesEverywhere &&
-           static_cast<int>(taps) * vector + (4 * live_rows + in_columns) * vector <= kMaxStreamNhwcRegisters;
+    const int columns = 4 * stream_nhwc_least_tiles(t.vector, vector, element_size(p.dtype));
+    const int stage_pixels =
+        rolling_stage_outputs(live_rows) * stride_h * window_size(columns, stride_w, kernel_w, dilation_w);
+    const int registers = stream_nhwc_registers(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
+    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
+           2 * stage_pixels * t.vector * element_size(p.dtype) <= kSharedBytesEverywhere &&
+           registers * vector <= kMaxStreamNhwcRegisters;
   }
   if (taps > kMaxTiledStridedTaps && (stride_h > 1 || stride_w > 1)) return false;
   const int pixel_bytes = (t.vector * 4 + 8) * element_size(p.dtype);
   return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
-         in_rows * in_columns * pixel_bytes + taps * t.vector * 16 <= kSharedBytesEverywhere;
+         in_rows * in_columns * pixel_bytes + tiled_nhwc_lane_taps(static_cast<int>(taps)) * t.vector * 16 <=
+             kSharedBytesEverywhere;
 }
 
 }  // namespace depthwise

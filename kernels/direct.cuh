@@ -50,10 +50,10 @@ inline const DeviceLimits& device_limits() {
   return limits;
 }
 
-// More than 48 KB of dynamic shared memory has to be asked for.
+// More than 48 KB of shared memory, with the `static_bytes` that the kernel declares, has to be asked for.
 template <class Kernel>
-int allow_shared_bytes(Kernel kernel, int bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
+int allow_shared_bytes(Kernel kernel, int bytes, int static_bytes = 0) {
+  if (bytes + static_bytes <= 48 << 10) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "problem.h"
+#include "second_pass.cuh"
 #include "vector.cuh"
 
 namespace depthwise {

@@ -11,6 +11,7 @@
 
 #include "grad_weight_plan.h"
 #include "problem.h"
+#include "second_pass.cuh"
 #include "vector.cuh"
 
 namespace depthwise {
@@ -192,6 +193,8 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
     }
   }
 
+  let_second_pass_begin();
+
   // Add the block's threads in a fixed order: lanes of a warp first (NCHW), then the warps.
   __shared__ Sum shared[kGeneralTapsPerBlock + 1][kGeneralThreads / 32][32];
   const auto reduce = [&](Sum value, int slot) {
@@ -229,6 +232,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   const int64_t count = of_bias ? biases : weights;
   const int64_t idx = of_bias ? k - weights : k;
   if (of_bias) partial += splits * weights;
+  wait_for_first_pass();
   Sum sum = 0;
   if (idx < count)
     for (int split = threadIdx.y; split < splits; split += kShares) sum += partial[split * count + idx];

@@ -12,8 +12,10 @@
 
 #include <type_traits>
 
+#include "async_copy.cuh"
 #include "direct.cuh"
 #include "grad_weight_plan.h"
+#include "second_pass.cuh"
 
 namespace depthwise {
 
@@ -80,6 +82,15 @@ struct PackedLoad {
       if constexpr (sizeof(Word) == 16) word[2] = loaded.z, word[3] = loaded.w;
     }
   }
+  // The same by way of a cell of shared memory, of sizeof(T) * kWidth bytes, from which `take` fetches it later.
+  template <int kWidth = kCount>
+  __device__ __forceinline__ static void request(void* cell, const T* pointer, bool in_bounds) {
+    copy_async<sizeof(T) * kWidth, true>(cell, pointer, in_bounds);
+  }
+  template <int kWidth = kCount>
+  __device__ __forceinline__ void take(const void* cell) {
+    load<kWidth, true>(static_cast<const T*>(cell), true);
+  }
   __device__ __forceinline__ float operator[](int k) const {
     if constexpr (sizeof(T) == 4)
       return __uint_as_float(word[k]);
@@ -130,7 +141,7 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
                                       int grad_pitch, int input_pitch, float (&sum)[Traits::kTaps][Traits::kChannels],
                                       float (&bias)[Traits::kChannels], float (&bias_part)[Traits::kChannels]) {
   constexpr int kChannels = Traits::kChannels, kColumns = Traits::kColumns, kWindow = Traits::kWindow;
-  constexpr int kDepth = Traits::kDepth, kStrideH = Traits::kStrideH, kAhead = Traits::kAhead;
+  constexpr int kDepth = Traits::kDepth, kStrideH = Traits::kStrideH, kAhead = Strip::kAhead;
   constexpr int kRowStep = Traits::kDilationH;  // of grad_output, from step to step
 
   if (piece.begin >= piece.end) return;
@@ -146,20 +157,34 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
   const int64_t grad_step = static_cast<int64_t>(grad_pitch) * kRowStep;
   const int64_t input_step = static_cast<int64_t>(input_pitch) * kRowStep;
 
-  typename Strip::GradRow ahead_grad[kAhead];
-  typename Strip::InputRow ahead_input[kAhead][kStrideH];
+  // Rows of the steps to come: in registers, or in shared memory (Strip::kQueued), of which step `place` is the next.
+  constexpr bool kQueued = Strip::kQueued;
+  typename Strip::GradRow ahead_grad[kQueued ? 1 : kAhead];
+  typename Strip::InputRow ahead_input[kQueued ? 1 : kAhead][kStrideH];
+  int place = 0;
   const auto load_step = [&](int t, int slot) {
-    strip.grad(ptx::opaque(next_grad), t < piece.end, ahead_grad[slot]);
+    const bool has_grad = t < piece.end;
+    if constexpr (kQueued)
+      strip.request_grad(ptx::opaque(next_grad), has_grad, place);
+    else
+      strip.grad(ptx::opaque(next_grad), has_grad, ahead_grad[slot]);
     next_grad += grad_step;
 #pragma unroll
     for (int e = 0; e < kStrideH; ++e) {
       const int row = origin + t * kInputStep + e;
-      strip.input(ptx::opaque(next_input),
-                  t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h)),
-                  ahead_input[slot][e]);
+      const bool has_input = t < last && (kStrideH == 1 || static_cast<unsigned>(row) < static_cast<unsigned>(args.h));
+      if constexpr (kQueued)
+        strip.request_input(ptx::opaque(next_input), has_input, place, e);
+      else
+        strip.input(ptx::opaque(next_input), has_input, ahead_input[slot][e]);
       next_input += input_step;
     }
+    if constexpr (kQueued) {
+      commit_copies();
+      place = place + 1 == kAhead ? 0 : place + 1;
+    }
   };
+  if constexpr (kQueued) wait_for_copies<0>();  // what was asked for beyond the end of the piece before
 
   float grad[Traits::kGradRows][kColumns][kChannels];
   const auto take_grad = [&](const typename Strip::GradRow& row, float (&converted)[kColumns][kChannels]) {
@@ -196,6 +221,10 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
       if (step > 0 && t >= last) return;
 
       // Take what this step needs out of the queue, and fill the queue's end.
+      if constexpr (kQueued) {
+        wait_for_copies<kAhead - 1>();
+        strip.take(place, ahead_grad[0], ahead_input[0]);
+      }
       take_grad(ahead_grad[0], grad[Traits::grad_row(step, 0)]);
       float window[kStrideH][kWindow][kChannels];
 #pragma unroll
@@ -207,7 +236,7 @@ __device__ __forceinline__ void march(const GradWeightArgs& args, const Piece& p
             for (int c = 0; c < kChannels; ++c) window[e][k][c] = ahead_input[0][e].template element<k>(c);
         });
 #pragma unroll
-      for (int slot = 0; slot + 1 < kAhead; ++slot) {
+      for (int slot = 0; slot + 1 < (kQueued ? 1 : kAhead); ++slot) {
         ahead_grad[slot] = ahead_grad[slot + 1];
 #pragma unroll
         for (int e = 0; e < kStrideH; ++e) ahead_input[slot][e] = ahead_input[slot + 1][e];

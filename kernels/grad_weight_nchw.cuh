@@ -10,7 +10,9 @@
 //         order in shared memory, then the splits in order (grad_weight.cu). No atomics: results repeat bit for bit.
 // Memory  "staged" copies the whole planes of a round to shared memory first: images of odd width are read element by
 //         element, and lanes at many images would touch a line each (mbv2_7: 32x960x7x7, H200: 0.0195 ms without).
-// Chosen  wherever it serves (select.h).
+//         "queue": the rows of the steps to come wait in shared memory, a thread's own, where asynchronous copies bring them.
+//         What is loaded into registers shares few scoreboards: to wait for the oldest row is to wait for the latest.
+// Chosen  wherever it serves (select.h); "queue" when forced by name.
 #pragma once
 
 #include "grad_weight_march.cuh"
@@ -19,11 +21,17 @@
 namespace depthwise {
 
 template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kColumns,
-          int kVector_, int kGradVector_, int kPhase_, bool kStaged_>
+          int kVector_, int kGradVector_, int kPhase_, bool kStaged_, bool kQueued_>
 struct GradWeightNchwTraits : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns,
                                           1, min_int(kVector_, kGradVector_)> {
+  using March = MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, 1,
+                            min_int(kVector_, kGradVector_)>;
   static constexpr int kVector = kVector_, kGradVector = kGradVector_, kPhase = kPhase_;
-  static constexpr bool kStaged = kStaged_;
+  static constexpr bool kStaged = kStaged_, kQueued = kQueued_;
+  // A queue in shared memory leaves the registers of a step at once.
+  static constexpr int kQueuedRegisters = March::kRegisters.kept + March::kRegisters.step + 56;
+  static constexpr int kBlocks =
+      kQueued ? max_int(1, (64 << 10) / (kGradWeightThreads * kQueuedRegisters)) : March::kBlocks;
 };
 
 // Loads a piece's rows.
@@ -31,13 +39,36 @@ template <class Traits>
 struct NchwStrip {
   using T = typename Traits::T;
   using Row = NchwRow<Traits, Traits::kColumns, Traits::kVector>;
+  static constexpr bool kQueued = Traits::kQueued;
+  static constexpr int kBytes = sizeof(T);
+  // Asynchronous copies have four bytes at least.
+  static constexpr int width(int word) { return max_int(Row::load_width(word), kQueued ? 4 / kBytes : 1); }
   static constexpr int start(int word) {
-    return (Row::kFirstWord + word) * Traits::kVector + Row::low(word) / Row::load_width(word) * Row::load_width(word);
+    return (Row::kFirstWord + word) * Traits::kVector + Row::low(word) / width(word) * width(word);
   }
+
+  // The queue in shared memory: of each step, cell by cell those of all threads, so that they are read without conflicts.
+  static constexpr int input_bytes(int words) {  // of a thread, of a row
+    int bytes = 0;
+    for (int word = 0; word < words; ++word)
+      if (Row::low(word) < Row::high(word)) bytes += width(word) * kBytes;
+    return bytes;
+  }
+  static constexpr int kGradBytes = Traits::kColumns * kBytes, kInputBytes = input_bytes(Row::kWords);
+  static constexpr int kStepBytes = kGradBytes + Traits::kStrideH * kInputBytes;
+  static constexpr int kAheadBytes = 264;  // wanted: of five blocks of a multiprocessor, 165 KB
+  static constexpr int kAhead = kQueued ? max_int(2, min_int(6, kAheadBytes / kStepBytes)) : Traits::kAhead;
+  static constexpr int kQueueBytes = kQueued ? kAhead * kStepBytes * kGradWeightThreads : 0;
+  unsigned char* queue;
+  __device__ __forceinline__ unsigned char* cell(int place, int first_byte, int bytes) const {
+    return queue + (place * kStepBytes + first_byte) * kGradWeightThreads + threadIdx.x * bytes;
+  }
+
   // Which words lie inside the image, as bits: one register instead of a predicate a word.
   StripMask<Row::kWords> grad_mask = 0, input_mask = 0;
 
-  __device__ __forceinline__ NchwStrip(int grad_columns, int input_column, int input_columns) {
+  __device__ __forceinline__ NchwStrip(int grad_columns, int input_column, int input_columns, unsigned char* queue)
+      : queue(queue) {
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
       if (v < grad_columns) grad_mask |= 1u << v;
@@ -83,9 +114,40 @@ struct NchwStrip {
     if constexpr (kWord < Row::kWords) {
       constexpr int kStart = start(kWord);
       if constexpr (Row::low(kWord) < Row::high(kWord))
-        registers.load[kWord].template load<Row::load_width(kWord), Traits::kStaged>(row + kStart, mask >> kWord & 1);
+        registers.load[kWord].template load<width(kWord), Traits::kStaged>(row + kStart, mask >> kWord & 1);
       load_words<kWord + 1>(row, mask, registers);
     }
+  }
+
+  __device__ __forceinline__ void request_grad(const T* row, bool in_bounds, int place) const {
+    const auto mask = in_bounds ? grad_mask : 0;
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
+      PackedLoad<T, Traits::kGradVector>::request(cell(place, v * kBytes, Traits::kGradVector * kBytes), row + v,
+                                                  mask >> v & 1);
+  }
+  __device__ __forceinline__ void request_input(const T* row, bool in_bounds, int place, int step_row) const {
+    const auto mask = in_bounds ? input_mask : 0;
+    for_each_index<Row::kWords>([&](auto index) {
+      constexpr int kWord = decltype(index)::value;
+      if constexpr (Row::low(kWord) < Row::high(kWord))
+        PackedLoad<T, Traits::kVector>::template request<width(kWord)>(
+            cell(place, kGradBytes + step_row * kInputBytes + input_bytes(kWord), width(kWord) * kBytes),
+            row + start(kWord), mask >> kWord & 1);
+    });
+  }
+  __device__ __forceinline__ void take(int place, GradRow& grad, InputRow (&input)[Traits::kStrideH]) const {
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
+      grad.load[v / Traits::kGradVector].take(cell(place, v * kBytes, Traits::kGradVector * kBytes));
+#pragma unroll
+    for (int e = 0; e < Traits::kStrideH; ++e)
+      for_each_index<Row::kWords>([&](auto index) {
+        constexpr int kWord = decltype(index)::value;
+        if constexpr (Row::low(kWord) < Row::high(kWord))
+          input[e].load[kWord].template take<width(kWord)>(
+              cell(place, kGradBytes + e * kInputBytes + input_bytes(kWord), width(kWord) * kBytes));
+      });
   }
 };
 
@@ -135,6 +197,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     grad_weight_nchw_kernel(const GradWeightArgs args, const Pieces pieces) {
   using T = typename Traits::T;
   constexpr int kTaps = Traits::kTaps, kWarps = kGradWeightThreads / 32;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
   const unsigned channel = blockIdx.x, split = blockIdx.y;
   const int first_piece = split * blockDim.x + threadIdx.x;
   const int piece_step = args.splits * blockDim.x;
@@ -154,7 +217,6 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     const T* input = input_plane(piece.image);
     if constexpr (Traits::kStaged) {
       // The planes of this round's images.
-      extern __shared__ __align__(16) unsigned char shared_memory[];
       T* const staged = reinterpret_cast<T*>(shared_memory);
       const int in_size = args.h * args.w, out_size = args.out_h * args.out_w;
       const int per_image = pieces.strips * pieces.cuts, round = index - static_cast<int>(threadIdx.x);
@@ -170,12 +232,13 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     }
     if (index >= pieces.per_channel) break;
     const int column = piece.column * Traits::kStrideW;
-    const NchwStrip<Traits> strip(args.out_w - piece.column, column, args.w);
+    const NchwStrip<Traits> strip(args.out_w - piece.column, column, args.w, shared_memory);
     march<Traits>(args, piece, strip, grad + piece.column, input + column, args.out_w, args.w, sum, bias, bias_part);
     bias[0] += bias_part[0];
     bias_part[0] = 0;
   }
 
+  let_second_pass_begin();
   __shared__ float shared[kWarps][kTaps + 1];
   float values[kTaps + 1];
 #pragma unroll
@@ -215,7 +278,9 @@ int launch_grad_weight_nchw(const GradWeightArgs& args, int, cudaStream_t stream
   const dim3 blocks(static_cast<unsigned>(args.out_c), args.splits);
   const int planes = min_int(static_cast<int>(args.n), threads / (pieces.strips * pieces.cuts) + 2);
   const int plane_bytes = (args.h * args.w + args.out_h * args.out_w) * static_cast<int>(sizeof(typename Traits::T));
-  const int shared_bytes = Traits::kStaged ? planes * plane_bytes : 0;
+  const int shared_bytes = Traits::kStaged ? planes * plane_bytes : NchwStrip<Traits>::kQueueBytes;
+  constexpr int kStaticBytes = kGradWeightThreads / 32 * (Traits::kTaps + 1) * static_cast<int>(sizeof(float));
+  if (const int error = allow_shared_bytes(grad_weight_nchw_kernel<Traits>, shared_bytes, kStaticBytes)) return error;
   grad_weight_nchw_kernel<Traits><<<blocks, threads, shared_bytes, stream>>>(args, pieces);
   return cudaGetLastError();
 }

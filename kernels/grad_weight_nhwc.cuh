@@ -7,7 +7,9 @@
 //         take pieces (image, rows, strip of kColumns columns) of one split.
 // Reduces the block's pieces in order through shared memory, kBatch sums at a time, then the splits in order
 //         (grad_weight.cu). No atomics: results repeat bit for bit.
-// Chosen  wherever it serves (select.h).
+// Queues  ("queue") the rows of the steps to come in shared memory, each thread its own, where asynchronous copies bring
+//         them. What is loaded into registers shares few scoreboards: to wait for the oldest row is to wait for the latest.
+// Chosen  wherever it serves (select.h); "queue" when forced by name.
 #pragma once
 
 #include "grad_weight_march.cuh"
@@ -15,14 +17,18 @@
 namespace depthwise {
 
 template <class T, int kKernelH, int kKernelW, int kStrideH, int kStrideW, int kDilationH, int kDilationW, int kColumns,
-          int kChannels>
+          int kChannels, bool kQueued_>
 struct GradWeightNhwcTraits
     : MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels> {
   using March =
       MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels>;
   static constexpr int kBatch = 16 / kChannels;  // taps that are reduced together: 8 KB of shared memory
+  static constexpr bool kQueued = kQueued_;
+  // A queue in shared memory leaves the registers of a step at once.
+  static constexpr int kQueuedRegisters = March::kRegisters.kept + March::kRegisters.step + 40;
+  static constexpr int kQueuedBlocks = max_int(1, (64 << 10) / (kGradWeightThreads * kQueuedRegisters));
   // A load of one channel has an address of its own beside its register.
-  static constexpr int kBlocks = kChannels == 1 ? min_int(2, March::kBlocks) : March::kBlocks;
+  static constexpr int kBlocks = kQueued ? kQueuedBlocks : kChannels == 1 ? min_int(2, March::kBlocks) : March::kBlocks;
 };
 
 // Loads a piece's rows.
@@ -30,12 +36,31 @@ template <class Traits>
 struct NhwcStrip {
   using T = typename Traits::T;
   static constexpr int kChannels = Traits::kChannels;
+  static constexpr bool kQueued = Traits::kQueued;
   int pixel;  // elements from one pixel to the next
   // Which columns lie inside the image, as bits: one register instead of a predicate a column.
   StripMask<Traits::kWindow> grad_mask = 0, input_mask = 0;
 
-  __device__ __forceinline__ NhwcStrip(int pixel, int grad_columns, int input_column, int input_columns)
-      : pixel(pixel) {
+  // The queue in shared memory: of each step, pixel by pixel those of all threads, so that they are read without
+  // conflicts.
+  static constexpr int kPixelBytes = kChannels * static_cast<int>(sizeof(T));
+  static constexpr int kRowPixels = count_bits(Traits::kUsed);
+  static constexpr int kStepBytes = (Traits::kColumns + Traits::kStrideH * kRowPixels) * kPixelBytes;
+  static constexpr int kAheadBytes = 264;  // wanted: of four blocks of a multiprocessor, 132 KB
+  static constexpr int kAhead = kQueued ? max_int(2, min_int(6, kAheadBytes / kStepBytes)) : Traits::kAhead;
+  static constexpr int kQueueBytes = kQueued ? kAhead * kStepBytes * kGradWeightThreads : 0;
+  unsigned char* queue;  // the thread's
+  __device__ __forceinline__ unsigned char* cell(int place, int index) const {
+    return queue + (place * kStepBytes + index * kPixelBytes) * kGradWeightThreads;
+  }
+  // Of column k of a row of input, which is one of kUsed.
+  static constexpr int input_cell(int row, int k) {
+    return Traits::kColumns + row * kRowPixels + count_bits(Traits::kUsed & ((uint64_t{1} << k) - 1));
+  }
+
+  __device__ __forceinline__ NhwcStrip(int pixel, int grad_columns, int input_column, int input_columns,
+                                       unsigned char* shared_queue)
+      : pixel(pixel), queue(shared_queue + (threadIdx.y * blockDim.x + threadIdx.x) * kPixelBytes) {
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; ++v)
       if (v < grad_columns) grad_mask |= 1u << v;
@@ -66,6 +91,31 @@ struct NhwcStrip {
     for (int k = 0; k < Traits::kWindow; ++k)
       if (Traits::kUsed >> k & 1) registers.load[k].load(row + k * pixel, mask >> k & 1);
   }
+
+  __device__ __forceinline__ void request_grad(const T* row, bool in_bounds, int place) const {
+    const auto mask = in_bounds ? grad_mask : 0;
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; ++v)
+      PackedLoad<T, kChannels>::request(cell(place, v), row + v * pixel, mask >> v & 1);
+  }
+  __device__ __forceinline__ void request_input(const T* row, bool in_bounds, int place, int step_row) const {
+    const auto mask = in_bounds ? input_mask : 0;
+    for_each_index<Traits::kWindow>([&](auto index) {
+      constexpr int k = decltype(index)::value;
+      if constexpr (Traits::kUsed >> k & 1)
+        PackedLoad<T, kChannels>::request(cell(place, input_cell(step_row, k)), row + k * pixel, mask >> k & 1);
+    });
+  }
+  __device__ __forceinline__ void take(int place, GradRow& grad, InputRow (&input)[Traits::kStrideH]) const {
+#pragma unroll
+    for (int v = 0; v < Traits::kColumns; ++v) grad.load[v].take(cell(place, v));
+#pragma unroll
+    for (int e = 0; e < Traits::kStrideH; ++e)
+      for_each_index<Traits::kWindow>([&](auto index) {
+        constexpr int k = decltype(index)::value;
+        if constexpr (Traits::kUsed >> k & 1) input[e].load[k].take(cell(place, input_cell(e, k)));
+      });
+  }
 };
 
 template <class Traits>
@@ -73,6 +123,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     grad_weight_nhwc_kernel(const GradWeightArgs args, const Pieces pieces) {
   using T = typename Traits::T;
   constexpr int kTaps = Traits::kTaps, kChannels = Traits::kChannels, kBatch = Traits::kBatch;
+  extern __shared__ __align__(16) unsigned char shared_memory[];
   const int out_c = static_cast<int>(args.out_c);
   const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
   const int first_piece = blockIdx.y * blockDim.y + threadIdx.y;
@@ -91,7 +142,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     for (int index = first_piece; index < pieces.per_channel; index += piece_step) {
       const Piece piece = piece_at<Traits>(args, pieces, index);
       const int column = piece.column * Traits::kStrideW - args.padding_w;
-      const NhwcStrip<Traits> strip(out_c, args.out_w - piece.column, column, args.w);
+      const NhwcStrip<Traits> strip(out_c, args.out_w - piece.column, column, args.w, shared_memory);
       march<Traits>(args, piece, strip, grad_plane(piece.image) + static_cast<int64_t>(piece.column) * out_c,
                     input_plane(piece.image) + static_cast<int64_t>(column) * out_c, args.out_w * out_c, args.w * out_c,
                     sum, bias, bias_part);
@@ -100,6 +151,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     }
   }
 
+  let_second_pass_begin();
   __shared__ float shared[kBatch * kChannels][kGradWeightThreads];
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, num_threads = blockDim.x * blockDim.y;
   // Adds what the block's threads left in `slots` slots of shared memory for their channels, and stores it.
@@ -153,7 +205,9 @@ int launch_grad_weight_nhwc(const GradWeightArgs& args, int, cudaStream_t stream
   const int blocks_c = divide_up(lanes, kGradWeightLanes);
   const int x = divide_up(lanes, blocks_c);
   const int y = min_int(kGradWeightThreads / x, divide_up(pieces.per_channel, args.splits));
-  grad_weight_nhwc_kernel<Traits><<<dim3(blocks_c, args.splits), dim3(x, y), 0, stream>>>(args, pieces);
+  constexpr int kBytes = NhwcStrip<Traits>::kQueueBytes, kStaticBytes = 8 << 10;
+  if (const int error = allow_shared_bytes(grad_weight_nhwc_kernel<Traits>, kBytes, kStaticBytes)) return error;
+  grad_weight_nhwc_kernel<Traits><<<dim3(blocks_c, args.splits), dim3(x, y), kBytes, stream>>>(args, pieces);
   return cudaGetLastError();
 }
 

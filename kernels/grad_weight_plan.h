@@ -19,10 +19,43 @@ constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth 
 // of toeplitz NCHW for small kernels), and few of them, as each leaves a kernel's worth of sums (32x512x14x14 fp16 27x27,
 // H200: 512 blocks 0.098 ms, 1024 0.115, 2048 0.129; channels_last 256 blocks 0.067, 512 0.072).
 constexpr int64_t kToeplitzBlocksNchw = 792, kToeplitzBlocksNhwc = 528, kBlockedBlocks = 1056;
-constexpr int64_t kManyTaps = 256;        // half as many blocks, channels_last
-constexpr int64_t kLargePositions = 256;  // a split worth its second pass
+// strips_grad_weight: an H100's multiprocessors, of which one block each is enough (see its tiles).
+constexpr int64_t kStripsBlocks = 132, kMostStripsWaves = 8;
+constexpr int kStripsSharedBytes = 226 << 10;  // of a multiprocessor
+constexpr int64_t kManyTaps = 256;             // half as many blocks, channels_last
+constexpr int64_t kLargePositions = 256;       // a split worth its second pass
 // A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
 constexpr int64_t kMostPositions = 1 << 17;
+
+// grad_weight_stream_nhwc. Thread tiles of a block: `images` x `tiles_w`. Items: groups of images x strips of rows x `blocks_w`.
+struct GradWeightStreamTiling {
+  int tiles_w, images, in_columns;
+  int blocks_w, strips, items;
+  int stage_bytes;
+};
+
+inline GradWeightStreamTiling grad_weight_stream_tiling(const GradWeightStreamShape& shape, int channels,
+                                                        int element_bytes, int64_t n, int64_t out_h, int64_t out_w,
+                                                        int64_t rows) {
+  GradWeightStreamTiling tiling{};
+  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
+  const int all = up(out_w, kGradWeightStreamColumns);
+  for (int most = kGradWeightStreamThreads / (channels / shape.vector); most > 0; most /= 2) {
+    tiling.tiles_w = up(all, up(all, most));
+    tiling.in_columns = window_size(tiling.tiles_w * kGradWeightStreamColumns, shape.stride_w, shape.kernel_w, 1);
+    // Small images side by side, as many as leave the fewest places of the last group empty.
+    tiling.images = 1;
+    for (int images = 2; all <= most && images <= most / all && images <= n; ++images)
+      if (up(n, images) * images <= up(n, tiling.images) * tiling.images) tiling.images = images;
+    const int row_pixels = shape.stride_h * tiling.in_columns + tiling.tiles_w * kGradWeightStreamColumns;
+    tiling.stage_bytes = shape.stage_steps * tiling.images * row_pixels * channels * element_bytes;
+    if (2 * tiling.stage_bytes <= kSharedBytesEverywhere) break;
+  }
+  tiling.blocks_w = up(all, tiling.tiles_w);
+  tiling.strips = up(out_h, rows);
+  tiling.items = up(n, tiling.images) * tiling.strips * tiling.blocks_w;
+  return tiling;
+}
 
 struct GradWeightPlan {
   int64_t splits;
@@ -78,16 +111,111 @@ inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels,
   return {bounded_splits(p, splits > worthwhile ? worthwhile : splits < fewest ? fewest : splits), 0};
 }
 
+// images_grad_weight: blocks wanted, as many as are at once on an H100's 132 multiprocessors.
+constexpr int64_t kImagesBlocksNchw = 528, kImagesBlocksLarge = 132;  // channels_last, and 32 columns
+
+inline GradWeightPlan images_grad_weight_plan(const Problem& p, const Tile& tile) {
+  const bool channels_last = p.layout == Layout::kNhwc;
+  const int live = live_rows_of(p).count;
+  const int64_t channels = divide_up64(p.out_c, images_channels(channels_last, tile.columns));
+  const int64_t stages = divide_up64(p.n, images_stage(channels_last, tile.columns, live));
+  const int64_t splits = (channels_last || tile.columns == 32 ? kImagesBlocksLarge : kImagesBlocksNchw) / channels;
+  const int64_t fewest = p.n * p.out_h / kMostPositions;
+  const int64_t wanted = splits < fewest ? fewest : splits;
+  return {bounded_splits(p, wanted < stages ? wanted : stages), 0};
+}
+
+// Blocks of images_fma_grad_weight: four rounds of what an H100's multiprocessors hold.
+constexpr int64_t kImagesFmaBlocks = 1056;
+
+// A split is some groups of images. Only the workspace can add up several of them: then there are two splits at least.
+inline GradWeightPlan images_fma_grad_weight_plan(const Problem& p, const Tile& tile) {
+  const bool whole_plane = tile.columns > 0;
+  const LaneCut cut = images_fma_grad_weight_cut(p, whole_plane, p.layout == Layout::kNhwc);
+  const int64_t groups = lane_groups(p.n, cut);
+  const int64_t channel_blocks = divide_up64(p.out_c, lane_units(whole_plane) << cut.channel_bits);
+  if (groups == 1) return {1, 0};
+  const int64_t wanted = divide_up64(kImagesFmaBlocks, channel_blocks);
+  const int64_t splits = bounded_splits(p, wanted < groups ? wanted : groups);
+  return {splits < 2 ? 2 : splits, 0};
+}
+
+// One round of the blocks that an H100 holds, all of as many items. How many strips: the least work of a multiprocessor,
+// counted in stages of warps, of which four more stand for what so few warps leave unhidden of their latencies.
+inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile) {
+  constexpr int64_t kMultiprocessors = 132, kThreads = 512, kSharedBytes = 216 << 10;  // what each of them holds
+  constexpr int64_t kUnhiddenWarps = 4;
+  const GradWeightStreamShape shape =
+      grad_weight_stream_shape(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                               static_cast<int>(p.stride_w));
+  const GradWeightStreamTiling tiling =
+      grad_weight_stream_tiling(shape, tile.vector, element_size(p.dtype), p.n, p.out_h, p.out_w, p.out_h);
+  const int64_t threads = tile.vector / shape.vector * tiling.tiles_w * tiling.images;
+  const int64_t by_memory = kSharedBytes / (2 * tiling.stage_bytes), by_threads = kThreads / threads;
+  const int64_t blocks = kMultiprocessors * (by_memory < by_threads ? by_memory : by_threads);
+  const int64_t channels = divide_up64(p.out_c, tile.vector);
+  const int64_t wanted = bounded_splits(p, blocks < channels ? 1 : blocks / channels);
+  GradWeightPlan best{};
+  int64_t least = 0;
+  for (const int64_t strips : {1, 2, 3, 4, 6, 8, 12, 16}) {
+    const int64_t rows = divide_up64(p.out_h, strips);
+    const int64_t all = tiling.items * divide_up64(p.out_h, rows), items = divide_up64(all, wanted);  // of a block
+    const int64_t splits = divide_up64(all, items);
+    const int64_t warps = divide_up64(channels * splits, kMultiprocessors) * divide_up64(threads, 32);
+    const int64_t cost = items * divide_up64(rows + shape.depth - 1, shape.stage_steps) * (warps + kUnhiddenWarps);
+    if (least == 0 || cost < least) least = cost, best = {splits, static_cast<int>(rows)};
+  }
+  return best;
+}
+
+// strips_grad_weight_nhwc: of as many pieces of an image, and as many rounds of patches a block (see strips_grad_weight.cuh), as leave
+// the fewest steps to the multiprocessor that has most of them. A block that begins costs some.
+inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
+  constexpr int kMostPieces = 8, kMostRounds = 4, kBlockCost = 10;
+  const int kernel_h = static_cast<int>(p.kernel_h), blocks = strips_blocks_nhwc(kernel_h);
+  const int stage_rows = strips_stage_rows(kernel_h, kStripsFewestRowsNhwc);
+  const StripsCutNhwc cut = strips_cut_nhwc(kernel_h, static_cast<int>(p.out_w), kStripsSharedBytes / blocks);
+  const int64_t groups = divide_up64(p.out_c, kStripsChannels);
+  int64_t least = 0, best = 1;
+  for (int64_t pieces = 1; pieces <= kMostPieces && pieces <= p.out_h; ++pieces) {
+    const int64_t all_rounds = divide_up64(p.n * cut.segments * pieces, cut.lines);
+    const int64_t stages = divide_up64(divide_up64(p.out_h, pieces) + kernel_h - 1, stage_rows);
+    for (int64_t rounds = 1; rounds <= kMostRounds && rounds <= all_rounds; ++rounds) {
+      const int64_t splits = divide_up64(all_rounds, rounds);
+      const int64_t cost =
+          divide_up64(groups * splits, blocks * kStripsBlocks) * (rounds * stages * stage_rows + kBlockCost);
+      if (least == 0 || cost < least) least = cost, best = splits;
+    }
+  }
+  // More waves of blocks than this are even enough.
+  const int64_t most = divide_up64(kMostStripsWaves * kStripsBlocks, groups);
+  const int64_t fewest = p.n * p.out_h * p.out_w / kMostPositions;
+  return {bounded_splits(p, best < most ? best : most > fewest ? most : fewest), 0};
+}
+
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
   switch (config.kernel) {
     case Kernel::kGradWeightNchw:
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kGradWeightStreamNhwc:
+      return stream_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kToeplitzGradWeightNchw: return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNchw);
+    case Kernel::kToeplitzGradWeightDense:
+      if (p.layout == Layout::kNchw) return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNhwc);
+      [[fallthrough]];
     case Kernel::kToeplitzGradWeightNhwc:
       return large_grad_weight_plan(
           p, divide_up64(p.out_c, 8),
           p.kernel_h * p.kernel_w > kManyTaps ? kToeplitzBlocksNhwc / 2 : kToeplitzBlocksNhwc);
+    case Kernel::kImagesFmaGradWeight:
+      return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kBlockedGradWeight: return large_grad_weight_plan(p, p.out_c, kBlockedBlocks);
+    case Kernel::kImagesGradWeightNchw:
+    case Kernel::kImagesGradWeightNhwc:
+      return images_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kStripsGradWeightNchw:
+      return large_grad_weight_plan(p, p.out_c, kStripsBlocks * tile_table(config.kernel, p.dtype)[config.tile].vector);
+    case Kernel::kStripsGradWeightNhwc: return strips_nhwc_grad_weight_plan(p);
     default: return general_grad_weight_plan(p);
   }
 }

@@ -31,6 +31,7 @@ struct Tile {
   int vector;
   int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
   bool staged = false;  // grad of weight, NCHW: whole planes through shared memory
+  bool queued = false;  // grad of weight: the rows to come in shared memory
 };
 
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
@@ -162,8 +163,55 @@ constexpr int64_t stream_depth(int64_t least, int64_t stage_elements, int64_t gr
   return least;
 }
 
+// tiled_nhwc: room for the taps of a lane in shared memory, in vectors of 16 bytes; an odd number.
+constexpr int tiled_nhwc_lane_taps(int taps) { return taps | 1; }
+
+// stream_nhwc: registers of a thread of one channel, for its filter, the sums of the live rows and one row of the window.
+constexpr int stream_nhwc_registers(int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
+                                    int dilation_w) {
+  return kernel_h * kernel_w + 4 * rolling_live_rows(kernel_h, stride_h, dilation_h) +
+         window_size(4, stride_w, kernel_w, dilation_w);
+}
+constexpr int kMaxStreamNhwcRegisters = 116;
+
 // stream_nhwc: channels a thread, as many as leave room for their filters.
-constexpr int stream_nhwc_vector(int kernel_h, int kernel_w) { return kernel_h * kernel_w <= 9 ? 4 : 2; }
+constexpr int stream_nhwc_vector(int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
+                                 int dilation_w) {
+  if (kernel_h * kernel_w <= 9) return 4;
+  const int registers = stream_nhwc_registers(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
+  return kernel_h * kernel_w <= 25 || 2 * registers <= kMaxStreamNhwcRegisters ? 2 : 1;
+}
+
+// stream_nhwc: whether pairs of threads exchange what they store: a block's part of a pixel is 16 bytes, which two threads
+// hold. Its thread tiles are then cut in whole warps.
+constexpr bool stream_nhwc_exchanges(int channels, int vector, int element_bytes) {
+  return channels * element_bytes == 16 && channels == 2 * vector;
+}
+constexpr int stream_nhwc_least_tiles(int channels, int vector, int element_bytes) {
+  return stream_nhwc_exchanges(channels, vector, element_bytes) ? 16 : 1;
+}
+
+// grad_weight_stream_nhwc: how its blocks are cut; see there. The parts that do not depend on the batch and the image.
+constexpr int kGradWeightStreamColumns = 4;
+constexpr int kGradWeightStreamThreads = 256;  // a block, at most
+constexpr int kMaxGradWeightStreamRegisters = 116;
+
+struct GradWeightStreamShape {
+  int vector;              // channels a thread; 0: registers do not hold the sums of one
+  int depth, stage_steps;  // rows of grad_output that an input row meets; that a stage brings
+  int window;              // columns of input that a thread reads
+  int kernel_w, stride_h, stride_w;
+};
+
+constexpr GradWeightStreamShape grad_weight_stream_shape(int kernel_h, int kernel_w, int stride_h, int stride_w) {
+  GradWeightStreamShape shape{0, (kernel_h + stride_h - 1) / stride_h, 0, 0, kernel_w, stride_h, stride_w};
+  shape.stage_steps = shape.depth < 2 ? 2 : shape.depth;
+  shape.window = window_size(kGradWeightStreamColumns, stride_w, kernel_w, 1);
+  const int registers = kernel_h * kernel_w + shape.depth * kGradWeightStreamColumns + shape.window;
+  shape.vector = 4;
+  while (shape.vector > 0 && shape.vector * registers > kMaxGradWeightStreamRegisters) shape.vector /= 2;
+  return shape;
+}
 
 // Registers of a grad-of-input thread for strides above 1: a tile of `columns` x `rows` of `channels` channels reads this
 // window of grad_output and the filter, both before it computes.
@@ -173,6 +221,118 @@ constexpr int grad_input_registers(int columns, int rows, int channels, int kern
   const int window_rows = (rows - 1 + (kernel_h - 1) * dilation_h) / stride_h + 1;
   const int window_columns = (columns - 1 + (kernel_w - 1) * dilation_w) / stride_w + 1;
   return (window_rows * window_columns + kernel_h * kernel_w) * channels;
+}
+
+// images: a product holds eight images. Elements from plane to plane, and from image to image, of a block's shared memory.
+constexpr int kImagesTogether = 8;
+constexpr int kMaxImageSize = 16;
+constexpr bool is_narrow_image(int width, int out_width) { return width <= 8 && out_width <= 8; }
+// In how many rounds the rows of outputs are computed, each with its sums in registers: more where that makes room for
+// another block and the few bands cost little to shuffle again.
+constexpr int image_rounds(int width, int out_height, int out_width, int shifts) {
+  if (is_narrow_image(width, out_width) || out_height <= 8) return 1;
+  return shifts <= 5 ? 3 : shifts <= 9 ? 2 : 1;
+}
+constexpr int image_round_rows(int width, int out_height, int out_width, int shifts) {
+  const int rounds = image_rounds(width, out_height, out_width, shifts);
+  return (out_height + rounds - 1) / rounds;
+}
+// Registers of a thread: rows of input and sums of each product, taps, and the rest, which nvcc's reports tell and which
+// is more where columns are loaded one by one.
+constexpr int image_registers(int products, int height, int width, int out_height, int out_width, int shifts) {
+  const int round_rows = image_round_rows(width, out_height, out_width, shifts);
+  if (is_narrow_image(width, out_width)) return products * (height + 2 * round_rows + 6) + shifts / 2 + shifts + 18;
+  constexpr int kRest[] = {20, 32, 27};
+  return products * (2 * height + 4 * round_rows + 8) + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
+         kRest[image_rounds(width, out_height, out_width, shifts) - 1];
+}
+constexpr int kGranule = 8;  // elements of 16 bytes
+// channels_last: words so that the planes of a channel and of the eighth one on are half the banks apart.
+constexpr int plane_pitch(int pixels, bool channels_last) {
+  return channels_last ? ((pixels + 1) / 2 + 1) / 4 * 8 + 4 : pixels;
+}
+// An odd number of four words. NCHW: of granules, of which the first may hold one element alone.
+constexpr int planes_pitch(int channels, int pixels, bool channels_last) {
+  return channels_last ? channels * plane_pitch(pixels, true) / 16 * 16 + 8
+                       : ((channels * pixels + 2 * kGranule - 2) / kGranule | 1) * kGranule;
+}
+
+// images_grad_weight: channels of a block, at most; images of a stage; into how many segments the `live` kernel rows
+// that meet the image are cut, where images have more than eight columns; elements from image to image in shared memory,
+// an odd number of 16-byte words.
+constexpr int images_channels(bool channels_last, int columns) { return channels_last ? 8 : columns == 8 ? 2 : 1; }
+constexpr int images_stage(bool channels_last, int columns, int live) {
+  return columns == 8 || (columns == 16 && !channels_last && live <= 16) ? 32 : 16;
+}
+constexpr int images_cuts(bool channels_last, int columns, int live) {
+  if (columns == 32) return (live + 1) / 2;
+  return channels_last ? (live <= 14 ? 2 : 4) : live <= 16 ? 2 : 8;
+}
+constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
+
+// Kernels whose lanes are images (images_fma_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
+// lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
+constexpr int kMaxLaneImage = 16;  // rows and columns
+constexpr int lane_pitch(int width, int granule = 4) { return (width + granule - 1) / granule * granule; }
+constexpr int lane_plane(int height, int width, int granule = 4) {
+  const int floats = height * lane_pitch(width, granule);
+  return floats / granule % 2 != 0 ? floats : floats + granule;
+}
+// Of a block: two where whole planes are a warp's work.
+constexpr int lane_units(bool whole_plane) { return whole_plane ? 2 : 1; }
+// Output rows that the warps of a block take, at most.
+constexpr int max_lane_out_height(int out_width) { return out_width <= 14 ? 14 : kMaxLaneImage; }
+
+// How lanes are dealt to channels and images: 1 << channel_bits channels a warp.
+struct LaneCut {
+  int channel_bits, shared_bytes;
+};
+constexpr int lane_groups(int64_t n, const LaneCut& cut) {  // of images
+  const int images = 32 >> cut.channel_bits;
+  return static_cast<int>((n + images - 1) / images);
+}
+
+// `unit_bytes`: of shared memory for the planes of all units; `channel_bytes`: for what every channel has beside.
+// channels_last: eight channels, whole sectors of memory. NCHW: one, unless more leave fewer lanes without an image.
+constexpr LaneCut lane_cut(int64_t n, int units, int unit_bytes, int channel_bytes, bool channels_last) {
+  LaneCut cut{0, unit_bytes + units * channel_bytes};
+  int64_t least = 0;
+  for (int bits = 0; bits <= 3; ++bits) {
+    const int bytes = unit_bytes + (units << bits) * channel_bytes;
+    const int64_t images = 32 >> bits, padded = (n + images - 1) / images * images;
+    if (bits > 0 && (bytes > kSharedBytesEverywhere || (!channels_last && padded >= least))) continue;
+    least = padded;
+    cut = {bits, bytes};
+  }
+  return cut;
+}
+
+// Inputs and outputs share their room.
+constexpr LaneCut images_fma_cut(const DirectArgs& args, bool whole_plane, bool channels_last) {
+  const int units = lane_units(whole_plane);
+  const int in = lane_plane(args.h, args.w), out = lane_plane(args.out_h, args.out_w);
+  return lane_cut(args.n, units, 4 * 32 * units * (in > out ? in : out), 4 * lane_plane(args.kernel_h, args.kernel_w),
+                  channels_last);
+}
+
+// Floats that a lane of images_fma_grad_weight reads at once: where it does so all the time, two, as their planes leave
+// room for more blocks.
+constexpr int lane_grad_weight_granule(bool whole_plane) { return whole_plane ? 4 : 2; }
+
+// images_fma_grad_weight of whole planes: floats from tap to tap of the lanes' sums; an odd multiple of 16 bytes. The
+// sums of a kernel row at least have room where the planes were.
+constexpr int kLaneTapPitch = 36;
+constexpr bool lane_sums_fit(int taps, int h, int w, int out_h, int out_w) {
+  return taps * kLaneTapPitch <= 32 * (lane_plane(h, w) + lane_plane(out_h, out_w));
+}
+
+// Both planes of every lane, and a float for every thread, at most. `args`: a Problem or GradWeightArgs.
+template <class Args>
+constexpr LaneCut images_fma_grad_weight_cut(const Args& args, bool whole_plane, bool channels_last) {
+  const int units = lane_units(whole_plane), granule = lane_grad_weight_granule(whole_plane);
+  const int planes = lane_plane(static_cast<int>(args.h), static_cast<int>(args.w), granule) +
+                     lane_plane(static_cast<int>(args.out_h), static_cast<int>(args.out_w), granule);
+  return lane_cut(args.n, units, 4 * 32 * units * (planes + kMaxLaneImage / 2), 0, channels_last);
 }
 
 // What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.

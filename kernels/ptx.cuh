@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace depthwise::ptx {
 
 // The same pointer, of which the compiler no longer knows how it was computed: offsets are added to it, and not to its
@@ -11,6 +13,26 @@ template <class T>
 __device__ __forceinline__ T* opaque(T* pointer) {
   asm("" : "+l"(pointer));
   return pointer;
+}
+// The same number, likewise: what is computed from it is computed anew, instead of kept in registers.
+__device__ __forceinline__ unsigned opaque(unsigned value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+__device__ __forceinline__ int64_t opaque(int64_t value) {
+  asm("" : "+l"(value));
+  return value;
+}
+
+// threadIdx.x, read anew: what is computed from it takes no register in between.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 // 16-bit values are passed as their bits.
@@ -24,10 +46,50 @@ __device__ __forceinline__ unsigned short to_float16(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+// A shift, but one that the compiler does not take apart from the pair of values that it works on: as the shift that it
+// is, both are unpacked as soon as they are loaded, and wait in a register each.
+__device__ __forceinline__ float from_bfloat16(unsigned short bits) {
+  float value;
+  asm("mov.b32 %0, {%1, %2};" : "=f"(value) : "h"(static_cast<unsigned short>(0)), "h"(bits));
+  return value;
+}
 __device__ __forceinline__ unsigned short to_bfloat16(float value) {  // sm_80
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
+}
+// Each half of `sum` plus zero times that of `pair`: NaN from when on a pair was not finite; sm_80.
+__device__ __forceinline__ unsigned probe_float16_pair(unsigned sum, unsigned pair) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
+}
+__device__ __forceinline__ unsigned probe_bfloat16_pair(unsigned sum, unsigned pair) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
+}
+
+// Two values as a word of two, the first in its low half; sm_80.
+__device__ __forceinline__ unsigned to_float16x2(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ unsigned to_bfloat16x2(float low, float high) {
+  unsigned word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+// a * b + c of both halves of words; bfloat16: sm_80.
+__device__ __forceinline__ unsigned multiply_add_float16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned word;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  return word;
+}
+__device__ __forceinline__ unsigned multiply_add_bfloat16x2(unsigned a, unsigned b, unsigned c) {
+  unsigned word;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  return word;
 }
 
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
@@ -35,16 +97,20 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
 }
 
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.
-// Copies of 16 bytes go past L1: nobody else reads them.
-template <int kBytes>
-__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+// Copies of 16 bytes go past L1, unless somebody else reads the line.
+template <int kBytes, bool kThroughL1 = kBytes != 16>
+__device__ __forceinline__ void copy_async(unsigned shared_address, const void* global, int bytes) {
+  if constexpr (!kThroughL1)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global), "r"(bytes)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address), "l"(global), "r"(bytes),
                  "n"(kBytes)
                  : "memory");
+}
+template <int kBytes, bool kThroughL1 = kBytes != 16>
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+  copy_async<kBytes, kThroughL1>(shared_address(shared), global, bytes);
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
@@ -52,6 +118,11 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Programmatic dependent launch (sm_90): the kernel that was launched to depend on this one may begin; what this one
+// depends on has ended.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // 8x8 matrices of 16-bit elements: lane l names row l % 8 of matrix l / 8, 16 aligned bytes at a shared_address, and
 // gets elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of each.
@@ -63,6 +134,19 @@ __device__ __forceinline__ void load_matrices(unsigned (&matrix)[4], unsigned ad
 }
 __device__ __forceinline__ void load_matrices(unsigned (&matrix)[2], unsigned address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(matrix[0]), "=r"(matrix[1])
+               : "r"(address)
+               : "memory");
+}
+// The same, but a lane gets column l / 4 of each: its elements of rows 2 * (l % 4) and 2 * (l % 4) + 1.
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[4], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(matrix[0]), "=r"(matrix[1]), "=r"(matrix[2]), "=r"(matrix[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[2], unsigned address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(matrix[0]), "=r"(matrix[1])
                : "r"(address)
                : "memory");

@@ -105,8 +105,13 @@ inline Config select_nhwc(const Problem& p) {
   const auto padded = [&](int64_t block) { return (p.c + block - 1) / block * block; };
   const bool narrow = padded(32) < padded(64) && (p.stride_w == 1 || p.c < 64);
   const int tile = narrow ? 1 : 0;
-  if (can_serve(p, Kernel::kStreamNhwc, tile)) return {Kernel::kStreamNhwc, tile};
-  if (can_serve(p, Kernel::kStreamNhwc, 1 - tile)) return {Kernel::kStreamNhwc, 1 - tile};
+  // With one channel a thread stream_nhwc has not been measured.
+  if (stream_nhwc_vector(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                         static_cast<int>(p.stride_w), static_cast<int>(p.dilation_h),
+                         static_cast<int>(p.dilation_w)) > 1) {
+    if (can_serve(p, Kernel::kStreamNhwc, tile)) return {Kernel::kStreamNhwc, tile};
+    if (can_serve(p, Kernel::kStreamNhwc, 1 - tile)) return {Kernel::kStreamNhwc, 1 - tile};
+  }
   // Dilated kernels of few taps, and what is not aligned.
   const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
   if (direct.kernel != Kernel::kGeneral) return direct;

@@ -16,10 +16,13 @@ struct Specialisation {
   DType dtype;
   int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   int padding_w;         // NCHW: where windows begin within aligned words of input; grad of input: which taps meet
-  int padding_h;         // grad of input alone
-  int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns
+  int padding_h;         // grad of input; images_fma of whole planes; images_grad_weight of 8 columns: of the first row
+                         // that meets the image
+  int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns; images_grad_weight: rows
+  int height;            // images_fma: of whole planes, else 0
   int tile;              // of a kernel that is compiled tile by tile, else 0
-  int channels_last;     // toeplitz, blocked
+  int channels_last;     // toeplitz, blocked, images_fma
+  ImageShape image;      // images, which takes the kernel's width at run time
   Band band;             // toeplitz, which takes the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
@@ -36,9 +39,37 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.band = band_of(p);
     return s;
   }
+  if (is_images(kernel)) {
+    s.image = image_shape_of(p);
+    s.tile = config.tile;
+    return s;
+  }
   if (is_toeplitz_grad_weight(kernel)) {  // compiled for the kernel's size in eights
     s.kernel_h = static_cast<int>(p.kernel_h + 7) / 8 * 8;
     s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.tile = config.tile;
+    return s;
+  }
+  if (is_images_grad_weight(kernel)) {
+    const LiveRows live = live_rows_of(p);
+    const bool channels_last = p.layout == Layout::kNhwc;
+    s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    s.tile = config.tile;
+    if (tile_table(kernel, p.dtype)[config.tile].columns > 8) {  // compiled for the length of its segments
+      const int cuts = images_cuts(channels_last, tile_table(kernel, p.dtype)[config.tile].columns, live.count);
+      s.kernel_h = (live.count + cuts - 1) / cuts * cuts;
+    } else {
+      s.kernel_h = live.count;
+      s.padding_h = -live.first;
+      s.width = static_cast<int>(p.h);
+      s.out_width = static_cast<int>(p.out_h);
+    }
+    return s;
+  }
+  if (is_strips_grad_weight(kernel)) {  // compiled for the kernel's rows; nine columns stand for all
+    s.kernel_h = static_cast<int>(p.kernel_h);
+    s.kernel_w = kMaxSmallGradWeight;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     s.tile = config.tile;
     return s;
@@ -48,6 +79,25 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.kernel_h = taps.rows;
     s.kernel_w = taps.columns;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
+    return s;
+  }
+  if (is_images_fma(kernel)) {
+    const DirectArgs args = direct_args(p);
+    s.channels_last = p.layout == Layout::kNhwc;
+    s.kernel_w = args.kernel_w;
+    s.padding_w = args.padding_w;
+    s.width = args.w;
+    s.tile = config.tile;
+    if (tile_table(kernel, p.dtype)[config.tile].columns > 0) {
+      s.kernel_h = args.kernel_h;
+      s.padding_h = args.padding_h;
+      s.height = args.h;
+    }
+    return s;
+  }
+  if (is_strips(kernel)) {  // which take the kernel's columns at run time
+    s.kernel_h = static_cast<int>(p.kernel_h);
+    s.tile = config.tile;
     return s;
   }
   if (kernel != Kernel::kBlocked) s.kernel_h = static_cast<int>(p.kernel_h);
@@ -75,14 +125,41 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
 inline std::string specialisation_name(const Specialisation& s) {
   char name[128];
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d", s.channels_last ? "nhwc" : "nchw",
-                  dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
+    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_r%d", s.channels_last ? "nhwc" : "nchw",
+                  dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
+                  kBlockedTiles[s.tile].rows);
     return name;
   }
   if (s.kernel == Kernel::kToeplitz) {
     std::snprintf(name, sizeof(name), "toeplitz_%s_%s_b%d_s%d_o%s%d_i%d_t%d", s.channels_last ? "nhwc" : "nchw",
                   dtype_name(s.dtype), s.band.chunks, s.stride_w, s.band.origin < 0 ? "m" : "",
                   s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
+    return name;
+  }
+  if (is_images(s.kernel)) {
+    const ImageShape& i = s.image;
+    std::snprintf(name, sizeof(name), "%s_%s_%dx%d_%dx%d_f%s%d_r%d_d%d_%s", kernel_name(s.kernel), dtype_name(s.dtype),
+                  i.h, i.w, i.out_h, i.out_w, i.first_shift < 0 ? "m" : "", std::abs(i.first_shift), i.shifts,
+                  i.shift_step, tile_table(s.kernel, s.dtype)[s.tile].name);
+    return name;
+  }
+  if (is_images_grad_weight(s.kernel)) {
+    std::snprintf(name, sizeof(name), "%s_%s_l%d_h%dx%d_p%d_%s", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
+                  s.width, s.out_width, s.padding_h, tile_table(s.kernel, s.dtype)[s.tile].name);
+    return name;
+  }
+  if (is_images_fma(s.kernel)) {
+    const auto signed_number = [](int value) { return (value < 0 ? "m" : "") + std::to_string(std::abs(value)); };
+    std::string full = std::string(kernel_name(s.kernel)) + (s.channels_last ? "_nhwc_" : "_nchw_") +
+                       dtype_name(s.dtype) + "_kw" + std::to_string(s.kernel_w) + "_p" + signed_number(s.padding_w) +
+                       "_w" + std::to_string(s.width);
+    if (s.height > 0)
+      full += "_kh" + std::to_string(s.kernel_h) + "_p" + signed_number(s.padding_h) + "_h" + std::to_string(s.height);
+    return full + "_" + tile_table(s.kernel, s.dtype)[s.tile].name;
+  }
+  if (is_strips(s.kernel)) {
+    std::snprintf(name, sizeof(name), "%s_%s_kh%d_%s", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].name);
     return name;
   }
   std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_s%dx%d_d%dx%d_p%s%d", kernel_name(s.kernel), dtype_name(s.dtype),
@@ -98,7 +175,10 @@ inline std::string specialisation_name(const Specialisation& s) {
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
 inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
-  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight" : kernel_name(s.kernel);
+  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight"
+                             : is_images(s.kernel)             ? "images"
+                             : is_images_grad_weight(s.kernel) ? "images_grad_weight"
+                                                               : kernel_name(s.kernel);
   char arguments[128];
   std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
                 s.kernel_h, s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w);
@@ -110,16 +190,38 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
   if (is_toeplitz_grad_weight(s.kernel)) {
-    const bool channels_last = s.kernel == Kernel::kToeplitzGradWeightNhwc;
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
-                  s.kernel_w / 8, tile_table(s.kernel, s.dtype)[s.tile].columns / 16, channels_last ? "true" : "false");
+    const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+    const bool dense = s.kernel == Kernel::kToeplitzGradWeightDense;
+    const bool channels_last = dense ? tile.vector > 1 : s.kernel == Kernel::kToeplitzGradWeightNhwc;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s, %s", kTypes[static_cast<int>(s.dtype)],
+                  s.kernel_h / 8, s.kernel_w / 8, tile.columns / 16, channels_last ? "true" : "false",
+                  dense ? "true" : "false");
     traits = std::string("ToeplitzGradWeightTraits<") + arguments;
+  }
+  if (is_images_grad_weight(s.kernel)) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %s, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+                  tile_table(s.kernel, s.dtype)[s.tile].columns, s.kernel_h,
+                  s.kernel == Kernel::kImagesGradWeightNhwc ? "true" : "false", s.width, s.out_width, -s.padding_h);
+    traits = std::string("ImagesGradWeightTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kStripsGradWeightNchw) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    traits = std::string("StripsGradWeightNchwTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kStripsGradWeightNhwc) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    traits = std::string("StripsGradWeightNhwcTraits<") + arguments;
   }
   if (s.kernel == Kernel::kBlockedGradWeight) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
                   s.kernel_w);
     traits = std::string("BlockedGradWeightTraits<") + arguments;
   }
+  if (s.kernel == Kernel::kGradWeightStreamNhwc)
+    traits = std::string("GradWeightStreamTraits<") + arguments + ", " +
+             std::to_string(tile_table(s.kernel, s.dtype)[s.tile].vector);
   if (is_marching_grad_weight(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +
@@ -127,6 +229,7 @@ inline std::string specialisation_source(const Specialisation& s) {
     if (s.kernel == Kernel::kGradWeightNchw)
       traits += ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w) +
                 (tile.staged ? ", true" : ", false");
+    traits += tile.queued ? ", true" : ", false";
   }
   if (s.kernel == Kernel::kToeplitz) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
@@ -134,10 +237,39 @@ inline std::string specialisation_source(const Specialisation& s) {
                   s.channels_last ? "true" : "false");
     traits = std::string("ToeplitzTraits<") + arguments;
   }
+  if (is_images(s.kernel)) {
+    const ImageShape& i = s.image;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %d, %d, %s",
+                  kTypes[static_cast<int>(s.dtype)], i.h, i.w, i.out_h, i.out_w, i.first_shift, i.shifts, i.shift_step,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows, tile_table(s.kernel, s.dtype)[s.tile].vector,
+                  s.kernel == Kernel::kImagesNhwc ? "true" : "false");
+    traits = std::string("ImagesTraits<") + arguments;
+  }
+  if (is_images_fma(s.kernel)) {
+    char sizes[64];
+    std::snprintf(sizes, sizeof(sizes), "%d, %d, %d, %s", s.kernel_h, s.padding_h, s.height,
+                  s.channels_last ? "true" : "false");
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, ", kTypes[static_cast<int>(s.dtype)], s.kernel_w,
+                  s.padding_w, s.width);
+    if (s.kernel == Kernel::kImagesFma) {
+      const int out_height = s.height + 2 * s.padding_h - s.kernel_h + 1;
+      const int rows = tile_table(s.kernel, s.dtype)[s.tile].rows;
+      const bool whole = s.height > 0 && out_height < rows;
+      traits = std::string("ImagesFmaTraits<") + arguments + std::to_string(whole ? out_height : rows) + ", " + sizes;
+    } else {
+      traits = std::string("ImagesFmaGradWeightTraits<") + arguments + sizes;
+    }
+  }
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
-                  s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.channels_last ? "true" : "false");
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s, %d", kTypes[static_cast<int>(s.dtype)],
+                  s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.channels_last ? "true" : "false",
+                  kBlockedTiles[s.tile].rows);
     traits = std::string("BlockedTraits<") + arguments;
+  }
+  if (is_strips(s.kernel)) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows, s.kernel == Kernel::kStripsNhwc ? "true" : "false");
+    traits = std::string("StripsTraits<") + arguments;
   }
   traits += ">";
   const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];

@@ -5,7 +5,10 @@
 //         computes kColumns neighbouring pixels of kVector channels, row after row, its filters in registers.
 // Rolls   an input row is read and converted once, and added to every output row that it meets: kLiveRows rows of sums,
 //         whose names are fixed by unrolling a stage of kStageOutputs output rows.
-// Memory  a ring of stages in shared memory, filled asynchronously, with zeros for the padding.
+// Memory  a ring of stages in shared memory, filled asynchronously, with zeros for the padding. The last stage's place
+//         first holds the filters of threads of one channel, which are no vectors in memory.
+// Writes  what a thread holds of a pixel; where a pixel is 16 bytes, pairs of threads exchange halves, so that a store
+//         fills whole sectors of 32 bytes.
 // Chosen  where the filters fit registers and the image is large enough to walk over (select.h).
 #pragma once
 
@@ -28,7 +31,49 @@ struct StreamNhwcShared {
   static constexpr int kChannels = kLanes * kVector;
   static constexpr int kCopies = kChannels * sizeof(T) / 16;  // 16-byte copies a pixel
   static_assert(kChannels * sizeof(T) % 16 == 0);
+  static constexpr bool kExchanges = stream_nhwc_exchanges(kChannels, kVector, sizeof(T));
+  static constexpr int kLeastTiles = stream_nhwc_least_tiles(kChannels, kVector, sizeof(T));
 };
+
+// Threads of one channel: the filters of all of a block's `channels` channels through shared memory, so that each line
+// is read once. `shared` is free for a stage, which is at least as many pixels as a filter has taps.
+template <class Traits>
+__device__ __forceinline__ void load_filters_shared(float (&weight)[Traits::kKernelH * Traits::kKernelW][1],
+                                                    typename Traits::T* shared, const typename Traits::T* filters,
+                                                    int channels, int thread, int num_threads, bool flip) {
+  constexpr int kTaps = Traits::kKernelH * Traits::kKernelW;
+  for (int k = thread; k < channels * kTaps; k += num_threads)
+    shared[flip ? k + kTaps - 1 - 2 * (k % kTaps) : k] = load_or_zero<1>(filters + k, true).value[0];
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) >= channels) return;
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) weight[tap][0] = to_float(shared[threadIdx.x * kTaps + tap]);
+}
+
+// Stores eight channels of neighbouring pixels, of which lane 0 of a pair holds the first four and lane 1 the others: each
+// of them stores all eight of every second pixel. `out`: the lane's own first pixel; `num_columns`: from there on.
+template <class T>
+__device__ __forceinline__ void store_pixels_of_pair(T* out, int pixel, const float (&values)[kStreamColumns][4],
+                                                     int num_columns) {
+  union Half {
+    Vector<T, 4> vector;
+    uint2 word;
+  };
+  const bool second = threadIdx.x % 2 != 0;
+#pragma unroll
+  for (int q = 0; q < kStreamColumns; q += 2) {
+    Half half[2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) half[side].vector.value[e] = from_float<T>(values[q + side][e]);
+    const uint2 kept = second ? half[1].word : half[0].word;
+    const uint2 given = second ? half[0].word : half[1].word;
+    const uint2 got = {__shfl_xor_sync(~0u, given.x, 1), __shfl_xor_sync(~0u, given.y, 1)};
+    const uint2 low = second ? got : kept, high = second ? kept : got;
+    if (q < num_columns) __stcs(reinterpret_cast<uint4*>(out + q * pixel), uint4{low.x, low.y, high.x, high.y});
+  }
+}
 
 template <class Traits, int kLanes, int kVector>
 __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
@@ -62,7 +107,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int thread = threadIdx.y * kLanes + threadIdx.x;
   const int copy_channel = thread % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
   const int copy_column = thread / Shared::kCopies, pixel_step = blockDim.y * kLanes / Shared::kCopies;
-  const int64_t row_pitch = static_cast<int64_t>(args.w) * pixel;
+  const int row_pitch = args.w * pixel;
   const int stage_elements = Shape::kStageRows * row_elements;
   const int end_column = first_channel + copy_channel < args.out_c ? args.w : 0;
   const T* next_source = static_cast<const T*>(args.input) + (image * args.h + in_first_row) * row_pitch +
@@ -97,23 +142,30 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const bool computes = channel < args.out_c && column < args.out_w;
   float weight[kTaps][kVector] = {};
   Pixel bias{};
-  if (computes) {
-    load_filters<Traits>(weight, static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * kTaps, args.flip);
-    if (args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
-  }
+  const T* const filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
+  if constexpr (kVector == 1)
+    load_filters_shared<Traits>(weight, ring + (plan.depth - 1) * stage_elements, filters,
+                                min(kLanes, static_cast<int>(args.out_c) - first_channel), thread, blockDim.y * kLanes,
+                                args.flip);
+  else if (computes)
+    load_filters<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip);
+  if (computes && args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
 
-  T* stage_out = static_cast<T*>(args.out) + ((image * args.out_h + first_row) * args.out_w + column) * pixel + channel;
+  // The first pixel that the thread stores.
+  const int store_column = column + (Shared::kExchanges ? threadIdx.x : 0);
+  T* stage_out = static_cast<T*>(args.out) + ((image * args.out_h + first_row) * args.out_w + store_column) * pixel +
+                 (Shared::kExchanges ? first_channel : channel);
   const T* const window_corner =
       ring + threadIdx.y * kStreamColumns * Traits::kStrideW * Shared::kChannels + threadIdx.x * kVector;
   const int row_step = args.out_w * pixel;
-  const int num_columns = args.out_w - column, num_rows = end_row - first_row;
+  const int num_columns = args.out_w - store_column, num_rows = end_row - first_row;
   int slot = 0;  // where the stage begins in the ring
   float sum[Shape::kLiveRows][kStreamColumns][kVector] = {};
   for (int stage = 0; stage < plan.stages; ++stage) {
     wait_for_stage(plan.depth - 1);
     __syncthreads();  // and every thread is done with the stage that the next request overwrites
     request(stage + plan.depth - 1 < plan.stages);
-    if (!computes) continue;
+    if (!Shared::kExchanges && !computes) continue;
     const T* const corner = window_corner + slot;
     slot = slot + stage_elements == plan.depth * stage_elements ? 0 : slot + stage_elements;
     const int stage_row = stage * Shape::kStageOutputs;  // output row, from first_row, whose first tap is in this stage
@@ -143,9 +195,13 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
                   fmaf(window[q * Traits::kStrideW + j * Traits::kDilationW][e], weight[i * kKernelW + j][e],
                        i == 0 && j == 0 ? to_float(bias.value[e]) : row_sum[q][e]);
         if (i == Traits::kKernelH - 1 && static_cast<unsigned>(stage_row + o) < static_cast<unsigned>(num_rows)) {
+          if constexpr (Shared::kExchanges) {
+            store_pixels_of_pair(stage_out + o * row_step, pixel, row_sum, num_columns);
+          } else {
 #pragma unroll
-          for (int q = 0; q < kStreamColumns; ++q)
-            if (q < num_columns) store_streaming(stage_out + (o * row_step + q * pixel), row_sum[q]);
+            for (int q = 0; q < kStreamColumns; ++q)
+              if (q < num_columns) store_streaming(stage_out + (o * row_step + q * pixel), row_sum[q]);
+          }
         }
       }
     }
@@ -162,7 +218,8 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   const int all_tiles = divide_up(args.out_w, kStreamColumns);
   plan.blocks_c = divide_up(static_cast<int>(args.out_c), Shared::kChannels);
   for (int most = kStreamNhwcThreads / kLanes; most > 0 && plan.depth < 2; most /= 2) {
-    plan.tiles_w = divide_up(all_tiles, divide_up(all_tiles, most));
+    plan.tiles_w =
+        divide_up(divide_up(all_tiles, divide_up(all_tiles, most)), Shared::kLeastTiles) * Shared::kLeastTiles;
     plan.in_columns =
         window_size(plan.tiles_w * kStreamColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
     const int stage_bytes =
@@ -190,7 +247,9 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
 
 template <class Traits, int kChannels>
 int launch_stream_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
-  constexpr int kVector = stream_nhwc_vector(Traits::kKernelH, Traits::kKernelW), kLanes = kChannels / kVector;
+  constexpr int kVector = stream_nhwc_vector(Traits::kKernelH, Traits::kKernelW, Traits::kStrideH, Traits::kStrideW,
+                                             Traits::kDilationH, Traits::kDilationW);
+  constexpr int kLanes = kChannels / kVector;
   using Shape = RollingShape<Traits>;
   using Shared = StreamNhwcShared<typename Traits::T, kLanes, kVector>;
   const StreamNhwcPlan plan = plan_stream_nhwc<Traits, kLanes, kVector>(args, device_limits());

@@ -17,6 +17,28 @@ constexpr bool is_bfloat16 = false;
 template <>
 inline constexpr bool is_bfloat16<bfloat16> = true;
 
+// Two values as the 16-bit halves of a register.
+template <class T>
+__device__ __forceinline__ unsigned pack(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  return is_bfloat16<T> ? ptx::to_bfloat16x2(low, high) : ptx::to_float16x2(low, high);
+#else
+  return from_float<T>(low).bits | static_cast<unsigned>(from_float<T>(high).bits) << 16;
+#endif
+}
+
+// Of a run of pairs: whether one is not finite. Starts as zero; what comes out says so to is_poisoned.
+template <class T>
+__device__ __forceinline__ unsigned probe_pair(unsigned probe, unsigned pair) {
+#if __CUDA_ARCH__ >= 800
+  return is_bfloat16<T> ? ptx::probe_bfloat16_pair(probe, pair) : ptx::probe_float16_pair(probe, pair);
+#else
+  constexpr unsigned kExponent = is_bfloat16<T> ? 0x7f80 : 0x7c00;
+  return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent ? ~0u : probe;
+#endif
+}
+__device__ __forceinline__ bool is_poisoned(unsigned probe) { return (probe & 0x7fff7fff) != 0; }
+
 // What an architecture lacks (bf16 before sm_80): the product of K = 8 by shuffles and plain multiply-adds. A function,
 // as hundreds of copies would take minutes to compile.
 template <class T>

@@ -4,7 +4,9 @@
 // Owns    a block computes a rectangle of pixels of kLanes * kVector channels, of one image or of several small ones;
 //         each thread kColumns x kRows neighbouring pixels of kVector channels in fp32 registers.
 // Memory  input rectangle and halo in shared memory, copied asynchronously with zeros for the padding; the filters
-//         beside it as fp32, [tap][channel]. can_serve.h keeps the sum below the architecture's limit.
+//         beside it as fp32, [lane][tap][channel of a lane], an odd number of 16-byte vectors a lane: those that lanes
+//         read at once, and those of neighbouring taps that threads write at once, lie in different banks. can_serve.h
+//         keeps the sum below the architecture's limit.
 // Chosen  select.h.
 #pragma once
 
@@ -45,10 +47,11 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
   constexpr int kRowsIn = window_size(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
   constexpr uint64_t kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
   constexpr bool kRegisterWeights = kTaps <= 9;
+  constexpr int kLaneTaps = tiled_nhwc_lane_taps(kTaps);
 
   extern __shared__ __align__(16) unsigned char shared_memory[];
   float* shared_weight = reinterpret_cast<float*>(shared_memory);
-  T* shared_input = reinterpret_cast<T*>(shared_weight + kTaps * Shared::kChannels);
+  T* shared_input = reinterpret_cast<T*>(shared_weight + kLaneTaps * Shared::kChannels);
 
   // Channels vary fastest over the grid: blocks that share pixels' cache lines run together.
   const int first_channel = blockIdx.x % tiling.blocks_c * Shared::kChannels;
@@ -88,12 +91,16 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
   }
   commit_copies();
 
-  // Load the filters, [channel][tap] in memory, as [tap][channel].
+  // Load the filters, [channel][tap] in memory: kVector channels of a tap a thread.
   const T* filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
-  const int num_weights = min(Shared::kChannels, static_cast<int>(args.out_c) - first_channel) * kTaps;
-  for (int k = thread; k < num_weights; k += num_threads) {
-    const int tap = k % kTaps;
-    shared_weight[(args.flip ? kTaps - 1 - tap : tap) * Shared::kChannels + k / kTaps] = load(filters + k);
+  const int num_lanes = min(kLanes, (static_cast<int>(args.out_c) - first_channel) / kVector);
+  for (int k = thread; k < num_lanes * kTaps; k += num_threads) {
+    const int lane = k / kTaps, tap = k % kTaps;
+    Vector<float, kVector> weights;
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) weights.value[e] = load(filters + (lane * kVector + e) * kTaps + tap);
+    const int place = lane * kLaneTaps + (args.flip ? kTaps - 1 - tap : tap);
+    reinterpret_cast<Vector<float, kVector>*>(shared_weight)[place] = weights;
   }
   wait_for_copies<0>();
   __syncthreads();
@@ -108,13 +115,13 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
   const int image = first_image + tile_image;
   if (channel >= args.out_c || image >= args.n || column >= args.out_w || row >= args.out_h) return;
 
-  const float* lane_weight = shared_weight + threadIdx.x * kVector;
+  const auto* lane_weight = reinterpret_cast<const Vector<float, kVector>*>(shared_weight) + threadIdx.x * kLaneTaps;
   float weight[kRegisterWeights ? kTaps : 1][kVector];
   if constexpr (kRegisterWeights) {
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) weight[tap][e] = lane_weight[tap * Shared::kChannels + e];
+      for (int e = 0; e < kVector; ++e) weight[tap][e] = lane_weight[tap].value[e];
   }
 
   Pixel bias{};
@@ -150,15 +157,18 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
 #pragma unroll
       for (int j = 0; j < kKernelW; ++j) {
         const int tap = tap_h / Traits::kDilationH * kKernelW + j;
-        float w[kVector];
+        Vector<float, kVector> w;
+        if constexpr (kRegisterWeights) {
 #pragma unroll
-        for (int e = 0; e < kVector; ++e)
-          w[e] = kRegisterWeights ? weight[kRegisterWeights ? tap : 0][e] : lane_weight[tap * Shared::kChannels + e];
+          for (int e = 0; e < kVector; ++e) w.value[e] = weight[tap][e];
+        } else {
+          w = lane_weight[tap];
+        }
 #pragma unroll
         for (int q = 0; q < kColumns; ++q)
 #pragma unroll
           for (int e = 0; e < kVector; ++e)
-            sum[o][q][e] = fmaf(window[q * Traits::kStrideW + j * Traits::kDilationW][e], w[e], sum[o][q][e]);
+            sum[o][q][e] = fmaf(window[q * Traits::kStrideW + j * Traits::kDilationW][e], w.value[e], sum[o][q][e]);
       }
     }
   }
@@ -207,7 +217,8 @@ template <class Traits, int kLanes, int kColumns, int kRows, int kVector>
 int launch_tiled_nhwc(const DirectArgs& args, cudaStream_t stream) {
   using T = typename Traits::T;
   using Shared = NhwcShared<T, kLanes, kVector>;
-  constexpr int kWeightBytes = Traits::kKernelH * Traits::kKernelW * Shared::kChannels * sizeof(float);
+  constexpr int kWeightBytes =
+      tiled_nhwc_lane_taps(Traits::kKernelH * Traits::kKernelW) * Shared::kChannels * sizeof(float);
   constexpr int kPixelBytes = Shared::kPixel * sizeof(T);
   const int shared_limit = device_limits().shared_bytes_for(2);
   const auto kernel = tiled_nhwc_kernel<Traits, kLanes, kColumns, kRows, kVector>;

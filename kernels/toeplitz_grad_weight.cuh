@@ -13,7 +13,7 @@
 //         large kernels have two warps share the kernel's rows, and four channels. Sums stay in fp32 registers to the
 //         end; the warps' are added in a fixed order, and the splits by add_splits_kernel: no atomics.
 // Memory  NCHW: two stages, copied asynchronously, kSharedBytesNchw at most. channels_last: one stage of all channels,
-//         put planar on the way, as much as lets two blocks share a multiprocessor.
+//         put planar on the way, as much as lets two blocks share a multiprocessor; kDense: so do two stages of NCHW.
 // Zeros   stand for the padding in both matrices, and zero times infinity would poison a sum. But whatever is not finite
 //         reaches a sum then: a block whose sums are not all finite takes them again, term by term within bounds.
 // Chosen  select.h.
@@ -27,10 +27,12 @@
 namespace depthwise {
 
 // Compiled for the kernel's size in eights of rows and of columns.
-template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_>
+// kDense: all tiles of kernel rows are multiplied with every row of the gradient, of which some lie outside the image:
+// without branches, loads and products of all tiles overlap. Stages are twice as long.
+template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_, bool kDense_ = false>
 struct ToeplitzGradWeightTraits {
   using T = T_;
-  static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr bool kChannelsLast = kChannelsLast_, kDense = kDense_;
   static constexpr int kChunks = kChunks_;  // of 16 input columns
   static constexpr int kTileColumns = 16 * kChunks;
   static constexpr int kTilesI = kRowEights, kTilesJ = divide_up(kColumnEights, 2);
@@ -95,8 +97,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   using T = typename Traits::T;
   constexpr int kTilesJ = Traits::kTilesJ, kGroupTiles = Traits::kGroupTiles, kChunks = Traits::kChunks;
   constexpr int kFragments = 2 * kChunks + 2 * kTilesJ - 1;
-  constexpr int kFragmentOfZero = 2 * kTilesJ - 1;   // the one that the first column of chunk 0 and tile 0 starts with
-  constexpr bool kSkipsRows = Traits::kTilesI >= 3;  // large kernels: many of a row's tiles lie outside the image
+  constexpr int kFragmentOfZero = 2 * kTilesJ - 1;  // the one that the first column of chunk 0 and tile 0 starts with
+  constexpr bool kSkipsRows =
+      Traits::kTilesI >= 3 && !Traits::kDense;  // large kernels: many of a row's tiles lie outside the image
   const int taps = args.kernel_h * args.kernel_w;
 
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     constexpr int kAtOnce = kChunks == 1 ? 1 : 2;  // chunks that one ldmatrix brings
 #pragma unroll
     for (int first = 0; first < kChunks; first += kAtOnce) {
-      if (first > 0 && 16 * first >= columns) break;
+      if (!Traits::kDense && first > 0 && 16 * first >= columns) break;
 #pragma unroll
       for (int n = 0; n < kGroupTiles; ++n) {
         if (kSkipsRows && (n < low || n >= high)) continue;
@@ -204,7 +207,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         ptx::load_matrices(x, input + n * 8 * Traits::kInputPitch * 2 + first * 32);
 #pragma unroll
         for (int q = 0; q < kAtOnce; ++q) {
-          if (q > 0 && 16 * (first + q) >= columns) continue;
+          if ((q > 0 || (Traits::kDense && first > 0)) && 16 * (first + q) >= columns) continue;
 #pragma unroll
           for (int m = 0; m < kTilesJ; ++m) {
             const bool half = Traits::kLastTileHalf && m == kTilesJ - 1;  // its upper eight rows are beyond the kernel
@@ -266,6 +269,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       __syncthreads();
     }
   }
+
+  let_second_pass_begin();
 
   // Add the warps' sums, halving their number step by step.
 #pragma unroll
@@ -342,8 +347,9 @@ template <class Traits>
 ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   using T = typename Traits::T;
   constexpr int kInputRow = Traits::kInputPitch * 2, kGradRow = Traits::kGradPitch * 2;
-  const int shared =
-      Traits::kChannelsLast ? device_limits().shared_bytes_for(min_int(2, Traits::kBlocks)) : Traits::kSharedBytesNchw;
+  const int shared = Traits::kChannelsLast || Traits::kDense
+                         ? device_limits().shared_bytes_for(min_int(2, Traits::kBlocks))
+                         : Traits::kSharedBytesNchw;
   const int budget = shared / (Traits::kStages * Traits::kChannels);
   ToeplitzGradWeightTiling tiling;
   tiling.num_column_tiles = divide_up(args.w, Traits::kTileColumns);
@@ -351,7 +357,7 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
 
   constexpr int kFewestRows = 8;
   // As many rows as fit, or as many images as give every warp some rows.
-  constexpr int kMoreRows = 8 * Traits::kTilesI - 1;  // that a band's last row meets
+  constexpr int kMoreRows = 8 * Traits::kGroups * Traits::kGroupTiles - 1;  // that a band's last row meets
   const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
   // Few images: bands, so that every split has a stage.
   const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
@@ -362,11 +368,12 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   tiling.images = 1;
   tiling.warps_per_image = Traits::kSlots;
   if (tiling.num_bands == 1) {
-    constexpr int kRowsOfWarp = 7;
+    constexpr int kRowsOfWarp = Traits::kDense ? 14 : 7;
     while (tiling.warps_per_image > 1 && tiling.warps_per_image * kRowsOfWarp > args.out_h + kRowsOfWarp)
       tiling.warps_per_image /= 2;
     const int wanted = Traits::kChannelsLast ? divide_up(28, args.out_h) : Traits::kSlots / tiling.warps_per_image;
-    const int room = budget / (tiling.image_rows * kInputRow + args.out_h * kGradRow);
+    const int more_rows = args.out_h + kMoreRows - tiling.image_rows;  // of the last image
+    const int room = (budget - more_rows * kInputRow) / (tiling.image_rows * kInputRow + args.out_h * kGradRow);
     const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
     tiling.images = max_int(1, min_int(min_int(wanted, room), share));
     tiling.images = divide_up(share, divide_up(share, tiling.images));

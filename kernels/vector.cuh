@@ -42,9 +42,7 @@ struct alignas(sizeof(T) * kCount) Vector {
 
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(float16 value) { return ptx::from_float16(value.bits); }
-__device__ __forceinline__ float to_float(bfloat16 value) {
-  return __uint_as_float(static_cast<unsigned>(value.bits) << 16);
-}
+__device__ __forceinline__ float to_float(bfloat16 value) { return ptx::from_bfloat16(value.bits); }
 
 // The two 16-bit values of a register.
 template <class T>

@@ -4,6 +4,7 @@ Problems and bodies are mostly those of test_gpu_numerics.py. Of its kernel size
 which every kernel and every tile occurs; --all-instances takes all, in every layout and dtype.
 """
 
+import contextlib
 import itertools
 import re
 import shutil
@@ -83,11 +84,18 @@ def same_padding(kernel, dilation=(1, 1)):
 
 
 def shape_problems(kernel, stride, dilation, everything):
-    """Odd sizes, a padding wider than the kernel, and sizes that vectors divide; without padding if everything is asked
-    for: every horizontal padding is a compilation of its own."""
+    """Odd sizes, a padding wider than the kernel, sizes that vectors divide, and small images; without padding if
+    everything is asked for: every horizontal padding is a compilation of its own."""
     width = dilation[1] * (kernel[1] - 1) // 8 * 8 + 16
     divided = Problem((11, width), kernel, stride, same_padding(kernel, dilation), dilation, batch=3, channels=16)
+    small = Problem((7, 8), kernel, stride, same_padding(kernel, dilation), dilation, batch=35, channels=8)
     without, *others = gpu.shape_problems(kernel, stride, dilation)
+    if stride == dilation == (1, 1):
+        others.append(small)
+    if (kernel, stride, dilation) == ((3, 3), (1, 1), (1, 1)):  # narrow, as some tiles want it
+        others.append(Problem((7, 7), kernel, padding=(1, 1), batch=9, channels=16))
+    if kernel[0] * kernel[1] >= 25 and dilation == (1, 1):  # more images than lanes
+        others.append(Problem((7, 6), kernel, stride, same_padding(kernel, dilation), dilation, batch=33, channels=3))
     return [divided, *others, *([without] if everything else [])]
 
 
@@ -136,10 +144,11 @@ def test_sizes(emulator, everything, kernel, stride, dilation, layout, dtype):
 
 def test_values(emulator, kernel, stride, dilation, layout, dtype):
     """NaN and infinity, at the edges too, and numbers near the ends of the range."""
-    problem = gpu.special_problem((15, 18), kernel, stride, dilation)
-    emulator.obtain(reference.specialisations([problem], dtype, layout))
-    gpu.check_nan_and_inf(problem, layout, dtype)
-    gpu.check_magnitudes(problem, layout, dtype)
+    images = [(15, 18), *([(7, 6)] if kernel == (13, 13) else [])]
+    for problem in [gpu.special_problem(image, kernel, stride, dilation) for image in images]:
+        emulator.obtain(reference.specialisations([problem], dtype, layout))
+        gpu.check_nan_and_inf(problem, layout, dtype)
+        gpu.check_magnitudes(problem, layout, dtype)
 
 
 @pytest.mark.parametrize("device", [T4, RTX_3060], ids=["T4", "RTX_3060"])
@@ -179,7 +188,33 @@ def messages(direction, variant, problem, dtype, layout):
 SMALL = Problem((11, 16), (3, 3), padding=(1, 1), batch=3, channels=16)
 ODD = replace(SMALL, image=(11, 15))
 TALL = replace(SMALL, image=(60, 16))
+TINY = Problem((7, 6), (7, 7), padding=(3, 3), batch=5)
 LARGE = Problem((11, 24), (13, 13), padding=(6, 6), batch=3, channels=16)
+
+
+def test_several_groups_of_images_in_a_split(emulator):
+    """Of the kernels whose lanes are images: so many channels that a block adds up more images than it has lanes."""
+    problem = Problem((2, 3), (7, 7), padding=(3, 3), batch=96, channels=530)
+    where = ("grad_weight", "weight_images_fma", problem, F32, "nchw")
+    emulator.obtain(only(*where))
+    assert messages(*where) == ""
+
+
+TIGHT = [  # grads of weight at the end of shared memory: of the block's own, and of what the device grants
+    (None, "weight_dense32_nhwc", Problem((3, 3), (50, 50), padding=(24, 24), batch=1, channels=4), F16),
+    (T4, "weight_band16_nhwc", Problem((7, 3), (39, 6), padding=(19, 3), batch=20, channels=1), F16),
+    (T4, "weight_images8_nhwc", Problem((8, 8), (15, 15), padding=(7, 7), batch=17, channels=8), F16),
+]
+
+
+@pytest.mark.parametrize("case", TIGHT, ids=[case[1] for case in TIGHT])
+def test_tight_shared_memory(emulator, case):
+    device, variant, problem, dtype = case
+    where = ("grad_weight", variant, problem, dtype, "nhwc")
+    emulator.obtain(only(*where))
+    with emulator.device(*device) if device else contextlib.nullcontext():
+        assert messages(*where) == ""
+
 
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
     ("forward", "planes_v8", SMALL, F16, "nchw"),
@@ -187,8 +222,20 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "stream_channels32", TALL, BF16, "nhwc"),
     ("forward", "lanes8", SMALL, F32, "nhwc"),
     ("forward", "band", LARGE, BF16, "nchw"),
+    ("forward", "images_n8c4", SMALL, BF16, "nchw"),
+    ("forward", "strips7", SMALL, F16, "nchw"),
+    ("forward", "strips8_nhwc", SMALL, BF16, "nhwc"),
     ("grad_weight", "weight_band32", LARGE, BF16, "nchw"),
     ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
+    ("grad_weight", "weight_images16", SMALL, BF16, "nchw"),
+    ("grad_weight", "weight_images16_nhwc", SMALL, F16, "nhwc"),
+    ("forward", "images_fma", TINY, F32, "nchw"),
+    ("grad_weight", "weight_images_fma_plane", TINY, F32, "nhwc"),
+    ("grad_weight", "weight_stream32", SMALL, BF16, "nhwc"),
+    ("grad_weight", "weight_x4g4_queue", SMALL, F32, "nchw"),
+    ("grad_weight", "weight_strips", ODD, F16, "nchw"),
+    ("grad_weight", "weight_strips2", SMALL, BF16, "nchw"),
+    ("grad_weight", "weight_strips_nhwc", SMALL, BF16, "nhwc"),
 ]
 
 

@@ -18,6 +18,10 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -52,6 +56,7 @@ struct Registers {
 extern Registers registers;
 
 int barrier(bool vote);  // __syncthreads; of how many threads the vote was true
+void warp_barrier();
 uint64_t shuffle(uint64_t word, int source_lane);
 int lane();
 void check_global_read(const void* pointer, int bytes);
@@ -105,6 +110,8 @@ inline void __syncthreads() { emulator::barrier(false); }
 inline int __syncthreads_or(int vote) { return emulator::barrier(vote) > 0; }
 inline int __syncthreads_and(int vote) { return emulator::barrier(!vote) == 0; }
 
+inline void __syncwarp() { emulator::warp_barrier(); }
+
 template <class To, class From>
 To emulated_bit_cast(From from) {
   To to{};
@@ -137,6 +144,13 @@ void __stcs(T* pointer, T value) {
 
 inline float __uint_as_float(unsigned bits) { return emulated_bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return emulated_bit_cast<unsigned>(value); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  unsigned word = 0;
+  for (int k = 0; k < 4; ++k)
+    word |= static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> 8 * (selector >> 4 * k & 7) & 0xff)
+            << 8 * k;
+  return word;
+}
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) >> (shift & 31));
 }
@@ -164,6 +178,39 @@ inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
 template <class Kernel>
 int cudaFuncSetAttribute(Kernel* kernel, int, int bytes) {
   return emulator::allow_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
+}
+#define CUDART_VERSION 13000
+inline int cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <class Kernel>
+int cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  attributes->ptxVersion = EMULATED_ARCH / 10;
+  return cudaSuccess;
+}
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+template <class... Parameters, class... Arguments>
+int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+  const int bytes = static_cast<int>(config->dynamicSmemBytes);
+  kernel* emulator::Launch{config->gridDim, config->blockDim, bytes, config->stream}(arguments...);
+  return cudaGetLastError();
 }
 inline int cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
   std::memset(pointer, value, bytes);

@@ -27,6 +27,7 @@ Registers registers;
 
 namespace {
 
+constexpr int kSeveral = -1;
 constexpr int kMaxThreads = 1024, kSharedCapacity = 320 << 10;
 constexpr size_t kStackBytes = 256 << 10;
 
@@ -44,11 +45,13 @@ struct Thread {
 };
 struct Warp {
   int arrived, turn;
+  unsigned interval;         // between two of its barriers
   unsigned words[2][32][8];  // what the lanes brought, at this turn and the one before
 };
 struct Cell {  // two bytes of shared memory: who wrote and read them last, and between which barriers
-  unsigned written, read;
-  int writer, reader;
+  unsigned written, read;            // of the block
+  unsigned warp_written, warp_read;  // of the writer's and the reader's warp
+  int writer, reader, reader_warp;   // or kSeveral
 };
 struct Memory {
   const char* name;
@@ -70,7 +73,7 @@ unsigned interval = 1;           // between two barriers
 
 alignas(1024) unsigned char shared[kSharedCapacity];
 Cell cells[kSharedCapacity / 2];
-int dynamic_bytes, shared_end;
+int dynamic_bytes, static_bytes, all_bytes, shared_end;
 std::vector<StaticShared> statics;
 std::vector<Memory> memory;
 std::map<const void*, int> allowed_shared_bytes;
@@ -108,17 +111,24 @@ void access_shared(int thread, int offset, int bytes, bool write) {
   const auto holds = [&](const StaticShared& s) { return offset >= s.begin && offset + bytes <= s.end; };
   if (offset + bytes > dynamic_bytes && !std::any_of(statics.begin(), statics.end(), holds))
     fail("%s %d bytes of shared memory at %d, of %d", does, bytes, offset, dynamic_bytes);
+  const int warp = thread / 32;
+  const unsigned warp_interval = warps[warp].interval;
   for (int k = offset / 2; k <= (offset + bytes - 1) / 2; ++k) {
     Cell& cell = cells[k];
-    const bool others_write = cell.written == interval && cell.writer != thread;
-    const bool others_read = cell.read == interval && cell.reader != thread;
+    const bool written = cell.written == interval && (cell.writer / 32 != warp || cell.warp_written == warp_interval);
+    const bool others_write = written && cell.writer != thread;
+    const bool read = cell.read == interval && (cell.reader_warp != warp || cell.warp_read == warp_interval);
+    const bool others_read = read && (cell.reader != thread || cell.reader_warp != warp);
     if (others_write || (write && others_read))
       fail("%s shared memory at %d, which another thread %s, without a barrier between", does, 2 * k,
            others_write ? "writes" : "reads");
-    if (write)
-      cell.written = interval, cell.writer = thread;
-    else
-      cell.read = interval, cell.reader = others_read ? -1 : thread;  // -1: several
+    if (write) {
+      cell.written = interval, cell.warp_written = warp_interval, cell.writer = thread;
+    } else {
+      cell.reader_warp = read && cell.reader_warp != warp ? kSeveral : warp;
+      cell.reader = others_read ? kSeveral : thread;
+      cell.read = interval, cell.warp_read = warp_interval;
+    }
   }
 }
 
@@ -174,7 +184,7 @@ void run_block(dim3 index) {
   registers.block = index;
   ++interval;
   std::fill_n(shared, shared_end, 0xff);
-  statics.clear();
+  statics.clear(), static_bytes = 0;
   shared_end = (dynamic_bytes + 15) / 16 * 16 + 16;
   arrived = votes = 0;
   for (Warp& warp : warps) warp.arrived = 0;
@@ -233,6 +243,7 @@ void launch(const void* kernel, const Launch& shape, void (*new_body)(const void
   body = new_body, body_arguments = arguments;
   num_threads = static_cast<int>(count);
   dynamic_bytes = shape.shared_bytes, shared_end = kSharedCapacity;
+  all_bytes = allowed_shared_bytes[kernel] > 0 ? device[2] : 48 << 10;
   registers.threads = size, registers.blocks = blocks;
   device_memory("arguments", const_cast<void*>(arguments), bytes, false);
   device_memory("registers", &registers, sizeof(registers), false);
@@ -248,6 +259,11 @@ int barrier(bool vote) {
   votes += vote;
   if (meet("barrier", &arrived, 0, num_threads)) last_votes = votes, votes = 0, ++interval;
   return last_votes;
+}
+
+void warp_barrier() {
+  Warp& warp = warps[current / 32];
+  if (meet("warp", &warp.arrived, current / 32 * 32, 32)) ++warp.interval;
 }
 
 int lane() { return current % 32; }
@@ -270,7 +286,9 @@ void* static_shared(int line, int bytes) {
     if (s.line == line) return shared + s.begin;
   statics.push_back({line, shared_end, shared_end + bytes});
   shared_end = (shared_end + bytes + 15) / 16 * 16 + 16;
-  if (shared_end > kSharedCapacity) fail("too much static shared memory");
+  static_bytes += bytes;
+  if (shared_end > kSharedCapacity || dynamic_bytes + static_bytes > all_bytes)
+    fail("%d bytes of static shared memory beside %d", static_bytes, dynamic_bytes);
   return shared + statics.back().begin;
 }
 
@@ -307,6 +325,8 @@ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(static_cast<const unsigned char*>(pointer) - shared);
 }
 
+void* at_shared_address(unsigned address) { return shared + address; }
+
 void copy_async(void* to, const void* global, int width, int bytes) {
   check_alignment(to, width);
   check_alignment(global, width);
@@ -334,14 +354,27 @@ void wait_for_all_copies() {
   wait_for_copies(0);
 }
 
-void load_matrices(unsigned* matrix, int count, unsigned address) {
+// The lanes' addresses of matrices of eight rows, which are read as far as `count` matrices go.
+Words matrix_rows(unsigned kind, int count, unsigned address) {
   if (lane() < 8 * count) {
     check_alignment(shared + address, 16);
     access_shared(current, address, 16, false);
   }
-  const Words addresses = exchange(2, &address, 1);
+  return exchange(kind, &address, 1);
+}
+
+void load_matrices(unsigned* matrix, int count, unsigned address) {
+  const Words addresses = matrix_rows(2, count, address);
   for (int m = 0; m < count; ++m)
     std::memcpy(matrix + m, shared + addresses[8 * m + lane() / 4][0] + lane() % 4 * 4, 4);
+}
+
+void load_matrices_transposed(unsigned* matrix, int count, unsigned address) {
+  const Words addresses = matrix_rows(4, count, address);
+  for (int m = 0; m < count; ++m)
+    for (int k = 0; k < 2; ++k)
+      std::memcpy(reinterpret_cast<unsigned char*>(matrix + m) + 2 * k,
+                  shared + addresses[8 * m + lane() % 4 * 2 + k][0] + lane() / 4 * 2, 2);
 }
 
 // The tensor cores truncate: the sum of the products and of d is rounded towards zero.

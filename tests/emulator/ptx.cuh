@@ -12,6 +12,11 @@ T* opaque(T* pointer) {
   return pointer;
 }
 
+inline unsigned opaque(unsigned value) { return value; }
+inline int opaque(int value) { return value; }
+inline int64_t opaque(int64_t value) { return value; }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
+
 inline float from_float16(unsigned short bits) { return static_cast<float>(emulated_bit_cast<_Float16>(bits)); }
 inline unsigned short to_float16(float value) {
   return emulated_bit_cast<unsigned short>(static_cast<_Float16>(value));
@@ -21,13 +26,37 @@ inline unsigned short to_bfloat16(float value) {
   const unsigned bits = __float_as_uint(value);  // to nearest even
   return static_cast<unsigned short>(value != value ? 0x7fff : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
+inline unsigned probe_float16_pair(unsigned sum, unsigned pair) {
+  return (pair & 0x7c00) == 0x7c00 || (pair >> 16 & 0x7c00) == 0x7c00 ? 0x7fff7fff : sum;
+}
+inline unsigned probe_bfloat16_pair(unsigned sum, unsigned pair) {
+  return (pair & 0x7f80) == 0x7f80 || (pair >> 16 & 0x7f80) == 0x7f80 ? 0x7fff7fff : sum;
+}
+
+inline unsigned to_float16x2(float low, float high) { return to_float16(low) | unsigned{to_float16(high)} << 16; }
+inline unsigned to_bfloat16x2(float low, float high) { return to_bfloat16(low) | unsigned{to_bfloat16(high)} << 16; }
+
+inline unsigned multiply_add_float16x2(unsigned a, unsigned b, unsigned c) {
+  const auto half = [](unsigned pair, int k) { return from_float16(static_cast<unsigned short>(pair >> 16 * k)); };
+  return to_float16x2(fmaf(half(a, 0), half(b, 0), half(c, 0)), fmaf(half(a, 1), half(b, 1), half(c, 1)));
+}
+inline unsigned multiply_add_bfloat16x2(unsigned a, unsigned b, unsigned c) {
+  const auto half = [](unsigned pair, int k) { return from_bfloat16(static_cast<unsigned short>(pair >> 16 * k)); };
+  return to_bfloat16x2(fmaf(half(a, 0), half(b, 0), half(c, 0)), fmaf(half(a, 1), half(b, 1), half(c, 1)));
+}
 
 unsigned shared_address(const void* shared);
 
+void* at_shared_address(unsigned address);
+
 void copy_async(void* shared, const void* global, int width, int bytes);
-template <int kBytes>
+template <int kBytes, bool kThroughL1 = false>
 void copy_async(void* shared, const void* global, int bytes) {
   copy_async(shared, global, kBytes, bytes);
+}
+template <int kBytes>
+void copy_async(unsigned shared_address, const void* global, int bytes) {
+  copy_async(at_shared_address(shared_address), global, kBytes, bytes);
 }
 void commit_copies();
 void wait_for_copies(int pending);
@@ -37,10 +66,19 @@ void wait_for_copies() {
 }
 void wait_for_all_copies();
 
+// Kernels run one after the other.
+inline void launch_dependents() {}
+inline void wait_for_dependencies() {}
+
 void load_matrices(unsigned* matrix, int count, unsigned address);
 template <int kCount>
 void load_matrices(unsigned (&matrix)[kCount], unsigned address) {
   load_matrices(matrix, kCount, address);
+}
+void load_matrices_transposed(unsigned* matrix, int count, unsigned address);
+template <int kCount>
+void load_matrices_transposed(unsigned (&matrix)[kCount], unsigned address) {
+  load_matrices_transposed(matrix, kCount, address);
 }
 
 // `words`: a lane's fragments of A, then of B; three for K = 8, six for K = 16.

@@ -1,0 +1,302 @@
+// Grad of weight and bias of small images in large batches by multiply-adds, a lane an image. NCHW and channels_last.
+//
+// Serves  images up to 16x16, in and out; stride 1, dilation 1; fp32, and fp16 and bf16 converted on load; compile-time
+//         are the type, the width, the kernel's width and its horizontal padding. Whole planes (kHeight > 0): the height,
+//         the kernel's height and its vertical padding as well.
+// Owns    a block: the units (images_fma_lanes.cuh) of its channels, for a share of the images. A thread: the taps of one
+//         kernel row, in registers, for the image of its lane; the lanes' sums are added in a fixed order.
+//         Rows: a warp takes every kWarps-th kernel row: of 'same' kernels that reach over the whole image, that gives
+//         all warps the same work. Each row of grad_output with its row of input is 14x14 multiply-adds for 14 loads of
+//         8 bytes.
+//         Whole planes: both planes are registers and everything is unrolled: 7x7, 13x13: 2401 multiply-adds for 28
+//         loads. The lanes' sums lie where the planes were, then a thread adds up those of a tap.
+// Memory  both planes of every lane, as fp32.
+// Cost    no product with padding is taken, so that infinities need no care. To add up kTaps sums over the lanes takes
+//         four instructions each by shuffles, 27x27 on 14x14: 112 beside 1423 multiply-adds a kernel row; through shared
+//         memory it takes two.
+// Chosen  by name only.
+#pragma once
+
+#include "exact_grad_weight.cuh"
+#include "images_fma_lanes.cuh"
+
+namespace depthwise {
+
+// kHeight 0: any height, kernel height and vertical padding.
+template <class T_, int kKernelW_, int kPaddingW_, int kWidth_, int kKernelH_, int kPaddingH_, int kHeight_,
+          bool kChannelsLast_>
+struct ImagesFmaGradWeightTraits {
+  using T = T_;
+  static constexpr int kKernelW = kKernelW_, kPaddingW = kPaddingW_, kWidth = kWidth_;
+  static constexpr int kKernelH = kKernelH_, kPaddingH = kPaddingH_, kHeight = kHeight_;
+  static constexpr bool kChannelsLast = kChannelsLast_, kWholePlane = kHeight > 0;
+  static constexpr int kOutWidth = kWidth + 2 * kPaddingW - kKernelW + 1;
+  static constexpr int kOutHeight = kHeight + 2 * kPaddingH - kKernelH + 1;  // of a whole plane
+  static constexpr int kGranule = lane_grad_weight_granule(kWholePlane);
+  static constexpr int kPitch = lane_pitch(kWidth, kGranule), kOutPitch = lane_pitch(kOutWidth, kGranule);
+  // Taps that meet a pixel; the sums of others are zero.
+  static constexpr int kFirstTap = max_int(0, kPaddingW - kOutWidth + 1);
+  static constexpr int kTaps = min_int(kKernelW - 1, kWidth - 1 + kPaddingW) - kFirstTap + 1;
+
+  static constexpr int kUnits = lane_units(kWholePlane);  // of a block
+  // Of a unit. Rows: at most; half as many as an image has rows: the kernel rows of each, together, meet twice its rows.
+  static constexpr int kWarps = kWholePlane ? 1 : max_lane_out_height(max_int(kWidth, kOutWidth)) / 2;
+  static constexpr int kThreads = 32 * kUnits * kWarps;
+  // Whole planes: kernel rows whose sums have room where the planes of a unit were, a tap of all lanes after the other.
+  static constexpr int kTapPitch = kLaneTapPitch;
+  static constexpr int kUnitFloats = 32 * (lane_plane(kHeight, kWidth) + lane_plane(kOutHeight, kOutWidth));
+  static constexpr int kChunks = divide_up(max_int(kKernelH, 1), kUnitFloats / (kTaps * kTapPitch));
+  static constexpr int kRowsAtOnce = divide_up(kKernelH, kChunks);
+  // Sums, input, grad_output, and what else a thread needs; seven warps hide all latencies.
+  static constexpr int kRegisters =
+      max_int(72, kTaps + (kWholePlane ? kHeight * kWidth + kOutHeight * kOutWidth + 24 : kWidth + kOutWidth + 16));
+  static constexpr int kBlocks = lane_blocks(kThreads, kRegisters);
+};
+
+// Adds up kCount values over the lanes whose index differs in `bit`: a lane keeps every second of them.
+template <int kCount>
+__device__ __forceinline__ void halve_lane_sums(float* sum, int bit) {
+  const bool odd = (threadIdx.x & bit) != 0;
+#pragma unroll
+  for (int k = 0; k < kCount; k += 2) {
+    const float even_sum = sum[k], odd_sum = k + 1 < kCount ? sum[k + 1] : 0.f;
+    sum[k / 2] = (odd ? odd_sum : even_sum) + __shfl_xor_sync(~0u, odd ? even_sum : odd_sum, bit);
+  }
+}
+
+// Adds up kCount values over the images of each channel of the warp. Value k * images + image ends as sum[k] of that
+// image's lane, k < 1 << channel_bits.
+template <int kCount>
+__device__ __forceinline__ void add_lanes(float (&sum)[kCount], int channel_bits) {
+  constexpr int kHalf = divide_up(kCount, 2), kQuarter = divide_up(kCount, 4);
+  halve_lane_sums<kCount>(sum, 1 << channel_bits);
+  halve_lane_sums<kHalf>(sum, 2 << channel_bits);
+  if (channel_bits < 3) halve_lane_sums<kQuarter>(sum, 4 << channel_bits);
+  if (channel_bits < 2) halve_lane_sums<divide_up(kCount, 8)>(sum, 8 << channel_bits);
+  if (channel_bits < 1) halve_lane_sums<divide_up(kCount, 16)>(sum, 16);
+}
+
+// Leaves one sum; those of a split's further images are added to it.
+template <class Traits>
+__device__ __forceinline__ void store_sum(const GradWeightArgs& args, int64_t index, float value, bool first) {
+  const int64_t weights = args.out_c * args.kernel_h * Traits::kKernelW;
+  if (!first) value += args.partial[blockIdx.y * weights + index];
+  store_grad_weight<typename Traits::T>(args, blockIdx.y, index, weights, value);
+}
+
+// Zeros for the taps of kernel row i that meet no pixel, from `begin` on.
+template <class Traits>
+__device__ __forceinline__ void store_zeros(const GradWeightArgs& args, int64_t kernel_row, int begin, int step) {
+  if constexpr (Traits::kTaps < Traits::kKernelW)
+    for (int j = begin; j < Traits::kKernelW; j += step)
+      if (j < Traits::kFirstTap || j >= Traits::kFirstTap + Traits::kTaps)
+        store_sum<Traits>(args, kernel_row * Traits::kKernelW + j, 0.f, true);
+}
+
+// Adds the products of a row of grad_output and a row of input.
+template <class Traits>
+__device__ __forceinline__ void multiply_rows(float* sum, const float* grad, const float* input) {
+#pragma unroll
+  for (int v = 0; v < Traits::kOutWidth; ++v)
+#pragma unroll
+    for (int k = 0; k < Traits::kWidth; ++k) {
+      const int tap = k - v + Traits::kPaddingW - Traits::kFirstTap;
+      if (tap >= 0 && tap < Traits::kTaps) sum[tap] = fmaf(grad[v], input[k], sum[tap]);
+    }
+}
+
+// The kernel rows of a warp. `first_channel`: of the unit; `first`: no images of the split came before.
+template <class Traits>
+__device__ __forceinline__ void sum_kernel_rows(const GradWeightArgs& args, const float* input, const float* grad,
+                                                int first_channel, int channel_bits, bool first) {
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < args.kernel_h; i += blockDim.x / 32) {
+    const int shift = i - args.padding_h;  // from rows of grad_output to those of input
+    const int begin = max(0, -shift), end = min(args.out_h, args.h - shift);
+    const float* from = input + (begin + shift) * Traits::kPitch;
+    const float* grad_row = grad + begin * Traits::kOutPitch;
+    float sum[Traits::kTaps] = {};
+#pragma unroll 1
+    for (int y = begin; y < end; ++y) {
+      float row[Traits::kWidth], g[Traits::kOutWidth];
+      load_lane_row<Traits::kGranule>(g, grad_row);
+      load_lane_row<Traits::kGranule>(row, from);
+      multiply_rows<Traits>(sum, g, row);
+      from += Traits::kPitch;
+      grad_row += Traits::kOutPitch;
+    }
+    add_lanes(sum, channel_bits);
+
+    const int lane = threadIdx.x % 32, image = lane >> channel_bits, images = 32 >> channel_bits;
+    const int channel = first_channel + (lane & ((1 << channel_bits) - 1));
+    if (channel < args.out_c) {
+      const int64_t kernel_row = static_cast<int64_t>(channel) * args.kernel_h + i;
+      const int64_t index = kernel_row * Traits::kKernelW + Traits::kFirstTap;
+      if (channel_bits == 0) {
+        if (image < Traits::kTaps) store_sum<Traits>(args, index + image, sum[0], first);
+      } else {
+#pragma unroll
+        for (int k = 0; k < divide_up(Traits::kTaps, 4); ++k)
+          if (k < 1 << channel_bits && k * images + image < Traits::kTaps)
+            store_sum<Traits>(args, index + k * images + image, sum[k], first);
+      }
+      if (first) store_zeros<Traits>(args, kernel_row, image, images);
+    }
+  }
+}
+
+// Of planes that are known at compile time: kernel rows from kFirstRow on, a tap kTapPitch after the other.
+template <class Traits, int kFirstRow>
+__device__ __forceinline__ void sum_plane_kernel_rows(const float (&in)[Traits::kHeight][Traits::kWidth],
+                                                      const float (&g)[Traits::kOutHeight][Traits::kOutWidth],
+                                                      float* sums) {
+  for_each_index<min_int(Traits::kRowsAtOnce, Traits::kKernelH - kFirstRow)>([&](auto row) {
+    constexpr int kRow = decltype(row)::value, kShift = kFirstRow + kRow - Traits::kPaddingH;
+    float sum[Traits::kTaps] = {};
+#pragma unroll
+    for (int y = max_int(0, -kShift); y < min_int(Traits::kOutHeight, Traits::kHeight - kShift); ++y)
+      multiply_rows<Traits>(sum, g[y], in[y + kShift]);
+#pragma unroll
+    for (int j = 0; j < Traits::kTaps; ++j) sums[(kRow * Traits::kTaps + j) * Traits::kTapPitch] = sum[j];
+  });
+}
+
+// The 32 sums of a tap, by channel.
+__device__ __forceinline__ void add_channels(float (&sum)[8], const float* lanes, int channel_bits) {
+#pragma unroll
+  for (int k = 0; k < 32; k += 8) {
+    float eight[8];
+    load_lane_row<4>(eight, lanes + k);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum[e] = k == 0 ? eight[e] : sum[e] + eight[e];
+  }
+#pragma unroll
+  for (int channels = 4; channels > 0; channels /= 2)
+    if (1 << channel_bits <= channels)
+#pragma unroll
+      for (int e = 0; e < channels; ++e) sum[e] += sum[e + channels];
+}
+
+// A unit's planes, which are known at compile time, by its warp. `first`: no images of the split came before.
+template <class Traits>
+__device__ __forceinline__ void sum_plane(const GradWeightArgs& args, float* shared, const float* input,
+                                          const float* grad, int first_channel, int channel_bits, bool first) {
+  float in[Traits::kHeight][Traits::kWidth], g[Traits::kOutHeight][Traits::kOutWidth];
+#pragma unroll
+  for (int y = 0; y < Traits::kOutHeight; ++y) load_lane_row<Traits::kGranule>(g[y], grad + y * Traits::kOutPitch);
+#pragma unroll
+  for (int y = 0; y < Traits::kHeight; ++y) load_lane_row<Traits::kGranule>(in[y], input + y * Traits::kPitch);
+  const int64_t filters = static_cast<int64_t>(first_channel) * (Traits::kKernelH * Traits::kKernelW);
+  for_each_index<Traits::kChunks>([&](auto chunk) {
+    constexpr int kFirstRow = decltype(chunk)::value * Traits::kRowsAtOnce;
+    constexpr int kSums = min_int(Traits::kRowsAtOnce, Traits::kKernelH - kFirstRow) * Traits::kTaps;
+    __syncthreads();
+    const int thread = ptx::thread_index(), lane = thread % 32;
+    float* const sums = shared + thread / 32 * Traits::kUnitFloats;
+    sum_plane_kernel_rows<Traits, kFirstRow>(in, g, sums + lane);
+    __syncthreads();
+#pragma unroll 1
+    for (int k = lane; k < kSums; k += 32) {
+      float sum[8];
+      add_channels(sum, sums + k * Traits::kTapPitch, channel_bits);
+      const int tap = k / Traits::kTaps * Traits::kKernelW + k % Traits::kTaps;
+      const int64_t index = filters + kFirstRow * Traits::kKernelW + Traits::kFirstTap + tap;
+      if (channel_bits == 0 && first_channel < args.out_c) store_sum<Traits>(args, index, sum[0], first);
+      if (channel_bits == 0) continue;
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (e < 1 << channel_bits && first_channel + e < args.out_c)
+          store_sum<Traits>(args, index + e * Traits::kKernelH * Traits::kKernelW, sum[e], first);
+    }
+  });
+  if (!first) return;
+  const int channels = min(1 << channel_bits, static_cast<int>(args.out_c) - first_channel);
+  for (int k = ptx::thread_index() % 32; k < channels * Traits::kKernelH; k += 32)
+    store_zeros<Traits>(args, static_cast<int64_t>(first_channel) * Traits::kKernelH + k, 0, 1);
+}
+
+// The sum of each channel's grad_output; `shared`: a float for every thread.
+template <class Traits>
+__device__ __forceinline__ void sum_bias(const GradWeightArgs& args, const float* grad, float* shared, int channel_bits,
+                                         int first_channel, bool first) {
+  // Each lane adds up every warps-th row of its plane.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32 / Traits::kUnits;
+  float sum = 0.f;
+  for (int y = warp % warps; y < args.out_h; y += warps) {
+    float row[Traits::kOutWidth], row_sum = 0.f;
+    load_lane_row<Traits::kGranule>(row, grad + y * Traits::kOutPitch);
+#pragma unroll
+    for (int v = 0; v < Traits::kOutWidth; ++v) row_sum += row[v];
+    sum += row_sum;
+  }
+  for (int bit = 16; bit >= 1 << channel_bits; bit /= 2) sum += __shfl_xor_sync(~0u, sum, bit);
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp % warps != 0 || lane >= 1 << channel_bits) return;
+  for (int other = 1; other < warps; ++other) sum += shared[threadIdx.x + 32 * other];
+  const int channel = first_channel + lane;
+  if (channel >= args.out_c) return;
+  if (!first) sum += args.partial_bias[blockIdx.y * args.out_c + channel];
+  store_grad_bias<typename Traits::T>(args, blockIdx.y, channel, sum);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+    images_fma_grad_weight_kernel(const GradWeightArgs args, const int channel_bits, const int groups) {
+  using Input = LanePlanes<typename Traits::T, Traits::kWidth, Traits::kWholePlane ? Traits::kHeight : kMaxLaneImage,
+                           Traits::kGranule, Traits::kChannelsLast>;
+  using Output =
+      LanePlanes<typename Traits::T, Traits::kOutWidth, Traits::kWholePlane ? Traits::kOutHeight : kMaxLaneImage,
+                 Traits::kGranule, Traits::kChannelsLast>;
+  const int in_plane = lane_plane(args.h, Traits::kWidth, Traits::kGranule);
+  const int out_plane = lane_plane(args.out_h, Traits::kOutWidth, Traits::kGranule);
+  extern __shared__ __align__(16) float shared[];
+  float* const inputs = shared;
+  float* const grads = inputs + 32 * Traits::kUnits * in_plane;
+  float* const bias_sums = grads + 32 * Traits::kUnits * out_plane;
+
+  const int first_channel = blockIdx.x * (Traits::kUnits << channel_bits);
+  const int begin = static_cast<unsigned>(groups) * blockIdx.y / args.splits;
+  const int end = static_cast<unsigned>(groups) * (blockIdx.y + 1) / args.splits;
+#pragma unroll 1
+  for (int group = begin; group < end; ++group) {
+    const bool first = group == begin;
+    if (!first) __syncthreads();
+    LaneSlots slots;
+    slots.units = Traits::kUnits;
+    slots.channel_bits = channel_bits;
+    slots.first_channel = first_channel;
+    slots.num_channels = static_cast<int>(args.out_c);
+    slots.first_image = group * (32 >> channel_bits);
+    slots.num_images = static_cast<int>(args.n);
+    Input::load(inputs, args.input, slots, args.h);
+    Output::load(grads, args.grad_output, slots, args.out_h);
+    Input::clear_missing(inputs, slots, args.h);
+    Output::clear_missing(grads, slots, args.out_h);
+    wait_for_all_copies();
+
+    const int warp = threadIdx.x / 32, unit = Traits::kUnits == 1 ? 0 : warp / Traits::kWarps;
+    const int slot = unit * 32 + threadIdx.x % 32, unit_channel = first_channel + (unit << channel_bits);
+    const float* const input = inputs + slot * in_plane;
+    const float* const grad = grads + slot * out_plane;
+    if (args.partial_bias != nullptr || args.grad_bias != nullptr)
+      sum_bias<Traits>(args, grad, bias_sums, channel_bits, unit_channel, first);
+    if constexpr (Traits::kWholePlane)
+      sum_plane<Traits>(args, shared, input, grad, unit_channel, channel_bits, first);
+    else
+      sum_kernel_rows<Traits>(args, input, grad, unit_channel, channel_bits, first);
+  }
+}
+
+template <class Traits>
+int launch_images_fma_grad_weight(const GradWeightArgs& args, int, cudaStream_t stream) {
+  const LaneCut cut = images_fma_grad_weight_cut(args, Traits::kWholePlane, Traits::kChannelsLast);
+  if (const int error = allow_shared_bytes(images_fma_grad_weight_kernel<Traits>, cut.shared_bytes)) return error;
+  const int warps = Traits::kWholePlane ? Traits::kWarps : min_int(Traits::kWarps, args.kernel_h);
+  const dim3 blocks(divide_up(static_cast<int>(args.out_c), Traits::kUnits << cut.channel_bits), args.splits);
+  images_fma_grad_weight_kernel<Traits><<<blocks, 32 * Traits::kUnits * warps, cut.shared_bytes, stream>>>(
+      args, cut.channel_bits, lane_groups(args.n, cut));
+  return cudaGetLastError();
+}
+
+}  // namespace depthwise
