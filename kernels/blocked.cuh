@@ -16,13 +16,14 @@
 // Chosen  select.h.
 #pragma once
 
+#include "async_copy.cuh"
 #include "direct.cuh"
 
 namespace depthwise {
 
-// kTileRows: the rows of variants.h's table.
+// kTileColumns, kTileRows, kTileTaps: those of variants.h's table.
 template <class T_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_, bool kChannelsLast_,
-          int kTileRows>
+          int kTileColumns, int kTileRows, int kTileTaps>
 struct BlockedTraits {
   using T = T_;
   static constexpr int kKernelW = kKernelW_;
@@ -30,38 +31,63 @@ struct BlockedTraits {
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr int kChannels = kChannelsLast ? 16 / static_cast<int>(sizeof(T)) : 1;  // of a block
-  // An odd number of columns: neighbouring threads then read different banks. Seven divides the images of most
-  // networks, as columns and as rows.
-  static constexpr int kColumns = 7;
-  static constexpr int kWindow = window_size(kColumns, kStrideW, kKernelW, kDilationW);
+  // Wide tiles read half the weights for an output. Their rows are interleaved.
+  static constexpr bool kIsWide = kTileColumns > 7;
+  // An odd number of columns, or of pairs of them: neighbouring threads then read different banks. Seven divides the
+  // images of most networks, as columns and as rows.
+  static constexpr int kColumns = kTileColumns;
+  static constexpr int kVector = kIsWide ? 2 : 1;  // floats of the window a load
+  // A row of the kernel is taken in chunks of so many taps, whose loop is short enough for the instruction cache.
+  static constexpr int kTaps = min_int(kTileTaps, kKernelW);
+  static constexpr int kChunks = divide_up(kKernelW, kTaps);
+  static constexpr int kLastTaps = kKernelW - (kChunks - 1) * kTaps;
+  static constexpr int kWindow = divide_up(window_size(kColumns, kStrideW, kTaps, kDilationW), kVector) * kVector;
+  // Columns that the last chunk reads beyond those it needs.
+  static constexpr int kSlack = (kTaps - kLastTaps) * kDilationW + kVector - 1;
   // More rows a thread share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six, 0.364 with four;
   // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
   static constexpr int kRows = kTileRows == 4 && kKernelW >= 29 && kWindow <= 44 ? 6 : kTileRows;
-  // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share of two.
+  static constexpr int kWeightPitch = divide_up(divide_up(kKernelW, 4) * 4, kTaps) * kTaps;
+  // Of a block, at most. Wide: the lanes of one warp for each channel of 16 bits take more.
+  static constexpr int kThreads = kIsWide ? max_int(128, 32 * kChannels) : 256;
+  static constexpr int kBlocks = kIsWide ? 384 / kThreads : kWindow > 60 ? 1 : 2;  // of a multiprocessor, by registers
+  // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share.
   static constexpr bool kIsTall = kTileRows > 4;
-  static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
-};
 
-constexpr int kBlockedThreads = 256;  // a block, at most
+  // Floats from one row of input to the next, where a block reads `width` columns, of which `padding` lie left of the
+  // image. Wide: zeros right of a row are those left of the next one.
+  static int row_pitch(int width, int padding, int image_width) {
+    if (!kIsWide) return width;
+    const int left = min_int(max_int(0, padding), width);
+    return divide_up(max_int(min_int(left + image_width, width), width - left), kVector) * kVector;
+  }
+  // Floats from one image to the next, of `floats` each, where `tiles_w` lanes lie along a row.
+  __host__ __device__ static int image_pitch(int floats, int tiles_w) {
+    constexpr int kLoads = 32 / kVector;  // that all banks answer at once
+    int lanes = 1;
+    while (lanes < tiles_w) lanes *= 2;
+    const int loads = divide_up(floats, kVector);
+    return (loads + ((lanes - loads) & ((kIsWide ? min_int(2 * lanes, kLoads) : kLoads) - 1))) * kVector;
+  }
+};
 
 // How a launch is cut into blocks.
 struct BlockedTiling {
   int tiles_w, tiles_h, images;  // thread tiles of a block, for each channel
+  int row_step;                  // tiles of a band, whose rows take turns
   int blocks_w, blocks_h;        // of an image
   int threads;                   // for each channel
-  int pitch;                     // floats from one input row to the next
+  int width, pitch;              // columns of input that a block reads; floats from one input row to the next
 };
 
-// Floats from one image to the next, of `floats` each, where `tiles_w` lanes lie along a row.
-__host__ __device__ inline int blocked_image_pitch(int floats, int tiles_w) {
-  constexpr int kBanks = 32;
-  int lanes = 1;
-  while (lanes < tiles_w) lanes *= 2;
-  return floats + ((lanes - floats) & (kBanks - 1));
+__device__ __forceinline__ void copy_one(float* shared, const float* global) { copy_async<4>(shared, global); }
+template <class T>
+__device__ __forceinline__ void copy_one(float* shared, const T* global) {
+  *shared = load(global);
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     blocked_kernel(const __grid_constant__ DirectArgs args, const BlockedTiling tiling) {
   using T = typename Traits::T;
   constexpr int kChannels = Traits::kChannels, kColumns = Traits::kColumns, kRows = Traits::kRows;
@@ -86,16 +112,17 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
   const int last_tap = (args.kernel_h - 1) * Traits::kDilationH;
   const int in_row = max(0, first_row), in_column = max(0, first_column);
   const int in_rows = max(0, min(args.h, first_row + (rows - 1) * Traits::kStrideH + last_tap + 1) - in_row);
-  const int in_columns = max(0, min(args.w, first_column + tiling.pitch) - in_column);
+  const int in_columns = max(0, min(args.w, first_column + tiling.width) - in_column);
   const int64_t in_c = args.out_c / args.multiplier;
 
   extern __shared__ __align__(16) float shared[];
   float* tile = shared + kChannels * args.kernel_h * Traits::kWeightPitch;
-  const int image_pitch = blocked_image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
+  const int image_pitch = Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
   const int tile_floats = kChannels * images * image_pitch;
 
   // Load the weights and the tile.
-  for (int k = threadIdx.x; k < tile_floats + tiling.pitch; k += blockDim.x) tile[k] = 0;
+  const int zeroed = tile_floats + tiling.width + Traits::kSlack;
+  for (int k = threadIdx.x; k < zeroed; k += blockDim.x) tile[k] = 0;
   const int taps = args.kernel_h * Traits::kKernelW;
   const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
   for (int k = threadIdx.x; k < channels * taps; k += blockDim.x) {
@@ -128,11 +155,11 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
                        static_cast<int64_t>(in_row) * args.w + in_column;
 #pragma unroll 4
       for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance())
-        corner[at.outer * image_pitch + at.middle * tiling.pitch + at.inner] =
-            load(input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner);
+        copy_one(corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner,
+                 input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner);
     }
   }
-  __syncthreads();
+  wait_for_all_copies();
 
   // Compute. Threads count columns first, then images, then rows, so that the lanes of a warp share their rows.
   const int own_channel = threadIdx.x / tiling.threads;
@@ -140,14 +167,19 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
   const int tile_w = unit % tiling.tiles_w;
   const int own_image = unit / tiling.tiles_w % images;
   const int tile_h = unit / tiling.tiles_w / images;
-  const bool exists = tile_h * kRows < rows && tile_w * kColumns < columns && own_channel < channels;
-  const int own_row = first_row + tile_h * kRows * Traits::kStrideH;  // input row of the window's row 0
+  // Rows of a thread: row_step apart, so that the rows of a band of row_step tiles take turns. All warps then have about
+  // as many kernel rows that meet the image, and lanes of neighbouring tiles the same ones.
+  const int row_step = Traits::kIsWide ? tiling.row_step : 1;
+  const int begin_row = tile_h / row_step * row_step * kRows + tile_h % row_step;
+  const bool exists =
+      tile_h < tiling.tiles_h && begin_row < rows && tile_w * kColumns < columns && own_channel < channels;
+  const int own_row = first_row + begin_row * Traits::kStrideH;  // input row of the window's row 0
   const float* zeros = tile + tile_floats + tile_w * kColumns * Traits::kStrideW;
   const float* window_row = tile + (own_channel * images + own_image) * image_pitch +
                             (own_row - in_row) * tiling.pitch + tile_w * kColumns * Traits::kStrideW;
 
   // Rows of the window that lie inside the image for any lane of the warp.
-  const int window_rows = (kRows - 1) * Traits::kStrideH + last_tap + 1;
+  const int window_rows = (kRows - 1) * row_step * Traits::kStrideH + last_tap + 1;
   int begin = exists ? max(0, -own_row) : window_rows;
   int end = exists ? min(window_rows, args.h - own_row) : 0;
 #pragma unroll
@@ -165,41 +197,67 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
     for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
 
   const float* filter = shared + own_channel * args.kernel_h * Traits::kWeightPitch;
+  const int weights_step = row_step * Traits::kStrideH * Traits::kWeightPitch;
+  const float* row_weights = filter;
+  // Wide: counted from the same row in all warps, so that it is known to be the same in all lanes.
 #pragma unroll 1
-  for (int r = begin; r < end; ++r) {
+  for (int r = Traits::kIsWide ? 0 : begin; r < (Traits::kIsWide ? window_rows : end);
+       ++r, row_weights += Traits::kWeightPitch) {
+    if (Traits::kIsWide && (r < begin || r >= end)) continue;
     const bool in_bounds = exists && static_cast<unsigned>(own_row + r - in_row) < static_cast<unsigned>(in_rows);
     const float* from = in_bounds ? window_row + r * tiling.pitch : zeros;
-    float window[Traits::kWindow];
-#pragma unroll
-    for (int k = 0; k < Traits::kWindow; ++k) window[k] = from[k];
+    // Kernel rows that the window's row meets, one of each row of outputs.
+    unsigned meets = 0;
 #pragma unroll
     for (int o = 0; o < kRows; ++o) {
-      const int offset = r - o * Traits::kStrideH;
-      if (offset < 0 || offset > last_tap || offset % Traits::kDilationH != 0) continue;
-      const float4* weights =
-          reinterpret_cast<const float4*>(filter + offset / Traits::kDilationH * Traits::kWeightPitch);
+      const int offset = r - o * row_step * Traits::kStrideH;
+      if (offset >= 0 && offset <= last_tap && offset % Traits::kDilationH == 0) meets |= 1u << o;
+    }
+    const float* chunk_weights = row_weights;
+#pragma unroll 1
+    for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
+      const bool is_whole = Traits::kLastTaps == Traits::kTaps || chunk < Traits::kChunks - 1;
+      float window[Traits::kWindow];
 #pragma unroll
-      for (int j = 0; j < Traits::kKernelW; j += 4) {
-        const float4 four = weights[j / 4];
-        const float w[4] = {four.x, four.y, four.z, four.w};
+      for (int k = 0; k < Traits::kWindow; k += Traits::kVector) {
+        const auto part = *reinterpret_cast<const Vector<float, Traits::kVector>*>(from + k);
 #pragma unroll
-        for (int k = 0; k < 4 && j + k < Traits::kKernelW; ++k)
-#pragma unroll
-          for (int v = 0; v < kColumns; ++v)
-            sum[o][v] = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], sum[o][v]);
+        for (int e = 0; e < Traits::kVector; ++e) window[k + e] = part.value[e];
       }
+#pragma unroll
+      for (int o = 0; o < kRows; ++o) {
+        if ((meets & 1u << o) == 0) continue;
+        const int kernel_row = (r - o * Traits::kStrideH) / Traits::kDilationH;
+        const float* weights =
+            Traits::kIsWide ? chunk_weights - o * weights_step : filter + kernel_row * Traits::kWeightPitch;
+#pragma unroll
+        for (int j = 0; j < Traits::kTaps; j += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(weights + j);
+          const float w[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+          for (int k = 0; k < 4 && j + k < Traits::kTaps; ++k) {
+            if (j + k >= Traits::kLastTaps && !is_whole) continue;
+#pragma unroll
+            for (int v = 0; v < kColumns; ++v)
+              sum[o][v] = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], sum[o][v]);
+          }
+        }
+      }
+      from += Traits::kTaps * Traits::kDilationW;
+      chunk_weights += Traits::kTaps;
     }
   }
 
   // Store, through shared memory: [channel][image][row][column].
   __syncthreads();
   if (exists) {
-    float* stage = tile + ((own_channel * images + own_image) * rows + tile_h * kRows) * columns + tile_w * kColumns;
+    float* stage = tile + ((own_channel * images + own_image) * rows + begin_row) * columns + tile_w * kColumns;
 #pragma unroll
     for (int o = 0; o < kRows; ++o)
 #pragma unroll
       for (int v = 0; v < kColumns; ++v)
-        if (tile_h * kRows + o < rows && tile_w * kColumns + v < columns) stage[o * columns + v] = sum[o][v];
+        if (begin_row + o * row_step < rows && tile_w * kColumns + v < columns)
+          stage[o * row_step * columns + v] = sum[o][v];
   }
   __syncthreads();
   const int64_t plane = static_cast<int64_t>(args.out_h) * args.out_w;
@@ -235,7 +293,7 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
   const DeviceLimits& device = device_limits();
   const int all_w = divide_up(args.out_w, Traits::kColumns), all_h = divide_up(args.out_h, Traits::kRows);
   const int all_images = static_cast<int>(args.n);
-  const int max_threads = kBlockedThreads / Traits::kChannels / 32 * 32;
+  const int max_threads = Traits::kThreads / Traits::kChannels / 32 * 32;
   const int64_t channels = divide_up<int64_t>(args.out_c, Traits::kChannels);
 
   // Whole images where threads and shared memory allow it, then several of them; but two blocks a multiprocessor.
@@ -244,23 +302,29 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
   tiling.tiles_h = min_int(all_h, max_int(1, max_threads / tiling.tiles_w));
   tiling.images = 1;
   const auto shared_bytes = [&] {
-    tiling.pitch =
+    tiling.width =
         window_size(tiling.tiles_w * Traits::kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+    tiling.pitch = Traits::row_pitch(tiling.width, all_w > tiling.tiles_w ? 0 : args.padding_w, args.w);
     const int out_rows = tiling.tiles_h * Traits::kRows;
     const int in_rows =
         min_int(args.h, (out_rows - 1) * Traits::kStrideH + (args.kernel_h - 1) * Traits::kDilationH + 1);
     const int planes = Traits::kChannels * tiling.images;
-    const int in_floats = planes * blocked_image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.pitch;
+    const int in_floats =
+        planes * Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.width + Traits::kSlack;
     const int out_floats = planes * out_rows * tiling.tiles_w * Traits::kColumns;
     return 4 * (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(in_floats, out_floats));
   };
-  const int roomy = Traits::kIsTall ? device.shared_bytes_for(2)
+  const int roomy = Traits::kIsTall ? device.shared_bytes_for(max_int(2, Traits::kBlocks))
                                     : min_int(device.shared_bytes_block, (Traits::kChannelsLast ? 110 : 72) << 10);
   while (tiling.tiles_h > 1 && shared_bytes() > roomy) tiling.tiles_h = divide_up(tiling.tiles_h, 2);
   while (tiling.tiles_w > 1 && shared_bytes() > roomy) tiling.tiles_w = divide_up(tiling.tiles_w, 2);
   tiling.blocks_w = divide_up(all_w, tiling.tiles_w);
   tiling.blocks_h = divide_up(all_h, tiling.tiles_h);
   tiling.tiles_h = divide_up(all_h, tiling.blocks_h);
+  // As wide a band as leaves most rows of a thread within a kernel's height.
+  tiling.row_step = 1;
+  for (int step = 2; 4 * step * Traits::kRows <= 7 * args.kernel_h; ++step)
+    if (tiling.tiles_h % step == 0) tiling.row_step = step;
   const auto fits = [&] {
     return tiling.tiles_w * tiling.tiles_h * tiling.images <= max_threads && shared_bytes() <= roomy &&
            channels * divide_up(all_images, tiling.images) >= 2 * device.multiprocessors;

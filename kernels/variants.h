@@ -165,7 +165,9 @@ constexpr Tile kImagesNhwcTiles[] = {{"images_nhwc_n8c16", 16, 8, 16},
                                      {"images_nhwc_n16c16", 16, 16, 16},
                                      {"images_nhwc_n8c8", 16, 8, 8},
                                      {"images_nhwc_n16c8", 16, 16, 8}};
-constexpr Tile kBlockedTiles[] = {{"blocked", 7, 4, 1}, {"blocked_rows7", 7, 7, 1}};
+// `vector`: taps of a kernel row that a step takes, at most.
+constexpr Tile kBlockedTiles[] = {
+    {"blocked", 7, 4, 64}, {"blocked_rows7", 7, 7, 64}, {"blocked_wide", 14, 7, 16}, {"blocked_wide8", 14, 7, 8}};
 // Rows of a strip: those that divide the images' are best.
 constexpr Tile kStripsNchwTiles[] = {{"strips7", 8, 7, 8}, {"strips8", 8, 8, 8}};
 constexpr Tile kStripsNhwcTiles[] = {
