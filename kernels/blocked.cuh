@@ -47,10 +47,12 @@ struct BlockedTraits {
   // More rows a thread share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six, 0.364 with four;
   // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
   static constexpr int kRows = kTileRows == 4 && kKernelW >= 29 && kWindow <= 44 ? 6 : kTileRows;
-  static constexpr int kWeightPitch = divide_up(divide_up(kKernelW, 4) * 4, kTaps) * kTaps;
+  static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
   // Of a block, at most. Wide: the lanes of one warp for each channel of 16 bits take more.
   static constexpr int kThreads = kIsWide ? max_int(128, 32 * kChannels) : 256;
-  static constexpr int kBlocks = kIsWide ? 384 / kThreads : kWindow > 60 ? 1 : 2;  // of a multiprocessor, by registers
+  static constexpr int kBlocks = kIsWide        ? (kChannelsLast ? 256 : 384) / kThreads
+                                 : kWindow > 60 ? 1
+                                                : 2;  // of a multiprocessor, by registers
   // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share.
   static constexpr bool kIsTall = kTileRows > 4;
 
@@ -137,18 +139,30 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       const T* input = static_cast<const T*>(args.input) + image * plane * in_c +
                        (static_cast<int64_t>(in_row) * args.w + in_column) * in_c + channel;
       const bool vectors = in_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
-      for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance()) {
-        const T* from = input + (at.outer * plane + static_cast<int64_t>(at.middle) * args.w + at.inner) * in_c;
-        float* to = corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner;
-        Vector<T, kChannels> pixel;
-        if (vectors) {
-          pixel = load_or_zero<kChannels>(from, true);
-        } else {
+      for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images;) {
+        constexpr int kBatch = 4;  // pixels loaded before the first is stored
+        Vector<T, kChannels> pixel[kBatch];
+        float* to[kBatch];
 #pragma unroll
-          for (int e = 0; e < kChannels; ++e) pixel.value[e] = load_or_zero<1>(from + e, e < channels).value[0];
+        for (int b = 0; b < kBatch; ++b) {
+          const bool valid = at.outer < images;
+          const T* from = input + (at.outer * plane + static_cast<int64_t>(at.middle) * args.w + at.inner) * in_c;
+          to[b] = valid ? corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner : nullptr;
+          if (vectors) {
+            pixel[b] = load_or_zero<kChannels>(from, valid);
+          } else {
+#pragma unroll
+            for (int e = 0; e < kChannels; ++e)
+              pixel[b].value[e] = load_or_zero<1>(from + e, valid && e < channels).value[0];
+          }
+          at.advance();
         }
 #pragma unroll
-        for (int e = 0; e < kChannels; ++e) to[e * images * image_pitch] = to_float(pixel.value[e]);
+        for (int b = 0; b < kBatch; ++b) {
+          if (to[b] == nullptr) continue;
+#pragma unroll
+          for (int e = 0; e < kChannels; ++e) to[b][e * images * image_pitch] = to_float(pixel[b].value[e]);
+        }
       }
     } else {
       const T* input = static_cast<const T*>(args.input) + (image * in_c + channel / args.multiplier) * plane +
@@ -314,7 +328,7 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
     const int out_floats = planes * out_rows * tiling.tiles_w * Traits::kColumns;
     return 4 * (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(in_floats, out_floats));
   };
-  const int roomy = Traits::kIsTall ? device.shared_bytes_for(max_int(2, Traits::kBlocks))
+  const int roomy = Traits::kIsTall ? device.shared_bytes_for(Traits::kBlocks)
                                     : min_int(device.shared_bytes_block, (Traits::kChannelsLast ? 110 : 72) << 10);
   while (tiling.tiles_h > 1 && shared_bytes() > roomy) tiling.tiles_h = divide_up(tiling.tiles_h, 2);
   while (tiling.tiles_w > 1 && shared_bytes() > roomy) tiling.tiles_w = divide_up(tiling.tiles_w, 2);
@@ -336,7 +350,15 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
       break;
     }
   }
-  tiling.images = divide_up(all_images, divide_up(all_images, tiling.images));
+  if (Traits::kIsWide) {  // as many as leave the fewest lanes without work, but no more
+    const auto warps = [&](int images) {
+      return divide_up(all_images, images) * divide_up(tiling.tiles_w * tiling.tiles_h * images, 32);
+    };
+    for (int images = tiling.images - 1; images > 0; --images)
+      if (warps(images) < warps(tiling.images)) tiling.images = images;
+  } else {
+    tiling.images = divide_up(all_images, divide_up(all_images, tiling.images));
+  }
   tiling.threads = divide_up(tiling.tiles_w * tiling.tiles_h * tiling.images, 32) * 32;
 
   const int bytes = shared_bytes();
