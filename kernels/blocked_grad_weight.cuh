@@ -19,7 +19,7 @@
 
 namespace depthwise {
 
-constexpr int kBlockedSharedBytes = 48 << 10;
+constexpr int kBlockedSharedBytes = 48 << 10, kBlockedMostSharedBytes = 72 << 10;  // where a multiprocessor has them
 constexpr int kStrip = 4;                // columns of grad_output a step takes
 constexpr int kBlockedTileColumns = 64;  // of grad_output a stage holds, at most
 
@@ -36,8 +36,11 @@ struct BlockedGradWeightTraits {
   static constexpr int kPartTerms = 64;
   static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
   static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
-  // A thread's registers are its sums, those of a part and the rows of a strip: 128, or 168 for tall tiles.
-  static constexpr int kThreads = kSumsParts && kRows > 6 ? 192 : 256;  // a block, at most
+  // A thread's registers are its sums, those of a part and the rows of a strip. 168 leave the compiler a choice of
+  // banks; of 128, one multiply-add in seven waited for its operands.
+  static constexpr bool kIsRoomy = kSumsParts && kIsLarge;
+  static constexpr int kThreads = kIsRoomy ? 128 : 256;  // a block, at most
+  static constexpr int kBlocks = kIsRoomy ? 3 : 2;       // of a multiprocessor
 };
 
 // How a launch is cut.
@@ -50,6 +53,13 @@ struct BlockedGradWeightTiling {
   int input_pitch;                          // columns of an input row: those that the tile's meet
   int input_lanes, grad_lanes;              // threads that copy a row
 
+  // Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image.
+  __device__ int tile_of(int place) const {
+    return place >= tiles_h ? place : place % 2 == 0 ? place / 2 : tiles_h - 1 - place / 2;
+  }
+  __device__ int place_of(int tile_h) const {
+    return 2 * tile_h < tiles_h ? 2 * tile_h : 2 * (tiles_h - 1 - tile_h) + 1;
+  }
   __host__ __device__ int input_elements() const { return images * input_rows * input_pitch; }
   // kRows - 1 rows of zeros above and below each image.
   __host__ __device__ int grad_elements(int rows) const {
@@ -93,7 +103,7 @@ __device__ __forceinline__ float sum_every(const float* values, int step, int co
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     blocked_grad_weight_kernel(const GradWeightArgs args, const BlockedGradWeightTiling tiling,
                                const int shared_bytes) {
   using T = typename Traits::T;
@@ -112,8 +122,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int64_t channel = blockIdx.x;
   const int begin = static_cast<int>(static_cast<int64_t>(tiling.stages) * blockIdx.y / args.splits);
   const int end = static_cast<int>(static_cast<int64_t>(tiling.stages) * (blockIdx.y + 1) / args.splits);
-  const int tile_w = threadIdx.x % tiling.tiles_w, group = threadIdx.x / tiling.tiles_w % tiling.groups;
-  const int tile_h = threadIdx.x / tiling.tiles_w / tiling.groups;
+  // Warps take turns from block to block: those of other kernel rows have other amounts of work.
+  const unsigned turn = (blockIdx.x + blockIdx.y) % (blockDim.x / 32) * 32;
+  const int worker = static_cast<int>((threadIdx.x + turn) % blockDim.x);
+  const int tile_w = worker % tiling.tiles_w, group = worker / tiling.tiles_w % tiling.groups;
+  const int tile_h = tiling.tile_of(worker / tiling.tiles_w / tiling.groups);
   const int strips = tiling.tile_columns / kStrip;
   const bool one_column_tile = tiling.num_column_tiles == 1;
 
@@ -249,13 +262,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) sums[(i * kColumns + j) * blockDim.x + threadIdx.x] = sum[i][j];
+    for (int j = 0; j < kColumns; ++j) sums[(i * kColumns + j) * blockDim.x + worker] = sum[i][j];
   __syncthreads();
   bool finite = true;
   for (int tap = threadIdx.x; tap < taps; tap += blockDim.x) {
     const int i = tap / args.kernel_w, j = tap % args.kernel_w;
     const float* const first = sums + (i % kRows * kColumns + j % kColumns) * blockDim.x +
-                               i / kRows * tiling.groups * tiling.tiles_w + j / kColumns;
+                               tiling.place_of(i / kRows) * tiling.groups * tiling.tiles_w + j / kColumns;
     const float total = sum_every(first, tiling.tiles_w, tiling.groups);
     finite = finite && is_finite(total);
     store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
@@ -288,8 +301,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
 }
 
+// Rounds of strips that `groups` need for `count` images, `images` a stage.
+inline int blocked_rounds(int count, int images, int strips, int groups) {
+  return count / images * divide_up(images * strips, groups) + divide_up(count % images * strips, groups);
+}
+
 template <class Traits>
-BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, bool channels_last) {
+BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, bool channels_last, int shared_bytes) {
   constexpr int kHalo = Traits::kRows - 1;
   BlockedGradWeightTiling tiling;
   tiling.tiles_h = divide_up(args.kernel_h, Traits::kRows);
@@ -302,7 +320,7 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
 
   constexpr int kFewestRows = 8;
   // As many rows as fit, or as many images as keep every thread busy.
-  const int budget = kBlockedSharedBytes / 4 - 2 * kHalo * tiling.tile_columns;  // floats
+  const int budget = shared_bytes / 4 - 2 * kHalo * tiling.tile_columns;  // floats
   const int in_row = tiling.input_pitch, grad_row = tiling.tile_columns;
   const int fitting = (budget - (args.kernel_h - 1) * in_row) / (in_row + grad_row);
   const int fitting_whole = args.h < budget / in_row ? (budget - args.h * in_row) / grad_row : 0;
@@ -319,8 +337,11 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
     const int wanted = divide_up(2 * max_groups, strips);
     const int room = (budget + kHalo * grad_row) / (tiling.input_rows * in_row + (args.out_h + kHalo) * grad_row);
     const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
-    tiling.images = max_int(1, min_int(min_int(wanted, room), share));
-    tiling.images = divide_up(share, divide_up(share, tiling.images));
+    const int most = max_int(1, min_int(room, share));
+    tiling.images = divide_up(share, divide_up(share, min_int(wanted, most)));
+    for (int images = tiling.images + 1; images <= most; ++images)
+      if (blocked_rounds(share, images, strips, max_groups) < blocked_rounds(share, tiling.images, strips, max_groups))
+        tiling.images = images;
   }
   tiling.stages =
       static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
@@ -335,11 +356,15 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
 // Tiles of variants.h's table: NCHW, channels_last.
 template <class Traits>
 int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_t stream) {
-  const BlockedGradWeightTiling tiling = blocked_grad_weight_tiling<Traits>(args, tile == 1);
+  const DeviceLimits& device = device_limits();
+  const int share = min_int(device.shared_bytes / Traits::kBlocks - (1 << 10), kBlockedMostSharedBytes);
+  const int room = Traits::kIsRoomy ? max_int(share, kBlockedSharedBytes) : kBlockedSharedBytes;
+  const BlockedGradWeightTiling tiling = blocked_grad_weight_tiling<Traits>(args, tile == 1, room);
   const int threads = divide_up(tiling.tiles_h * tiling.tiles_w * tiling.groups, 32) * 32;
   const int floats = max_int(tiling.input_elements() + tiling.grad_elements(Traits::kRows),
                              Traits::kRows * Traits::kColumns * threads);
   const int bytes = floats * 4;
+  if (const int error = allow_shared_bytes(blocked_grad_weight_kernel<Traits>, bytes)) return error;
   blocked_grad_weight_kernel<Traits>
       <<<dim3(static_cast<unsigned>(args.out_c), args.splits), threads, bytes, stream>>>(args, tiling, bytes);
   return cudaGetLastError();

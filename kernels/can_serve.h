@@ -397,7 +397,7 @@ struct TapTile {
 };
 constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
   constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4}, {7, 4}, {6, 4}, {5, 4}, {4, 4}, {3, 4}};
-  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 256;
+  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 128;
   TapTile best{};
   int64_t least = 0;
   for (const TapTile tile : kCandidates) {
