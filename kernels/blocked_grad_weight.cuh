@@ -52,6 +52,7 @@ struct BlockedGradWeightTiling {
   int tiles_h, tiles_w, groups;             // threads: register tiles of the kernel, and those that share the strips
   int input_pitch;                          // columns of an input row: those that the tile's meet
   int input_lanes, grad_lanes;              // threads that copy a row
+  bool grad_vectors;                        // rows of grad_output are whole words of four columns
 
   // Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image.
   __device__ int tile_of(int place) const {
@@ -67,28 +68,51 @@ struct BlockedGradWeightTiling {
   }
 };
 
-// As fp32, element by element; `column_stride`: elements from column to column.
+// kVector columns a copy; `column_stride`: elements from column to column. From row to row, all is added to.
+template <int kVector>
+__device__ __forceinline__ void copy_rows(const Rectangle<float, float>& r, int lanes, int64_t column_stride) {
+  const int first = r.low + static_cast<int>(threadIdx.x % lanes) * kVector, columns = lanes * kVector;
+  const int rows = blockDim.x / lanes;  // at once
+  if (r.rows <= 0) return;
+  int image = 0, row = threadIdx.x / lanes;
+  const float* global = r.global + (r.first_row + row) * r.row_stride + (r.first_column + first) * column_stride;
+  float* shared = r.shared + row * r.pitch + first;
+  const int64_t next_rows = rows * r.row_stride, next_columns = columns * column_stride;
+  const int64_t next_image = r.image_stride - r.rows * r.row_stride;
+  const int shared_rows = rows * r.pitch, shared_image = r.image_pitch - r.rows * r.pitch;
+#pragma unroll 1
+  while (true) {
+    while (row >= r.rows) row -= r.rows, ++image, global += next_image, shared += shared_image;
+    if (image >= r.images) return;
+    const bool in_bounds = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
+    const float* from = global;
+#pragma unroll 1
+    for (int k = first; k < r.high; k += columns, from += next_columns) {
+      const bool valid = in_bounds && static_cast<unsigned>(r.first_column + k) < static_cast<unsigned>(r.width);
+      copy_async<4 * kVector>(shared + k - first, valid ? from : r.global, valid);
+    }
+    row += rows, global += next_rows, shared += shared_rows;
+  }
+}
+
+// As fp32; `vectors`: whole vectors of four columns, as they lie.
 template <class T>
-__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int lanes, int64_t column_stride) {
-  const auto in_bounds = [&](const T* row, int column) {
-    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-  };
-  if constexpr (sizeof(T) == 4)
-    for_each_vector<1, 1>(
-        r, lanes,
-        [&](float* shared, const T* row, int column) {
-          const bool valid = in_bounds(row, column);
-          copy_async<4>(shared, valid ? row + column * column_stride : r.global, valid);
-          return 0;
-        },
-        [](float*, int) {});
-  else
+__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int lanes, int64_t column_stride,
+                                              bool vectors) {
+  if constexpr (sizeof(T) == 4) {
+    if (vectors)
+      copy_rows<4>(r, lanes, column_stride);
+    else
+      copy_rows<1>(r, lanes, column_stride);
+  } else {
     for_each_vector<1, 2>(
         r, lanes,
         [&](float*, const T* row, int column) {
-          return load_or_zero<1>(row + column * column_stride, in_bounds(row, column));
+          return load_or_zero<1>(row + column * column_stride,
+                                 row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width));
         },
         [](float* shared, const Vector<T, 1>& value) { *shared = to_float(value.value[0]); });
+  }
 }
 
 // The sum of every step-th value, in four parts: equal values would round the same way every time.
@@ -166,7 +190,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       in.width = args.w;
       in.low = one_column_tile ? args.padding_w : 0;
       in.high = one_column_tile ? min(args.w + args.padding_w, input_pitch) : input_pitch;
-      copy_as_float(in, tiling.input_lanes, in_step);
+      copy_as_float(in, tiling.input_lanes, in_step, false);
       out.shared = shared_grad + (kRows - 1) * grad_pitch;
       out.pitch = grad_pitch;
       out.image_pitch = grad_image;
@@ -181,7 +205,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       out.width = args.out_w;
       out.low = 0;
       out.high = one_column_tile ? args.out_w : grad_pitch;
-      copy_as_float(out, tiling.grad_lanes, grad_step);
+      copy_as_float(out, tiling.grad_lanes, grad_step, tiling.grad_vectors);
       wait_for_all_copies();
     }
 
@@ -346,7 +370,9 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
   tiling.stages =
       static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
   tiling.input_lanes = row_lanes(min_int(args.w, tiling.input_pitch));
-  tiling.grad_lanes = row_lanes(tiling.tile_columns);
+  tiling.grad_vectors = sizeof(typename Traits::T) == 4 && !channels_last && args.out_w % 4 == 0 &&
+                        reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
+  tiling.grad_lanes = row_lanes(tiling.tile_columns / (tiling.grad_vectors ? 4 : 1));
   // The fewest groups that need no more rounds than all would.
   const int units = tiling.images * strips;
   tiling.groups = divide_up(units, divide_up(units, max_groups));
