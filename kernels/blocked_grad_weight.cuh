@@ -36,9 +36,9 @@ struct BlockedGradWeightTraits {
   static constexpr int kPartTerms = 64;
   static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
   static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
-  // A thread's registers are its sums, those of a part and the rows of a strip. 168 leave the compiler a choice of
-  // banks; of 128, one multiply-add in seven waited for its operands.
-  static constexpr bool kIsRoomy = kSumsParts && kIsLarge;
+  // A thread's registers are its sums, those of a part, and the rows of a strip. More than 24 taps a thread: 168 leave the
+  // compiler a choice of banks; of 128, one multiply-add in seven of 4x8 taps waited for its operands.
+  static constexpr bool kIsRoomy = kSumsParts && kRows * kColumns > 24;
   static constexpr int kThreads = kIsRoomy ? 128 : 256;  // a block, at most
   static constexpr int kBlocks = kIsRoomy ? 3 : 2;       // of a multiprocessor
 };
