@@ -2,17 +2,22 @@
 // flipped). NCHW and channels_last.
 //
 // Serves  any kernel height, padding and image size at run time; type, kernel width, strides and dilations at compile
-//         time; fp32, fp16, bf16.
-// Owns    each thread computes kColumns x kRows neighbouring outputs of one plane in fp32 registers. It walks down the
-//         rows of its window; one row of kWindow values in registers serves every output row that it meets, against
-//         weights that all threads of a warp read alike. NCHW: a block works on one channel of one image, or of several
-//         small ones; channels_last: on as many channels as fill 16 bytes, a warp on one of them.
+//         time; fp32, fp16, bf16. Wide tiles: stride 1 along rows, no dilation.
+// Owns    each thread computes kColumns x kRows outputs of one plane in fp32 registers. It walks down the rows of its
+//         window; kWindow values of one of them in registers serve every output row that it meets, against weights that
+//         all threads of a warp read alike. NCHW: a block works on one channel of one image, or of several small ones;
+//         channels_last: on as many channels as fill 16 bytes, a warp on one of them.
+//         Rows of outputs: neighbours; or, of wide tiles, row_step apart, so that those of a band of row_step tiles take
+//         turns: near the edges of an image fewer kernel rows meet it, and all warps then have about as many of them,
+//         while the lanes of a warp skip nearly the same ones.
 // Memory  fp32: weights, [channel][kernel row][column]; the input rows inside the image with zeros for the padding left
 //         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room. Images
 //         lie so far apart that the lanes of a warp read different banks: lanes along a row, an odd number of columns
-//         apart, take one of every so many banks, and those of the next image others.
+//         (wide: of pairs of them) apart, take one of every so many banks, and those of the next image others.
 // Cost    A window row is kWindow loads, and every row of weights a quarter of kernel_w, for kColumns * kernel_w
-//         multiply-adds a row of outputs: 31x31 issues 69 loads for 868 multiply-adds.
+//         multiply-adds a row of outputs: seven rows of 31x31 issue 93 loads for 1519 multiply-adds. Wide: the same
+//         weights serve 14 columns, whose window is loaded in pairs, again for each kTaps taps of a kernel row: 30 pairs
+//         and 56 loads of weights for 3038. Of 32x128x56x56, 31x31, four of a thread's rows meet an input row.
 // Chosen  select.h.
 #pragma once
 
@@ -31,13 +36,12 @@ struct BlockedTraits {
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr int kChannels = kChannelsLast ? 16 / static_cast<int>(sizeof(T)) : 1;  // of a block
-  // Wide tiles read half the weights for an output. Their rows are interleaved.
   static constexpr bool kIsWide = kTileColumns > 7;
   // An odd number of columns, or of pairs of them: neighbouring threads then read different banks. Seven divides the
   // images of most networks, as columns and as rows.
   static constexpr int kColumns = kTileColumns;
   static constexpr int kVector = kIsWide ? 2 : 1;  // floats of the window a load
-  // A row of the kernel is taken in chunks of so many taps, whose loop is short enough for the instruction cache.
+  // A row of the kernel is taken in chunks of so many taps: less code, for the instruction cache, and a smaller window.
   static constexpr int kTaps = min_int(kTileTaps, kKernelW);
   static constexpr int kChunks = divide_up(kKernelW, kTaps);
   static constexpr int kLastTaps = kKernelW - (kChunks - 1) * kTaps;
@@ -48,11 +52,10 @@ struct BlockedTraits {
   // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
   static constexpr int kRows = kTileRows == 4 && kKernelW >= 29 && kWindow <= 44 ? 6 : kTileRows;
   static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
-  // Of a block, at most. Wide: the lanes of one warp for each channel of 16 bits take more.
-  static constexpr int kThreads = kIsWide ? max_int(128, 32 * kChannels) : 256;
-  static constexpr int kBlocks = kIsWide        ? (kChannelsLast ? 256 : 384) / kThreads
-                                 : kWindow > 60 ? 1
-                                                : 2;  // of a multiprocessor, by registers
+  static constexpr int kThreads = kIsWide ? max_int(128, 32 * kChannels) : 256;  // a block, at most
+  // Of a multiprocessor, by registers. Wide channels_last: more blocks would not find shared memory for their weights.
+  static constexpr int kWideBlocks = (kChannelsLast ? 256 : 384) / kThreads;
+  static constexpr int kBlocks = kIsWide ? kWideBlocks : kWindow > 60 ? 1 : 2;
   // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share.
   static constexpr bool kIsTall = kTileRows > 4;
 
@@ -181,8 +184,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int tile_w = unit % tiling.tiles_w;
   const int own_image = unit / tiling.tiles_w % images;
   const int tile_h = unit / tiling.tiles_w / images;
-  // Rows of a thread: row_step apart, so that the rows of a band of row_step tiles take turns. All warps then have about
-  // as many kernel rows that meet the image, and lanes of neighbouring tiles the same ones.
   const int row_step = Traits::kIsWide ? tiling.row_step : 1;
   const int begin_row = tile_h / row_step * row_step * kRows + tile_h % row_step;
   const bool exists =

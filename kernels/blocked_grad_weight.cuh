@@ -6,9 +6,11 @@
 //         of one). A thread: kRows x kColumns taps, summed over strips of four columns of grad_output, which it marches
 //         down: a step reads a window of one input row and the next row of the strip, and the kRows rows of the strip
 //         met last are kept in registers: kRows * kColumns * 4 multiply-adds for (kColumns + 8) / 4 loads of 16 bytes.
-//         Threads are laid out kernel rows slowest, so that warps skip the steps whose input row is padding. The
-//         threads' sums are added in a fixed order, and the splits by add_splits_kernel: no atomics.
-// Memory  a stage's input and gradient as fp32, and zeros around them, at most kBlockedSharedBytes.
+//         Threads are laid out kernel rows slowest, those as far from the middle side by side, so that warps skip the
+//         steps whose input row is padding. The threads' sums are added in a fixed order, and the splits by
+//         add_splits_kernel: no atomics.
+// Memory  a stage's input and gradient as fp32, and zeros around them: kBlockedSharedBytes, or where few threads share
+//         them as much as three blocks find on a multiprocessor, and as many images as leave few lanes without a strip.
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, term by term.
 // Chosen  select.h.
 #pragma once
@@ -19,9 +21,10 @@
 
 namespace depthwise {
 
-constexpr int kBlockedSharedBytes = 48 << 10, kBlockedMostSharedBytes = 72 << 10;  // where a multiprocessor has them
-constexpr int kStrip = 4;                // columns of grad_output a step takes
-constexpr int kBlockedTileColumns = 64;  // of grad_output a stage holds, at most
+constexpr int kBlockedSharedBytes = 48 << 10;
+constexpr int kBlockedMostSharedBytes = 72 << 10;  // where a multiprocessor has them for each block
+constexpr int kStrip = 4;                          // columns of grad_output a step takes
+constexpr int kBlockedTileColumns = 64;            // of grad_output a stage holds, at most
 
 template <class T_, int kRows_, int kColumns_>
 struct BlockedGradWeightTraits {
@@ -36,8 +39,8 @@ struct BlockedGradWeightTraits {
   static constexpr int kPartTerms = 64;
   static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
   static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
-  // A thread's registers are its sums, those of a part, and the rows of a strip. More than 24 taps a thread: 168 leave the
-  // compiler a choice of banks; of 128, one multiply-add in seven of 4x8 taps waited for its operands.
+  // A thread's registers are its sums, those of a part, and the rows of a strip. More than 24 taps a thread: 168 leave
+  // the compiler a choice of banks; of 128, one multiply-add in seven of 4x8 taps has all operands in one bank.
   static constexpr bool kIsRoomy = kSumsParts && kRows * kColumns > 24;
   static constexpr int kThreads = kIsRoomy ? 128 : 256;  // a block, at most
   static constexpr int kBlocks = kIsRoomy ? 3 : 2;       // of a multiprocessor

@@ -168,7 +168,7 @@ inline bool can_serve_strips(const Problem& p, Kernel kernel) {
                             p.h * p.w * p.c <= kInt32Max / 2 && p.out_h * p.out_w * p.c <= kInt32Max / 2);
 }
 
-// blocked: a row of a thread's window lies in registers.
+// blocked: a row of a thread's window lies in registers; of wide tiles, what some of its taps read.
 constexpr int kMaxBlockedWindow = 80;
 constexpr int kMaxTallBlockedWindow = 40;  // beside the sums of seven rows
 
