@@ -8,7 +8,7 @@
 //         all threads of a warp read alike. NCHW: a block works on one channel of one image, or of several small ones;
 //         channels_last: on as many channels as fill 16 bytes, a warp on one of them.
 //         Rows of outputs: neighbours; or, of wide tiles, row_step apart, so that a band of row_step tiles take turns:
-//         near the edges of an image fewer kernel rows meet it, and all warps then have about as many of them, while the
+//         near the edges of an image fewer kernel rows meet it, and all warps then have about as many, while the
 //         lanes of a warp skip nearly the same ones.
 // Memory  fp32: weights, [channel][kernel row][column]; the input rows inside the image with zeros for the padding left
 //         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room. Images
@@ -16,7 +16,7 @@
 //         (wide: of pairs of them) apart, take one of every so many banks, and those of the next image others.
 // Cost    A window row is kWindow loads, and every row of weights a quarter of kernel_w, for kColumns * kernel_w
 //         multiply-adds a row of outputs: seven rows of 31x31 issue 93 loads for 1519 multiply-adds. Wide: the same
-//         weights serve 14 columns; their window is loaded in pairs, again for each kTaps taps of a kernel row, 30 pairs
+//         weights serve 14 columns; their window is loaded in pairs, again for each kTaps taps, 30 pairs
 //         and 56 loads of weights for 3038. Of 32x128x56x56, 31x31, four of a thread's rows meet an input row.
 // Chosen  select.h.
 #pragma once
