@@ -282,13 +282,11 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
 constexpr int kMaxLargeGradWeight = 64;
 
 inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
-  const bool channels_last = kernel == Kernel::kBlockedGradWeight ? tile == 1
-                             : kernel == Kernel::kToeplitzGradWeightDense
-                                 ? kToeplitzGradWeightDenseTiles[tile].vector > 1
-                                 : kernel == Kernel::kToeplitzGradWeightNhwc;
+  const bool channels_last =
+      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kToeplitzGradWeightTiles[tile].vector > 1;
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  if (is_toeplitz_grad_weight(kernel) && p.dtype == DType::kFloat32) return false;
+  if (kernel == Kernel::kToeplitzGradWeight && p.dtype == DType::kFloat32) return false;
   if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
   // Columns of grad_output that meet padding alone would be missed by the bias.
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
@@ -458,8 +456,9 @@ constexpr int lane_pairs(int in, int out, int kernel, int padding) {
   return pairs;
 }
 
-// Small images, stride 1; element for element alike in every plane, so all tensors are aligned.
+// Small images, stride 1, fp32; element for element alike in every plane, so all tensors are aligned.
 inline bool has_lane_images(const Problem& p) {
+  if (p.dtype != DType::kFloat32) return false;
   if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 64 || p.kernel_w > 32) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (!p.aligned || p.multiplier != 1 || p.padding_h > 64 || p.padding_w > 64) return false;
@@ -478,10 +477,10 @@ inline bool can_serve_images_fma(const Problem& p, const Tile& tile) {
   if (pairs_h == 0 || pairs_w == 0 || args.out_h > max_lane_out_height(args.out_w)) return false;
   const bool whole_plane = tile.columns > 0;
   if (whole_plane) {
-    const bool halved = tile.rows == kImagesFmaTiles[2].rows;
+    // channels_last is as fast row by row (7x7 and 13x13 on 7x7 images).
     const int rows = tile.rows < args.out_h ? tile.rows : args.out_h;
-    if (pairs_h * pairs_w > kMaxLanePlane || rows * args.out_w + args.h * args.w > kMaxImagesFmaRegisters ||
-        (halved && args.out_h <= tile.rows))
+    if (p.layout == Layout::kNhwc || pairs_h * pairs_w > kMaxLanePlane ||
+        rows * args.out_w + args.h * args.w > kMaxImagesFmaRegisters)
       return false;
   }
   return images_fma_cut(args, whole_plane, p.layout == Layout::kNhwc).shared_bytes <= kSharedBytesEverywhere;
@@ -496,7 +495,7 @@ inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile)
     const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
     const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
     const int taps = args.w + args.out_w - 1;  // of a kernel row, which are registers beside both planes
-    if (pairs_w * pairs_h > kMaxLanePlane || args.kernel_h >= args.h + args.out_h ||
+    if (p.layout == Layout::kNhwc || pairs_w * pairs_h > kMaxLanePlane || args.kernel_h >= args.h + args.out_h ||
         !lane_sums_fit(taps, args.h, args.w, args.out_h, args.out_w) ||
         args.h * args.w + args.out_h * args.out_w + taps > kMaxImagesFmaGradWeightRegisters)
       return false;
@@ -529,7 +528,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     return false;
   if (kernel == Kernel::kImagesFmaGradWeight)
     return can_serve_images_fma_grad_weight(p, tile_table(kernel, p.dtype)[tile]);
-  if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
+  if (kernel == Kernel::kToeplitzGradWeight || kernel == Kernel::kBlockedGradWeight)
     return can_serve_large_grad_weight(p, kernel, tile);
   if (is_images_grad_weight(kernel)) return can_serve_images_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   if (kernel == Kernel::kGradWeightStreamNhwc) return can_serve_grad_weight_stream(p, kGradWeightStreamNhwcTiles[tile]);

@@ -14,7 +14,7 @@
 // Cost    no product with padding is taken, so that infinities need no care. To add up kTaps sums over the lanes takes
 //         four instructions each by shuffles, 27x27 on 14x14: 112 beside 1423 multiply-adds a kernel row; through shared
 //         memory it takes two.
-// Chosen  by name only.
+// Chosen  select.h.
 #pragma once
 
 #include "exact_grad_weight.cuh"

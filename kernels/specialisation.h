@@ -44,7 +44,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.tile = config.tile;
     return s;
   }
-  if (is_toeplitz_grad_weight(kernel)) {  // compiled for the kernel's size in eights
+  if (kernel == Kernel::kToeplitzGradWeight) {  // compiled for the kernel's size in eights
     s.kernel_h = static_cast<int>(p.kernel_h + 7) / 8 * 8;
     s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
@@ -175,8 +175,7 @@ inline std::string specialisation_name(const Specialisation& s) {
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
 inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
-  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight"
-                             : is_images(s.kernel)             ? "images"
+  const std::string kernel = is_images(s.kernel)               ? "images"
                              : is_images_grad_weight(s.kernel) ? "images_grad_weight"
                                                                : kernel_name(s.kernel);
   char arguments[128];
@@ -189,13 +188,10 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (is_grad_input_kernel(s.kernel))
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
-  if (is_toeplitz_grad_weight(s.kernel)) {
+  if (s.kernel == Kernel::kToeplitzGradWeight) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
-    const bool dense = s.kernel == Kernel::kToeplitzGradWeightDense;
-    const bool channels_last = dense ? tile.vector > 1 : s.kernel == Kernel::kToeplitzGradWeightNhwc;
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s, %s", kTypes[static_cast<int>(s.dtype)],
-                  s.kernel_h / 8, s.kernel_w / 8, tile.columns / 16, channels_last ? "true" : "false",
-                  dense ? "true" : "false");
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
+                  s.kernel_w / 8, tile.columns / 16, tile.vector > 1 ? "true" : "false");
     traits = std::string("ToeplitzGradWeightTraits<") + arguments;
   }
   if (is_images_grad_weight(s.kernel)) {
