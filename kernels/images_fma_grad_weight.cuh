@@ -14,6 +14,9 @@
 // Cost    no product with padding is taken, so that infinities need no care. To add up kTaps sums over the lanes takes
 //         four instructions each by shuffles, 27x27 on 14x14: 112 beside 1423 multiply-adds a kernel row; through shared
 //         memory it takes two.
+// Errors  of fp32 grow with the length of a chain of additions: sums of a row (of two rows of whole planes) are added to
+//         those of the others, in groups of rows where registers allow, then over the lanes as a tree. One more addition
+//         for every tap and row: 17 beside 196 multiply-adds of a row of 14 pixels, of kernels that reach over all of it.
 // Chosen  by name only.
 #pragma once
 
@@ -42,14 +45,18 @@ struct ImagesFmaGradWeightTraits {
 
   // Whether the products of a tap in a row are added up by themselves, before they are added to those of other rows.
   // Where images are as high as they are wide, a tap of few products, all in one chain, errs no more than the others do.
+  // What becomes fp16 or bf16 is rounded more coarsely than any chain.
+  static constexpr bool kLongChains = sizeof(T) < 4;
   static constexpr bool adds_apart(int tap) {
+    if (kLongChains) return false;
     const int shift = tap + kFirstTap - kPaddingW;
     const int products = min_int(kOutWidth, kWidth - shift) - max_int(0, -shift);
     return products * products > 2 * min_int(kWidth, kOutWidth);
   }
 
   // Rows: where a thread has registers for twice the sums, those of so many rows are added up by themselves as well.
-  static constexpr int kRowsApart = 2 * kTaps + kWidth + kOutWidth + kOwnRegisters <= kFewestRegisters ? 7 : 0;
+  static constexpr int kRowsApart =
+      !kLongChains && 2 * kTaps + kWidth + kOutWidth + kOwnRegisters <= kFewestRegisters ? 7 : 0;
 
   static constexpr int kUnits = lane_units(kWholePlane);  // of a block
   // Of a unit. Rows: at most; half as many as an image has rows: the kernel rows of each, together, meet twice its rows.
@@ -62,8 +69,8 @@ struct ImagesFmaGradWeightTraits {
   static constexpr int kRowsAtOnce = divide_up(kKernelH, kChunks);
   // Sums, input, grad_output, and what else a thread needs.
   static constexpr int kRegisters =
-      max_int(kFewestRegisters, kTaps + kOwnRegisters +
-                                    (kWholePlane ? kHeight * kWidth + kOutHeight * kOutWidth : kWidth + kOutWidth));
+      max_int(kFewestRegisters,
+              kTaps + kOwnRegisters + (kWholePlane ? kHeight * kWidth + kOutHeight * kOutWidth : kWidth + kOutWidth));
   static constexpr int kBlocks = lane_blocks(kThreads, kRegisters);
 };
 
@@ -108,7 +115,8 @@ __device__ __forceinline__ void store_zeros(const GradWeightArgs& args, int64_t 
 }
 
 // Adds the products of `rows` rows of grad_output and of input. Those of a tap that has many are added up by themselves
-// first: the longer a chain of additions, the larger the sums that it rounds. Two taps at a time hide the latency.
+// first: the longer a chain of additions, the larger the sums that it rounds. Where warps are few, two taps at a time hide
+// the latency.
 template <class Traits>
 __device__ __forceinline__ void multiply_rows(float* sum, const float (*grad)[Traits::kOutWidth],
                                               const float (*input)[Traits::kWidth], int rows) {
