@@ -74,7 +74,7 @@ struct PackedLoad {
     using Word = typename RawWord<sizeof(T) * kWidth>::type;
     const Word* source = reinterpret_cast<const Word*>(pointer);
     Word loaded{};
-    if (in_bounds) loaded = kShared ? *source : load_once(source);
+    if (in_bounds) loaded = kShared ? *source : __ldg(source);
     if constexpr (sizeof(Word) <= 4) {
       word[0] = loaded;
     } else {

@@ -96,50 +96,16 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// How L2 keeps what is read once: lines that are the first to leave (sm_80). It is a constant in a uniform register.
-__device__ __forceinline__ uint64_t read_once() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// Read-only loads under that policy.
-__device__ __forceinline__ unsigned short load_once(const unsigned short* global) {
-  unsigned short word;
-  asm("ld.global.nc.L2::cache_hint.u16 %0, [%1], %2;" : "=h"(word) : "l"(global), "l"(read_once()));
-  return word;
-}
-__device__ __forceinline__ unsigned load_once(const unsigned* global) {
-  unsigned word;
-  asm("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(word) : "l"(global), "l"(read_once()));
-  return word;
-}
-__device__ __forceinline__ uint2 load_once(const uint2* global) {
-  uint2 word;
-  asm("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;"
-      : "=r"(word.x), "=r"(word.y)
-      : "l"(global), "l"(read_once()));
-  return word;
-}
-__device__ __forceinline__ uint4 load_once(const uint4* global) {
-  uint4 word;
-  asm("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-      : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
-      : "l"(global), "l"(read_once()));
-  return word;
-}
-
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.
 // Copies of 16 bytes go past L1, unless somebody else reads the line.
 template <int kBytes, bool kThroughL1 = kBytes != 16>
 __device__ __forceinline__ void copy_async(unsigned shared_address, const void* global, int bytes) {
   if constexpr (!kThroughL1)
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address), "l"(global),
-                 "r"(bytes), "l"(read_once())
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global), "r"(bytes)
                  : "memory");
   else
-    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %4, %2, %3;" ::"r"(shared_address), "l"(global),
-                 "r"(bytes), "l"(read_once()), "n"(kBytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(shared_address), "l"(global), "r"(bytes),
+                 "n"(kBytes)
                  : "memory");
 }
 template <int kBytes, bool kThroughL1 = kBytes != 16>

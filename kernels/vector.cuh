@@ -91,16 +91,6 @@ __device__ __forceinline__ float load(const T* pointer) {
   return to_float(T{__ldg(&pointer->bits)});
 }
 
-// A word of a tensor that the kernel reads once.
-template <class Word>
-__device__ __forceinline__ Word load_once(const Word* pointer) {
-#if __CUDA_ARCH__ >= 800
-  return ptx::load_once(pointer);
-#else
-  return __ldg(pointer);
-#endif
-}
-
 // One read-only load; a false predicate reads nothing and gives zeros.
 template <int kCount, class T>
 __device__ __forceinline__ Vector<T, kCount> load_or_zero(const T* pointer, bool in_bounds) {
@@ -111,7 +101,7 @@ __device__ __forceinline__ Vector<T, kCount> load_or_zero(const T* pointer, bool
     Vector<T, kCount> vector;
   } bits;
   bits.word = Word{};
-  if (in_bounds) bits.word = load_once(reinterpret_cast<const Word*>(pointer));
+  if (in_bounds) bits.word = __ldg(reinterpret_cast<const Word*>(pointer));
   return bits.vector;
 }
 

@@ -49,11 +49,6 @@ unsigned shared_address(const void* shared);
 
 void* at_shared_address(unsigned address);
 
-template <class Word>
-Word load_once(const Word* global) {
-  return __ldg(global);
-}
-
 void copy_async(void* shared, const void* global, int width, int bytes);
 template <int kBytes, bool kThroughL1 = false>
 void copy_async(void* shared, const void* global, int bytes) {
