@@ -2,27 +2,33 @@
 // flipped). NCHW and channels_last.
 //
 // Serves  any kernel height, padding and image size at run time; type, kernel width, strides and dilations at compile
-//         time; fp32, fp16, bf16.
-// Owns    each thread computes kColumns x kRows neighbouring outputs of one plane in fp32 registers. It walks down the
-//         rows of its window; one row of kWindow values in registers serves every output row that it meets, against
-//         weights that all threads of a warp read alike. NCHW: a block works on one channel of one image, or of several
-//         small ones; channels_last: on as many channels as fill 16 bytes, a warp on one of them.
+//         time; fp32, fp16, bf16. Wide tiles: stride 1 along rows, no dilation.
+// Owns    each thread computes kColumns x kRows outputs of one plane in fp32 registers. It walks down the rows of its
+//         window; kWindow values of one of them in registers serve every output row that it meets, against weights that
+//         all threads of a warp read alike. NCHW: a block works on one channel of one image, or of several small ones;
+//         channels_last: on as many channels as fill 16 bytes, a warp on one of them.
+//         Rows of outputs: neighbours; or, of wide tiles, row_step apart, so that those of a band of row_step tiles take
+//         turns: near the edges of an image fewer kernel rows meet it, and all warps then have about as many of them,
+//         while the lanes of a warp skip nearly the same ones.
 // Memory  fp32: weights, [channel][kernel row][column]; the input rows inside the image with zeros for the padding left
 //         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room. Images
 //         lie so far apart that the lanes of a warp read different banks: lanes along a row, an odd number of columns
-//         apart, take one of every so many banks, and those of the next image others.
+//         (wide: of pairs of them) apart, take one of every so many banks, and those of the next image others.
 // Cost    A window row is kWindow loads, and every row of weights a quarter of kernel_w, for kColumns * kernel_w
-//         multiply-adds a row of outputs: 31x31 issues 69 loads for 868 multiply-adds.
+//         multiply-adds a row of outputs: seven rows of 31x31 issue 93 loads for 1519 multiply-adds. Wide: the same
+//         weights serve 14 columns, whose window is loaded in pairs, again for each kTaps taps of a kernel row: 30 pairs
+//         and 56 loads of weights for 3038. Of 32x128x56x56, 31x31, four of a thread's rows meet an input row.
 // Chosen  select.h.
 #pragma once
 
+#include "async_copy.cuh"
 #include "direct.cuh"
 
 namespace depthwise {
 
-// kTileRows: the rows of variants.h's table.
+// kTileColumns, kTileRows, kTileTaps: those of variants.h's table.
 template <class T_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_, bool kChannelsLast_,
-          int kTileRows>
+          int kTileColumns, int kTileRows, int kTileTaps>
 struct BlockedTraits {
   using T = T_;
   static constexpr int kKernelW = kKernelW_;
@@ -30,38 +36,63 @@ struct BlockedTraits {
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr int kChannels = kChannelsLast ? 16 / static_cast<int>(sizeof(T)) : 1;  // of a block
-  // An odd number of columns: neighbouring threads then read different banks. Seven divides the images of most
-  // networks, as columns and as rows.
-  static constexpr int kColumns = 7;
-  static constexpr int kWindow = window_size(kColumns, kStrideW, kKernelW, kDilationW);
+  static constexpr bool kIsWide = kTileColumns > 7;
+  // An odd number of columns, or of pairs of them: neighbouring threads then read different banks. Seven divides the
+  // images of most networks, as columns and as rows.
+  static constexpr int kColumns = kTileColumns;
+  static constexpr int kVector = kIsWide ? 2 : 1;  // floats of the window a load
+  // A row of the kernel is taken in chunks of so many taps: less code, for the instruction cache, and a smaller window.
+  static constexpr int kTaps = min_int(kTileTaps, kKernelW);
+  static constexpr int kChunks = divide_up(kKernelW, kTaps);
+  static constexpr int kLastTaps = kKernelW - (kChunks - 1) * kTaps;
+  static constexpr int kWindow = divide_up(window_size(kColumns, kStrideW, kTaps, kDilationW), kVector) * kVector;
+  // Columns that the last chunk reads beyond those it needs.
+  static constexpr int kSlack = (kTaps - kLastTaps) * kDilationW + kVector - 1;
   // More rows a thread share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six, 0.364 with four;
   // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
   static constexpr int kRows = kTileRows == 4 && kKernelW >= 29 && kWindow <= 44 ? 6 : kTileRows;
-  // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share of two.
-  static constexpr bool kIsTall = kTileRows > 4;
   static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
-};
+  static constexpr int kThreads = kIsWide ? max_int(128, 32 * kChannels) : 256;  // a block, at most
+  // Of a multiprocessor, by registers. Wide channels_last: more blocks would not find shared memory for their weights.
+  static constexpr int kWideBlocks = (kChannelsLast ? 256 : 384) / kThreads;
+  static constexpr int kBlocks = kIsWide ? kWideBlocks : kWindow > 60 ? 1 : 2;
+  // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share.
+  static constexpr bool kIsTall = kTileRows > 4;
 
-constexpr int kBlockedThreads = 256;  // a block, at most
+  // Floats from one row of input to the next, where a block reads `width` columns, of which `padding` lie left of the
+  // image. Wide: zeros right of a row are those left of the next one.
+  static int row_pitch(int width, int padding, int image_width) {
+    if (!kIsWide) return width;
+    const int left = min_int(max_int(0, padding), width);
+    return divide_up(max_int(min_int(left + image_width, width), width - left), kVector) * kVector;
+  }
+  // Floats from one image to the next, of `floats` each, where `tiles_w` lanes lie along a row.
+  __host__ __device__ static int image_pitch(int floats, int tiles_w) {
+    constexpr int kLoads = 32 / kVector;  // that all banks answer at once
+    int lanes = 1;
+    while (lanes < tiles_w) lanes *= 2;
+    const int loads = divide_up(floats, kVector);
+    return (loads + ((lanes - loads) & ((kIsWide ? min_int(2 * lanes, kLoads) : kLoads) - 1))) * kVector;
+  }
+};
 
 // How a launch is cut into blocks.
 struct BlockedTiling {
   int tiles_w, tiles_h, images;  // thread tiles of a block, for each channel
+  int row_step;                  // tiles of a band, whose rows take turns
   int blocks_w, blocks_h;        // of an image
   int threads;                   // for each channel
-  int pitch;                     // floats from one input row to the next
+  int width, pitch;              // columns of input that a block reads; floats from one input row to the next
 };
 
-// Floats from one image to the next, of `floats` each, where `tiles_w` lanes lie along a row.
-__host__ __device__ inline int blocked_image_pitch(int floats, int tiles_w) {
-  constexpr int kBanks = 32;
-  int lanes = 1;
-  while (lanes < tiles_w) lanes *= 2;
-  return floats + ((lanes - floats) & (kBanks - 1));
+__device__ __forceinline__ void copy_one(float* shared, const float* global) { copy_async<4>(shared, global); }
+template <class T>
+__device__ __forceinline__ void copy_one(float* shared, const T* global) {
+  *shared = load(global);
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     blocked_kernel(const __grid_constant__ DirectArgs args, const BlockedTiling tiling) {
   using T = typename Traits::T;
   constexpr int kChannels = Traits::kChannels, kColumns = Traits::kColumns, kRows = Traits::kRows;
@@ -86,16 +117,17 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
   const int last_tap = (args.kernel_h - 1) * Traits::kDilationH;
   const int in_row = max(0, first_row), in_column = max(0, first_column);
   const int in_rows = max(0, min(args.h, first_row + (rows - 1) * Traits::kStrideH + last_tap + 1) - in_row);
-  const int in_columns = max(0, min(args.w, first_column + tiling.pitch) - in_column);
+  const int in_columns = max(0, min(args.w, first_column + tiling.width) - in_column);
   const int64_t in_c = args.out_c / args.multiplier;
 
   extern __shared__ __align__(16) float shared[];
   float* tile = shared + kChannels * args.kernel_h * Traits::kWeightPitch;
-  const int image_pitch = blocked_image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
+  const int image_pitch = Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
   const int tile_floats = kChannels * images * image_pitch;
 
   // Load the weights and the tile.
-  for (int k = threadIdx.x; k < tile_floats + tiling.pitch; k += blockDim.x) tile[k] = 0;
+  const int zeroed = tile_floats + tiling.width + Traits::kSlack;
+  for (int k = threadIdx.x; k < zeroed; k += blockDim.x) tile[k] = 0;
   const int taps = args.kernel_h * Traits::kKernelW;
   const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
   for (int k = threadIdx.x; k < channels * taps; k += blockDim.x) {
@@ -110,29 +142,41 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
       const T* input = static_cast<const T*>(args.input) + image * plane * in_c +
                        (static_cast<int64_t>(in_row) * args.w + in_column) * in_c + channel;
       const bool vectors = in_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
-      for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance()) {
-        const T* from = input + (at.outer * plane + static_cast<int64_t>(at.middle) * args.w + at.inner) * in_c;
-        float* to = corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner;
-        Vector<T, kChannels> pixel;
-        if (vectors) {
-          pixel = load_or_zero<kChannels>(from, true);
-        } else {
+      for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images;) {
+        constexpr int kBatch = 4;  // pixels loaded before the first is stored
+        Vector<T, kChannels> pixel[kBatch];
+        float* to[kBatch];
 #pragma unroll
-          for (int e = 0; e < kChannels; ++e) pixel.value[e] = load_or_zero<1>(from + e, e < channels).value[0];
+        for (int b = 0; b < kBatch; ++b) {
+          const bool valid = at.outer < images;
+          const T* from = input + (at.outer * plane + static_cast<int64_t>(at.middle) * args.w + at.inner) * in_c;
+          to[b] = valid ? corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner : nullptr;
+          if (vectors) {
+            pixel[b] = load_or_zero<kChannels>(from, valid);
+          } else {
+#pragma unroll
+            for (int e = 0; e < kChannels; ++e)
+              pixel[b].value[e] = load_or_zero<1>(from + e, valid && e < channels).value[0];
+          }
+          at.advance();
         }
 #pragma unroll
-        for (int e = 0; e < kChannels; ++e) to[e * images * image_pitch] = to_float(pixel.value[e]);
+        for (int b = 0; b < kBatch; ++b) {
+          if (to[b] == nullptr) continue;
+#pragma unroll
+          for (int e = 0; e < kChannels; ++e) to[b][e * images * image_pitch] = to_float(pixel[b].value[e]);
+        }
       }
     } else {
       const T* input = static_cast<const T*>(args.input) + (image * in_c + channel / args.multiplier) * plane +
                        static_cast<int64_t>(in_row) * args.w + in_column;
 #pragma unroll 4
       for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance())
-        corner[at.outer * image_pitch + at.middle * tiling.pitch + at.inner] =
-            load(input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner);
+        copy_one(corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner,
+                 input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner);
     }
   }
-  __syncthreads();
+  wait_for_all_copies();
 
   // Compute. Threads count columns first, then images, then rows, so that the lanes of a warp share their rows.
   const int own_channel = threadIdx.x / tiling.threads;
@@ -140,14 +184,17 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
   const int tile_w = unit % tiling.tiles_w;
   const int own_image = unit / tiling.tiles_w % images;
   const int tile_h = unit / tiling.tiles_w / images;
-  const bool exists = tile_h * kRows < rows && tile_w * kColumns < columns && own_channel < channels;
-  const int own_row = first_row + tile_h * kRows * Traits::kStrideH;  // input row of the window's row 0
+  const int row_step = Traits::kIsWide ? tiling.row_step : 1;
+  const int begin_row = tile_h / row_step * row_step * kRows + tile_h % row_step;
+  const bool exists =
+      tile_h < tiling.tiles_h && begin_row < rows && tile_w * kColumns < columns && own_channel < channels;
+  const int own_row = first_row + begin_row * Traits::kStrideH;  // input row of the window's row 0
   const float* zeros = tile + tile_floats + tile_w * kColumns * Traits::kStrideW;
   const float* window_row = tile + (own_channel * images + own_image) * image_pitch +
                             (own_row - in_row) * tiling.pitch + tile_w * kColumns * Traits::kStrideW;
 
   // Rows of the window that lie inside the image for any lane of the warp.
-  const int window_rows = (kRows - 1) * Traits::kStrideH + last_tap + 1;
+  const int window_rows = (kRows - 1) * row_step * Traits::kStrideH + last_tap + 1;
   int begin = exists ? max(0, -own_row) : window_rows;
   int end = exists ? min(window_rows, args.h - own_row) : 0;
 #pragma unroll
@@ -165,41 +212,67 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kWindow > 60 ? 1 : 2)
     for (int v = 0; v < kColumns; ++v) sum[o][v] = bias;
 
   const float* filter = shared + own_channel * args.kernel_h * Traits::kWeightPitch;
+  const int weights_step = row_step * Traits::kStrideH * Traits::kWeightPitch;
+  const float* row_weights = filter;
+  // Wide: counted from the same row in all warps, so that it is known to be the same in all lanes.
 #pragma unroll 1
-  for (int r = begin; r < end; ++r) {
+  for (int r = Traits::kIsWide ? 0 : begin; r < (Traits::kIsWide ? window_rows : end);
+       ++r, row_weights += Traits::kWeightPitch) {
+    if (Traits::kIsWide && (r < begin || r >= end)) continue;
     const bool in_bounds = exists && static_cast<unsigned>(own_row + r - in_row) < static_cast<unsigned>(in_rows);
     const float* from = in_bounds ? window_row + r * tiling.pitch : zeros;
-    float window[Traits::kWindow];
-#pragma unroll
-    for (int k = 0; k < Traits::kWindow; ++k) window[k] = from[k];
+    // Kernel rows that the window's row meets, one of each row of outputs.
+    unsigned meets = 0;
 #pragma unroll
     for (int o = 0; o < kRows; ++o) {
-      const int offset = r - o * Traits::kStrideH;
-      if (offset < 0 || offset > last_tap || offset % Traits::kDilationH != 0) continue;
-      const float4* weights =
-          reinterpret_cast<const float4*>(filter + offset / Traits::kDilationH * Traits::kWeightPitch);
+      const int offset = r - o * row_step * Traits::kStrideH;
+      if (offset >= 0 && offset <= last_tap && offset % Traits::kDilationH == 0) meets |= 1u << o;
+    }
+    const float* chunk_weights = row_weights;
+#pragma unroll 1
+    for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
+      const bool is_whole = Traits::kLastTaps == Traits::kTaps || chunk < Traits::kChunks - 1;
+      float window[Traits::kWindow];
 #pragma unroll
-      for (int j = 0; j < Traits::kKernelW; j += 4) {
-        const float4 four = weights[j / 4];
-        const float w[4] = {four.x, four.y, four.z, four.w};
+      for (int k = 0; k < Traits::kWindow; k += Traits::kVector) {
+        const auto part = *reinterpret_cast<const Vector<float, Traits::kVector>*>(from + k);
 #pragma unroll
-        for (int k = 0; k < 4 && j + k < Traits::kKernelW; ++k)
-#pragma unroll
-          for (int v = 0; v < kColumns; ++v)
-            sum[o][v] = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], sum[o][v]);
+        for (int e = 0; e < Traits::kVector; ++e) window[k + e] = part.value[e];
       }
+#pragma unroll
+      for (int o = 0; o < kRows; ++o) {
+        if ((meets & 1u << o) == 0) continue;
+        const int kernel_row = (r - o * Traits::kStrideH) / Traits::kDilationH;
+        const float* weights =
+            Traits::kIsWide ? chunk_weights - o * weights_step : filter + kernel_row * Traits::kWeightPitch;
+#pragma unroll
+        for (int j = 0; j < Traits::kTaps; j += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(weights + j);
+          const float w[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+          for (int k = 0; k < 4 && j + k < Traits::kTaps; ++k) {
+            if (j + k >= Traits::kLastTaps && !is_whole) continue;
+#pragma unroll
+            for (int v = 0; v < kColumns; ++v)
+              sum[o][v] = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], sum[o][v]);
+          }
+        }
+      }
+      from += Traits::kTaps * Traits::kDilationW;
+      chunk_weights += Traits::kTaps;
     }
   }
 
   // Store, through shared memory: [channel][image][row][column].
   __syncthreads();
   if (exists) {
-    float* stage = tile + ((own_channel * images + own_image) * rows + tile_h * kRows) * columns + tile_w * kColumns;
+    float* stage = tile + ((own_channel * images + own_image) * rows + begin_row) * columns + tile_w * kColumns;
 #pragma unroll
     for (int o = 0; o < kRows; ++o)
 #pragma unroll
       for (int v = 0; v < kColumns; ++v)
-        if (tile_h * kRows + o < rows && tile_w * kColumns + v < columns) stage[o * columns + v] = sum[o][v];
+        if (begin_row + o * row_step < rows && tile_w * kColumns + v < columns)
+          stage[o * row_step * columns + v] = sum[o][v];
   }
   __syncthreads();
   const int64_t plane = static_cast<int64_t>(args.out_h) * args.out_w;
@@ -235,7 +308,7 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
   const DeviceLimits& device = device_limits();
   const int all_w = divide_up(args.out_w, Traits::kColumns), all_h = divide_up(args.out_h, Traits::kRows);
   const int all_images = static_cast<int>(args.n);
-  const int max_threads = kBlockedThreads / Traits::kChannels / 32 * 32;
+  const int max_threads = Traits::kThreads / Traits::kChannels / 32 * 32;
   const int64_t channels = divide_up<int64_t>(args.out_c, Traits::kChannels);
 
   // Whole images where threads and shared memory allow it, then several of them; but two blocks a multiprocessor.
@@ -244,23 +317,29 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
   tiling.tiles_h = min_int(all_h, max_int(1, max_threads / tiling.tiles_w));
   tiling.images = 1;
   const auto shared_bytes = [&] {
-    tiling.pitch =
+    tiling.width =
         window_size(tiling.tiles_w * Traits::kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+    tiling.pitch = Traits::row_pitch(tiling.width, all_w > tiling.tiles_w ? 0 : args.padding_w, args.w);
     const int out_rows = tiling.tiles_h * Traits::kRows;
     const int in_rows =
         min_int(args.h, (out_rows - 1) * Traits::kStrideH + (args.kernel_h - 1) * Traits::kDilationH + 1);
     const int planes = Traits::kChannels * tiling.images;
-    const int in_floats = planes * blocked_image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.pitch;
+    const int in_floats =
+        planes * Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.width + Traits::kSlack;
     const int out_floats = planes * out_rows * tiling.tiles_w * Traits::kColumns;
     return 4 * (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(in_floats, out_floats));
   };
-  const int roomy = Traits::kIsTall ? device.shared_bytes_for(2)
+  const int roomy = Traits::kIsTall ? device.shared_bytes_for(Traits::kBlocks)
                                     : min_int(device.shared_bytes_block, (Traits::kChannelsLast ? 110 : 72) << 10);
   while (tiling.tiles_h > 1 && shared_bytes() > roomy) tiling.tiles_h = divide_up(tiling.tiles_h, 2);
   while (tiling.tiles_w > 1 && shared_bytes() > roomy) tiling.tiles_w = divide_up(tiling.tiles_w, 2);
   tiling.blocks_w = divide_up(all_w, tiling.tiles_w);
   tiling.blocks_h = divide_up(all_h, tiling.tiles_h);
   tiling.tiles_h = divide_up(all_h, tiling.blocks_h);
+  // As wide a band as leaves most rows of a thread within a kernel's height.
+  tiling.row_step = 1;
+  for (int step = 2; 4 * step * Traits::kRows <= 7 * args.kernel_h; ++step)
+    if (tiling.tiles_h % step == 0) tiling.row_step = step;
   const auto fits = [&] {
     return tiling.tiles_w * tiling.tiles_h * tiling.images <= max_threads && shared_bytes() <= roomy &&
            channels * divide_up(all_images, tiling.images) >= 2 * device.multiprocessors;
@@ -272,7 +351,15 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
       break;
     }
   }
-  tiling.images = divide_up(all_images, divide_up(all_images, tiling.images));
+  if (Traits::kIsWide) {  // as many as leave the fewest lanes without work, but no more
+    const auto warps = [&](int images) {
+      return divide_up(all_images, images) * divide_up(tiling.tiles_w * tiling.tiles_h * images, 32);
+    };
+    for (int images = tiling.images - 1; images > 0; --images)
+      if (warps(images) < warps(tiling.images)) tiling.images = images;
+  } else {
+    tiling.images = divide_up(all_images, divide_up(all_images, tiling.images));
+  }
   tiling.threads = divide_up(tiling.tiles_w * tiling.tiles_h * tiling.images, 32) * 32;
 
   const int bytes = shared_bytes();

@@ -6,9 +6,11 @@
 //         of one). A thread: kRows x kColumns taps, summed over strips of four columns of grad_output, which it marches
 //         down: a step reads a window of one input row and the next row of the strip, and the kRows rows of the strip
 //         met last are kept in registers: kRows * kColumns * 4 multiply-adds for (kColumns + 8) / 4 loads of 16 bytes.
-//         Threads are laid out kernel rows slowest, so that warps skip the steps whose input row is padding. The
-//         threads' sums are added in a fixed order, and the splits by add_splits_kernel: no atomics.
-// Memory  a stage's input and gradient as fp32, and zeros around them, at most kBlockedSharedBytes.
+//         Threads are laid out kernel rows slowest, those as far from the middle side by side, so that warps skip the
+//         steps whose input row is padding. The threads' sums are added in a fixed order, and the splits by
+//         add_splits_kernel: no atomics.
+// Memory  a stage's input and gradient as fp32, and zeros around them: kBlockedSharedBytes, or where few threads share
+//         them as much as three blocks find on a multiprocessor, and as many images as leave few lanes without a strip.
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, term by term.
 // Chosen  select.h.
 #pragma once
@@ -20,8 +22,9 @@
 namespace depthwise {
 
 constexpr int kBlockedSharedBytes = 48 << 10;
-constexpr int kStrip = 4;                // columns of grad_output a step takes
-constexpr int kBlockedTileColumns = 64;  // of grad_output a stage holds, at most
+constexpr int kBlockedMostSharedBytes = 72 << 10;  // where a multiprocessor has them for each block
+constexpr int kStrip = 4;                          // columns of grad_output a step takes
+constexpr int kBlockedTileColumns = 64;            // of grad_output a stage holds, at most
 
 template <class T_, int kRows_, int kColumns_>
 struct BlockedGradWeightTraits {
@@ -36,8 +39,11 @@ struct BlockedGradWeightTraits {
   static constexpr int kPartTerms = 64;
   static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
   static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
-  // A thread's registers are its sums, those of a part and the rows of a strip: 128, or 168 for tall tiles.
-  static constexpr int kThreads = kSumsParts && kRows > 6 ? 192 : 256;  // a block, at most
+  // A thread's registers are its sums, those of a part, and the rows of a strip. More than 24 taps a thread: 168 leave
+  // the compiler a choice of banks; of 128, one multiply-add in seven of 4x8 taps has all operands in one bank.
+  static constexpr bool kIsRoomy = kSumsParts && kRows * kColumns > 24;
+  static constexpr int kThreads = kIsRoomy ? 128 : 256;  // a block, at most
+  static constexpr int kBlocks = kIsRoomy ? 3 : 2;       // of a multiprocessor
 };
 
 // How a launch is cut.
@@ -49,7 +55,15 @@ struct BlockedGradWeightTiling {
   int tiles_h, tiles_w, groups;             // threads: register tiles of the kernel, and those that share the strips
   int input_pitch;                          // columns of an input row: those that the tile's meet
   int input_lanes, grad_lanes;              // threads that copy a row
+  bool grad_vectors;                        // rows of grad_output are whole words of four columns
 
+  // Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image.
+  __device__ int tile_of(int place) const {
+    return place >= tiles_h ? place : place % 2 == 0 ? place / 2 : tiles_h - 1 - place / 2;
+  }
+  __device__ int place_of(int tile_h) const {
+    return 2 * tile_h < tiles_h ? 2 * tile_h : 2 * (tiles_h - 1 - tile_h) + 1;
+  }
   __host__ __device__ int input_elements() const { return images * input_rows * input_pitch; }
   // kRows - 1 rows of zeros above and below each image.
   __host__ __device__ int grad_elements(int rows) const {
@@ -57,28 +71,51 @@ struct BlockedGradWeightTiling {
   }
 };
 
-// As fp32, element by element; `column_stride`: elements from column to column.
+// kVector columns a copy; `column_stride`: elements from column to column. From row to row, all is added to.
+template <int kVector>
+__device__ __forceinline__ void copy_rows(const Rectangle<float, float>& r, int lanes, int64_t column_stride) {
+  const int first = r.low + static_cast<int>(threadIdx.x % lanes) * kVector, columns = lanes * kVector;
+  const int rows = blockDim.x / lanes;  // at once
+  if (r.rows <= 0) return;
+  int image = 0, row = threadIdx.x / lanes;
+  const float* global = r.global + (r.first_row + row) * r.row_stride + (r.first_column + first) * column_stride;
+  float* shared = r.shared + row * r.pitch + first;
+  const int64_t next_rows = rows * r.row_stride, next_columns = columns * column_stride;
+  const int64_t next_image = r.image_stride - r.rows * r.row_stride;
+  const int shared_rows = rows * r.pitch, shared_image = r.image_pitch - r.rows * r.pitch;
+#pragma unroll 1
+  while (true) {
+    while (row >= r.rows) row -= r.rows, ++image, global += next_image, shared += shared_image;
+    if (image >= r.images) return;
+    const bool in_bounds = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
+    const float* from = global;
+#pragma unroll 1
+    for (int k = first; k < r.high; k += columns, from += next_columns) {
+      const bool valid = in_bounds && static_cast<unsigned>(r.first_column + k) < static_cast<unsigned>(r.width);
+      copy_async<4 * kVector>(shared + k - first, valid ? from : r.global, valid);
+    }
+    row += rows, global += next_rows, shared += shared_rows;
+  }
+}
+
+// As fp32; `vectors`: whole vectors of four columns, as they lie.
 template <class T>
-__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int lanes, int64_t column_stride) {
-  const auto in_bounds = [&](const T* row, int column) {
-    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-  };
-  if constexpr (sizeof(T) == 4)
-    for_each_vector<1, 1>(
-        r, lanes,
-        [&](float* shared, const T* row, int column) {
-          const bool valid = in_bounds(row, column);
-          copy_async<4>(shared, valid ? row + column * column_stride : r.global, valid);
-          return 0;
-        },
-        [](float*, int) {});
-  else
+__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int lanes, int64_t column_stride,
+                                              bool vectors) {
+  if constexpr (sizeof(T) == 4) {
+    if (vectors)
+      copy_rows<4>(r, lanes, column_stride);
+    else
+      copy_rows<1>(r, lanes, column_stride);
+  } else {
     for_each_vector<1, 2>(
         r, lanes,
         [&](float*, const T* row, int column) {
-          return load_or_zero<1>(row + column * column_stride, in_bounds(row, column));
+          return load_or_zero<1>(row + column * column_stride,
+                                 row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width));
         },
         [](float* shared, const Vector<T, 1>& value) { *shared = to_float(value.value[0]); });
+  }
 }
 
 // The sum of every step-th value, in four parts: equal values would round the same way every time.
@@ -93,7 +130,7 @@ __device__ __forceinline__ float sum_every(const float* values, int step, int co
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     blocked_grad_weight_kernel(const GradWeightArgs args, const BlockedGradWeightTiling tiling,
                                const int shared_bytes) {
   using T = typename Traits::T;
@@ -112,8 +149,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int64_t channel = blockIdx.x;
   const int begin = static_cast<int>(static_cast<int64_t>(tiling.stages) * blockIdx.y / args.splits);
   const int end = static_cast<int>(static_cast<int64_t>(tiling.stages) * (blockIdx.y + 1) / args.splits);
-  const int tile_w = threadIdx.x % tiling.tiles_w, group = threadIdx.x / tiling.tiles_w % tiling.groups;
-  const int tile_h = threadIdx.x / tiling.tiles_w / tiling.groups;
+  // Warps take turns from block to block: those of other kernel rows have other amounts of work.
+  const unsigned turn = (blockIdx.x + blockIdx.y) % (blockDim.x / 32) * 32;
+  const int worker = static_cast<int>((threadIdx.x + turn) % blockDim.x);
+  const int tile_w = worker % tiling.tiles_w, group = worker / tiling.tiles_w % tiling.groups;
+  const int tile_h = tiling.tile_of(worker / tiling.tiles_w / tiling.groups);
   const int strips = tiling.tile_columns / kStrip;
   const bool one_column_tile = tiling.num_column_tiles == 1;
 
@@ -153,7 +193,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       in.width = args.w;
       in.low = one_column_tile ? args.padding_w : 0;
       in.high = one_column_tile ? min(args.w + args.padding_w, input_pitch) : input_pitch;
-      copy_as_float(in, tiling.input_lanes, in_step);
+      copy_as_float(in, tiling.input_lanes, in_step, false);
       out.shared = shared_grad + (kRows - 1) * grad_pitch;
       out.pitch = grad_pitch;
       out.image_pitch = grad_image;
@@ -168,7 +208,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       out.width = args.out_w;
       out.low = 0;
       out.high = one_column_tile ? args.out_w : grad_pitch;
-      copy_as_float(out, tiling.grad_lanes, grad_step);
+      copy_as_float(out, tiling.grad_lanes, grad_step, tiling.grad_vectors);
       wait_for_all_copies();
     }
 
@@ -249,13 +289,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) sums[(i * kColumns + j) * blockDim.x + threadIdx.x] = sum[i][j];
+    for (int j = 0; j < kColumns; ++j) sums[(i * kColumns + j) * blockDim.x + worker] = sum[i][j];
   __syncthreads();
   bool finite = true;
   for (int tap = threadIdx.x; tap < taps; tap += blockDim.x) {
     const int i = tap / args.kernel_w, j = tap % args.kernel_w;
     const float* const first = sums + (i % kRows * kColumns + j % kColumns) * blockDim.x +
-                               i / kRows * tiling.groups * tiling.tiles_w + j / kColumns;
+                               tiling.place_of(i / kRows) * tiling.groups * tiling.tiles_w + j / kColumns;
     const float total = sum_every(first, tiling.tiles_w, tiling.groups);
     finite = finite && is_finite(total);
     store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
@@ -288,8 +328,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
 }
 
+// Rounds of strips that `groups` need for `count` images, `images` a stage.
+inline int blocked_rounds(int count, int images, int strips, int groups) {
+  return count / images * divide_up(images * strips, groups) + divide_up(count % images * strips, groups);
+}
+
 template <class Traits>
-BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, bool channels_last) {
+BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, bool channels_last, int shared_bytes) {
   constexpr int kHalo = Traits::kRows - 1;
   BlockedGradWeightTiling tiling;
   tiling.tiles_h = divide_up(args.kernel_h, Traits::kRows);
@@ -302,7 +347,7 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
 
   constexpr int kFewestRows = 8;
   // As many rows as fit, or as many images as keep every thread busy.
-  const int budget = kBlockedSharedBytes / 4 - 2 * kHalo * tiling.tile_columns;  // floats
+  const int budget = shared_bytes / 4 - 2 * kHalo * tiling.tile_columns;  // floats
   const int in_row = tiling.input_pitch, grad_row = tiling.tile_columns;
   const int fitting = (budget - (args.kernel_h - 1) * in_row) / (in_row + grad_row);
   const int fitting_whole = args.h < budget / in_row ? (budget - args.h * in_row) / grad_row : 0;
@@ -319,13 +364,18 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
     const int wanted = divide_up(2 * max_groups, strips);
     const int room = (budget + kHalo * grad_row) / (tiling.input_rows * in_row + (args.out_h + kHalo) * grad_row);
     const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
-    tiling.images = max_int(1, min_int(min_int(wanted, room), share));
-    tiling.images = divide_up(share, divide_up(share, tiling.images));
+    const int most = max_int(1, min_int(room, share));
+    tiling.images = divide_up(share, divide_up(share, min_int(wanted, most)));
+    for (int images = tiling.images + 1; images <= most; ++images)
+      if (blocked_rounds(share, images, strips, max_groups) < blocked_rounds(share, tiling.images, strips, max_groups))
+        tiling.images = images;
   }
   tiling.stages =
       static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
   tiling.input_lanes = row_lanes(min_int(args.w, tiling.input_pitch));
-  tiling.grad_lanes = row_lanes(tiling.tile_columns);
+  tiling.grad_vectors = sizeof(typename Traits::T) == 4 && !channels_last && args.out_w % 4 == 0 &&
+                        reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
+  tiling.grad_lanes = row_lanes(tiling.tile_columns / (tiling.grad_vectors ? 4 : 1));
   // The fewest groups that need no more rounds than all would.
   const int units = tiling.images * strips;
   tiling.groups = divide_up(units, divide_up(units, max_groups));
@@ -335,11 +385,15 @@ BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, b
 // Tiles of variants.h's table: NCHW, channels_last.
 template <class Traits>
 int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_t stream) {
-  const BlockedGradWeightTiling tiling = blocked_grad_weight_tiling<Traits>(args, tile == 1);
+  const DeviceLimits& device = device_limits();
+  const int share = min_int(device.shared_bytes / Traits::kBlocks - (1 << 10), kBlockedMostSharedBytes);
+  const int room = Traits::kIsRoomy ? max_int(share, kBlockedSharedBytes) : kBlockedSharedBytes;
+  const BlockedGradWeightTiling tiling = blocked_grad_weight_tiling<Traits>(args, tile == 1, room);
   const int threads = divide_up(tiling.tiles_h * tiling.tiles_w * tiling.groups, 32) * 32;
   const int floats = max_int(tiling.input_elements() + tiling.grad_elements(Traits::kRows),
                              Traits::kRows * Traits::kColumns * threads);
   const int bytes = floats * 4;
+  if (const int error = allow_shared_bytes(blocked_grad_weight_kernel<Traits>, bytes)) return error;
   blocked_grad_weight_kernel<Traits>
       <<<dim3(static_cast<unsigned>(args.out_c), args.splits), threads, bytes, stream>>>(args, tiling, bytes);
   return cudaGetLastError();

@@ -168,7 +168,7 @@ inline bool can_serve_strips(const Problem& p, Kernel kernel) {
                             p.h * p.w * p.c <= kInt32Max / 2 && p.out_h * p.out_w * p.c <= kInt32Max / 2);
 }
 
-// blocked: a row of a thread's window lies in registers.
+// blocked: a row of a thread's window lies in registers; of wide tiles, what some of its taps read.
 constexpr int kMaxBlockedWindow = 80;
 constexpr int kMaxTallBlockedWindow = 40;  // beside the sums of seven rows
 
@@ -176,7 +176,9 @@ inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
   if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
   const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
   if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w > 64 || span_h > 512) return false;
-  if (6 * p.stride_w + span_w >= (tile.rows > 4 ? kMaxTallBlockedWindow : kMaxBlockedWindow)) return false;
+  const bool is_wide = tile.columns > 7;
+  if (is_wide && (p.stride_w > 1 || p.dilation_w > 1 || p.dilation_h > 1)) return false;
+  if (!is_wide && 6 * p.stride_w + span_w >= (tile.rows > 4 ? kMaxTallBlockedWindow : kMaxBlockedWindow)) return false;
   if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
   if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.out_w + 6) / 7) > kInt32Max) return false;
   if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
@@ -187,7 +189,7 @@ inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
                 rows = (tile.rows - 1) * p.stride_h + span_h + 1;
   const int64_t channels = channels_last ? 16 / element_size(p.dtype) : 1;
   const int64_t weight_bytes = p.kernel_h * (p.kernel_w + 3) * 4 * channels;
-  const int64_t in_bytes = (rows < in_h ? rows : in_h) * (6 * p.stride_w + span_w + 1) * 4 * channels;
+  const int64_t in_bytes = (rows < in_h ? rows : in_h) * ((tile.columns - 1) * p.stride_w + span_w + 1) * 4 * channels;
   // The weights of many channels leave room for few threads (8x64x128x128, 63x63, fp32, channels_last, H200: 67 ms).
   return weight_bytes + in_bytes <= kSharedBytesEverywhere && (!channels_last || weight_bytes <= 24 << 10);
 }
@@ -393,7 +395,7 @@ struct TapTile {
 };
 constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
   constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4}, {7, 4}, {6, 4}, {5, 4}, {4, 4}, {3, 4}};
-  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 256;
+  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 128;
   TapTile best{};
   int64_t least = 0;
   for (const TapTile tile : kCandidates) {

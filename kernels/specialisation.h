@@ -125,9 +125,9 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
 inline std::string specialisation_name(const Specialisation& s) {
   char name[128];
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_r%d", s.channels_last ? "nhwc" : "nchw",
+    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_c%d_r%d_t%d", s.channels_last ? "nhwc" : "nchw",
                   dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
-                  kBlockedTiles[s.tile].rows);
+                  kBlockedTiles[s.tile].columns, kBlockedTiles[s.tile].rows, kBlockedTiles[s.tile].vector);
     return name;
   }
   if (s.kernel == Kernel::kToeplitz) {
@@ -257,9 +257,10 @@ inline std::string specialisation_source(const Specialisation& s) {
     }
   }
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s, %d", kTypes[static_cast<int>(s.dtype)],
-                  s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w, s.channels_last ? "true" : "false",
-                  kBlockedTiles[s.tile].rows);
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s, %d, %d, %d",
+                  kTypes[static_cast<int>(s.dtype)], s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
+                  s.channels_last ? "true" : "false", kBlockedTiles[s.tile].columns, kBlockedTiles[s.tile].rows,
+                  kBlockedTiles[s.tile].vector);
     traits = std::string("BlockedTraits<") + arguments;
   }
   if (is_strips(s.kernel)) {
