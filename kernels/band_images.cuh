@@ -32,8 +32,7 @@
 
 namespace depthwise {
 
-constexpr int kBandImages = kTileRows;   // of a product
-constexpr int kBandImagesSums = 16 * 4;  // of a thread, at most
+constexpr int kBandImages = kTileRows;  // of a product
 constexpr int kBandImagesWarps = 8;
 constexpr int kPartitions = 4;  // of a multiprocessor: warp w of a block is on partition w % 4
 
@@ -51,10 +50,8 @@ struct BandImagesTraits {
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + kChunk - 2;
 
-  // Tiles n, n + kStep, ... make a unit: as many as there are registers for their sums.
-  static constexpr int kStep = divide_up(kTiles, 2) * kRows * 4 <= kBandImagesSums ? 2 : 4;
-  static_assert(divide_up(kTiles, kStep) * kRows * 4 <= kBandImagesSums);
-  static constexpr int kColumnGroups = min_int(kStep, kTiles);
+  // Tiles n, n + kStep, ... make a unit.
+  static constexpr int kStep = 2, kColumnGroups = min_int(kStep, kTiles);
   static constexpr int tiles(int group) { return divide_up(kTiles - group, kStep); }
 
   // Whether the band of tile n has chunk c of the image, and products for that: how many pairs of chunks.
@@ -78,9 +75,9 @@ struct BandImagesTraits {
     return false;
   }
 
-  // Sums, the ring of kernel rows, an input row, and what else there is.
-  static constexpr int kRegisters = divide_up(kTiles, kStep) * kRows * 4 + kRows * kChunks + 4 * kPairs + 24;
-  static constexpr int kBlocks = kRegisters <= 136 ? 2 : 1;
+  // Sums, the ring of kernel rows, an input row, and what else there is: what nvcc needs at most.
+  static constexpr int kRegisters = divide_up(kTiles, kStep) * kRows * 4 + kRows * kChunks + 6 * kPairs + 18;
+  static constexpr int kBlocks = kRegisters <= 128 ? 2 : 1;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   static constexpr int kBoundBlocks = kBlocks;
 #else
@@ -93,6 +90,8 @@ struct BandImagesTiling {
   static constexpr int kMaxUnits = 64;
 
   int groups, rows, tiles_h;  // of a block: sixteens of images, rows of outputs; blocks of an image
+  int early_rows;             // of input: what the warps' first units read of the first sixteen images
+  bool all_early;             // they read other images as well
   int image_pitch;            // elements of shared memory from image to image
   int in_vector;              // elements a copy
   bool pairs;                 // outputs are stored by twos
@@ -110,19 +109,16 @@ struct BandUnit {
     row = unit % rows * Traits::kRows;
     group = unit / rows;
   }
-  static int number(int column_group, int row, int group, const BandImagesTiling& tiling) {
-    return (group * divide_up(tiling.rows, Traits::kRows) + row / Traits::kRows) * Traits::kColumnGroups + column_group;
-  }
 };
 
 // What a block computes and reads.
 struct BandImagesBlock {
-  int image, images, channel, row, rows;        // outputs
-  int in_row, in_rows, in_column, in_columns;   // input inside the image
+  int image, images, channel, row, rows;       // outputs
+  int in_row, in_rows, in_column, in_columns;  // input inside the image
   static constexpr int channels = 1, offset = 0;
 
   __device__ BandImagesBlock(const DirectArgs& args, const BandImagesTiling& tiling) {
-    unsigned block = blockIdx.x;
+    unsigned block = ptx::opaque(blockIdx.x);  // not kept in registers through a unit
     row = block % tiling.tiles_h * tiling.rows, block /= tiling.tiles_h;
     channel = block % static_cast<unsigned>(args.out_c);
     image = block / static_cast<unsigned>(args.out_c) * tiling.groups * kBandImages;
@@ -209,8 +205,11 @@ struct BandOutputs {
 
 // Computes those of a thread's outputs that are NaN again, one by one.
 template <class Traits>
-__device__ __noinline__ void repair_band(const DirectArgs& args, const BandOutputs<Traits>& outputs, int tiles) {
+__device__ __noinline__ void repair_unit(const DirectArgs& args, const BandImagesTiling& tiling, int number) {
   using T = typename Traits::T;
+  const BandUnit<Traits> unit(number, tiling);
+  const BandOutputs<Traits> outputs(args, BandImagesBlock(args, tiling), unit);
+  const int tiles = Traits::tiles(unit.column_group);
 #pragma unroll 1
   for (int k = 0; k < outputs.rows * tiles * 4; ++k) {
     const int e = k % 2, half = k / 2 % 2, offset = k / 4 % tiles * Traits::kStep * kChunk + e, q = k / 4 / tiles;
@@ -224,12 +223,12 @@ __device__ __noinline__ void repair_band(const DirectArgs& args, const BandOutpu
 
 // `band`: this lane's words of kernel row 0; `tile`: this lane's row of a matrix, of the unit's images, of input row 0.
 template <int kGroup, class Traits>
-__device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandImagesBlock& block,
-                                             const BandImagesTiling& tiling, const BandUnit<Traits>& unit,
+__device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandImagesTiling& tiling, int number,
                                              const unsigned* band_rows, unsigned tile, float bias) {
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows, kTiles = Traits::tiles(kGroup);
   constexpr int kRowBytes = Traits::kPitch * kChunk * sizeof(T);
+  const BandUnit<Traits> unit(number, tiling);
   float sum[kRows][kTiles][4];
 #pragma unroll
   for (int q = 0; q < kRows; ++q)
@@ -239,13 +238,16 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
       for (int e = 0; e < 4; ++e) sum[q][t][e] = bias;
 
   // Input row r meets the unit's row q by kernel row r - first - q: rows [full, full_end) meet all of them.
+  const BandImagesBlock block(args, tiling);
   const int first = block.row + unit.row - args.padding_h, rows = min(kRows, block.rows - unit.row);
   const int begin = max(0, first), end = min(args.h, first + args.kernel_h + rows - 1);
   const int full = min(end, max(begin, first + kRows - 1)), full_end = max(full, min(end, first + args.kernel_h));
 
-  const auto edge = [&](int r, int r_end) {
 #pragma unroll 1
-    for (; r < r_end; ++r) {
+  for (int pass = 0; pass < 2; ++pass) {
+    // Either end of the walk: the band is fetched for each row that is met.
+#pragma unroll 1
+    for (int r = pass == 0 ? begin : full_end; r < (pass == 0 ? full : end); ++r) {
       unsigned in[Traits::kPairs][4];
 #pragma unroll
       for (int k = 0; k < Traits::kPairs; ++k)
@@ -253,18 +255,15 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
 #pragma unroll
       for (int q = 0; q < kRows; ++q) {
         const int i = r - first - q;
-        if (static_cast<unsigned>(i) < static_cast<unsigned>(args.kernel_h)) {
-          unsigned band[Traits::kChunks];
-          fetch_band<kGroup, Traits>(band, band_rows + i * Traits::kBand);
+        if (static_cast<unsigned>(i) >= static_cast<unsigned>(args.kernel_h)) continue;
+        unsigned band[Traits::kChunks];
+        fetch_band<kGroup, Traits>(band, band_rows + i * Traits::kBand);
 #pragma unroll
-          for (int k = 0; k < Traits::kPairs; ++k) multiply_pair<kGroup, Traits>(sum[q], in[k], band, k);
-        }
+        for (int k = 0; k < Traits::kPairs; ++k) multiply_pair<kGroup, Traits>(sum[q], in[k], band, k);
       }
     }
-  };
-  edge(begin, full);
-  if (full < full_end) {
-    // Kernel row i is in place (i - full + first) % kRows of the ring.
+    if (pass > 0 || full >= full_end) continue;
+    // Between them. Kernel row i is in place (i - full + first) % kRows of the ring.
     unsigned band[kRows][Traits::kChunks];
     const unsigned* row = band_rows + (full - first - kRows + 1) * Traits::kBand;
 #pragma unroll
@@ -289,7 +288,6 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
         address += kRowBytes;
       }
   }
-  edge(full_end, end);
 
   float probe = 0;
 #pragma unroll
@@ -298,7 +296,7 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
       for (int e = 0; e < 4; ++e) probe += sum[q][t][e];
-  const BandOutputs<Traits> outputs(args, block, unit);
+  const BandOutputs<Traits> outputs(args, BandImagesBlock(args, tiling), BandUnit<Traits>(number, tiling));
   if (tiling.pairs)
     outputs.template for_each_pair<kTiles>(args.out_w, [&](T* to, int q, int t, int half) {
       *reinterpret_cast<unsigned*>(to) = pack<T>(sum[q][t][2 * half], sum[q][t][2 * half + 1]);
@@ -308,7 +306,7 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
       to[0] = from_float<T>(sum[q][t][2 * half]);
       if (t * Traits::kStep * kChunk + 1 < outputs.columns) to[1] = from_float<T>(sum[q][t][2 * half + 1]);
     });
-  if (probe != probe) repair_band<Traits>(args, outputs, kTiles);
+  if (probe != probe) repair_unit<Traits>(args, tiling, number);
 }
 
 template <class Traits>
@@ -322,23 +320,48 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   extern __shared__ __align__(16) unsigned char shared_memory[];
   unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* const tile = reinterpret_cast<T*>(pairs + divide_up(args.kernel_h * Traits::kBand, 4) * 4);
-  switch (tiling.in_vector) {
-    case 8: load_nchw<8, Traits>(tile, args, block, tiling.image_pitch); break;
-    case 4: load_nchw<4, Traits>(tile, args, block, tiling.image_pitch); break;
-    case 2: load_nchw<2, Traits>(tile, args, block, tiling.image_pitch); break;
-    default: load_nchw<1, Traits>(tile, args, block, tiling.image_pitch);
+  // In parts: the early rows of the first sixteen images, their other rows, the other images.
+#pragma unroll 1
+  for (int part = 0; part < 3; ++part) {
+    BandImagesBlock loaded = block;
+    T* to = tile;
+    if (part < 2) {
+      const int early = min(tiling.early_rows, block.in_rows), skipped = part == 0 ? 0 : early;
+      loaded.images = min(kBandImages, block.images);
+      loaded.in_row += skipped;
+      loaded.in_rows = part == 0 ? early : block.in_rows - early;
+      to += skipped * Traits::kPitch * kChunk;
+    } else {
+      loaded.image += kBandImages;
+      loaded.images -= kBandImages;
+      to += kBandImages * tiling.image_pitch;
+    }
+    switch (tiling.in_vector) {
+      case 8: load_nchw<8, Traits>(to, args, loaded, tiling.image_pitch); break;
+      case 4: load_nchw<4, Traits>(to, args, loaded, tiling.image_pitch); break;
+      case 2: load_nchw<2, Traits>(to, args, loaded, tiling.image_pitch); break;
+      default: load_nchw<1, Traits>(to, args, loaded, tiling.image_pitch);
+    }
+    if (part != 1) commit_copies();
   }
   load_weights<Traits>(pairs, args, block);
   const int behind = Traits::kImageChunks * kChunk - args.w;
   if (behind > 0 && block.in_rows > 0)
     for (Walk at(threadIdx.x, Traits::kThreads, behind, block.in_rows); at.outer < block.images; at.advance())
       tile[at.outer * tiling.image_pitch + at.middle * Traits::kPitch * kChunk + args.w + at.inner] = T{};
-  wait_for_all_copies();
+  if (tiling.all_early)
+    wait_for_copies<0>();
+  else
+    wait_for_copies<1>();
+  __syncthreads();
 
   const float bias = args.bias ? load(static_cast<const T*>(args.bias) + block.channel) : 0.f;
   const unsigned* const band = pairs + kChunk - 1 + 2 * (lane % 4) - lane / 4;
+  const int begin = tiling.begin[warp], end = tiling.begin[warp + 1];
 #pragma unroll 1
-  for (int k = tiling.begin[warp]; k < tiling.begin[warp + 1]; ++k) {
+  for (int k = begin; k < max(end, begin + 2); ++k) {
+    if (k == begin + 1) wait_for_all_copies();  // every warp comes here
+    if (k >= end) continue;
     const BandUnit<Traits> unit(tiling.unit[k], tiling);
     if (unit.row >= block.rows || unit.group * kBandImages >= block.images) continue;
     // Lane l names image l % 16 to ldmatrix; one that does not exist is another's.
@@ -347,39 +370,43 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     const unsigned address = ptx::shared_address(rows) - block.in_row * Traits::kPitch * kChunk * sizeof(T);
     for_each_index<Traits::kColumnGroups>([&](auto group) {
       if (unit.column_group == group.value)
-        compute_unit<group.value, Traits>(args, block, tiling, unit, band, address, bias);
+        compute_unit<group.value, Traits>(args, tiling, tiling.unit[k], band, address, bias);
     });
   }
 }
 
-// Deals a block's units to its warps, the middle rows first, as they meet the most of the image: each to the partition
-// that has the fewest products so far, and there to the warp that has.
+// Deals a block's units to its warps, from the first row down: each to the partition that has the fewest products so far,
+// and there to the warp that has.
 template <class Traits>
 void deal_units(BandImagesTiling& tiling, const DirectArgs& args) {
-  const int row_units = divide_up(tiling.rows, Traits::kRows), units = tiling.groups * row_units * Traits::kColumnGroups;
-  int cost[kBandImagesWarps] = {}, owner[BandImagesTiling::kMaxUnits], number[BandImagesTiling::kMaxUnits];
+  const int row_units = divide_up(tiling.rows, Traits::kRows),
+            units = tiling.groups * row_units * Traits::kColumnGroups;
+  int cost[kBandImagesWarps] = {}, owner[BandImagesTiling::kMaxUnits];
   for (int k = 0; k < units; ++k) {
-    const int group = k / Traits::kColumnGroups % tiling.groups, rank = k / Traits::kColumnGroups / tiling.groups;
-    const int row = ((row_units - 1) / 2 + (rank + 1) / 2 * (rank % 2 == 0 ? -1 : 1)) * Traits::kRows;
-    const int column_group = k % Traits::kColumnGroups;
+    const BandUnit<Traits> unit(k, tiling);
     int pairs = 0;  // of rows of outputs and of input
-    for (int y = row; y < min_int(row + Traits::kRows, tiling.rows); ++y)
+    for (int y = unit.row; y < min_int(unit.row + Traits::kRows, tiling.rows); ++y)
       pairs += max_int(0, min_int(args.h, y - args.padding_h + args.kernel_h) - max_int(0, y - args.padding_h));
-    int warp = 0;
     const auto of_partition = [&](int w) { return cost[w % kPartitions] + cost[w % kPartitions + kPartitions]; };
+    int warp = 0;
     for (int w = 1; w < kBandImagesWarps; ++w) {
       const int difference = of_partition(w) - of_partition(warp);
       if (difference < 0 || (difference == 0 && cost[w] < cost[warp])) warp = w;
     }
-    cost[warp] += pairs * Traits::products(column_group) + 1;
     owner[k] = warp;
-    number[k] = BandUnit<Traits>::number(column_group, row, group, tiling);
+    cost[warp] += pairs * Traits::products(unit.column_group) + 1;
   }
   int count = 0;
+  tiling.early_rows = 0, tiling.all_early = false;
   for (int warp = 0; warp < kBandImagesWarps; ++warp) {
     tiling.begin[warp] = static_cast<unsigned char>(count);
     for (int k = 0; k < units; ++k)
-      if (owner[k] == warp) tiling.unit[count++] = static_cast<unsigned char>(number[k]);
+      if (owner[k] == warp) tiling.unit[count++] = static_cast<unsigned char>(k);
+    if (count == tiling.begin[warp]) continue;
+    const BandUnit<Traits> first(tiling.unit[tiling.begin[warp]], tiling);
+    if (first.group > 0) tiling.all_early = true;
+    const int rows = first.row + Traits::kRows - 1 + args.kernel_h;  // of all blocks, whatever their first row
+    tiling.early_rows = max_int(tiling.early_rows, rows - (tiling.tiles_h == 1 ? max_int(0, args.padding_h) : 0));
   }
   tiling.begin[kBandImagesWarps] = static_cast<unsigned char>(count);
 }

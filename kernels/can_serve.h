@@ -112,7 +112,6 @@ inline bool can_serve_toeplitz(const Problem& p) {
 
 // band_images: the ring of kernel rows lies in registers, and what sixteen images of a unit read in shared memory.
 constexpr int kMaxBandImagesChunks = 7;
-constexpr int kMaxBandImagesWidth = 64;
 
 inline Band band_images_of(const Problem& p) {
   const DirectArgs args = direct_args(p);
@@ -126,9 +125,10 @@ inline Band band_images_of(const Problem& p) {
 
 inline bool can_serve_band_images(const Problem& p, const Tile& tile) {
   if (p.layout != Layout::kNchw || (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)) return false;
-  if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 512 || p.kernel_w > 8 * kMaxBandImagesChunks) return false;
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 512 || p.kernel_w > 8 * kMaxBandImagesChunks)
+    return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  if (p.w > kMaxBandImagesWidth || p.out_w > kMaxBandImagesWidth) return false;
+  if (p.w > tile.columns || p.out_w > tile.columns) return false;
   if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
   if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.h + 3) / 4) > kInt32Max) return false;  // blocks, of either direction
   if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;

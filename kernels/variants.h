@@ -95,8 +95,8 @@ inline bool is_strips(Kernel kernel) { return kernel == Kernel::kStripsNchw || k
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel) ||
-         is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc ||
-         is_strips_grad_weight(kernel) || is_strips(kernel);
+         is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
+         kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -160,8 +160,8 @@ constexpr Tile kGradWeightStreamNhwcTiles[] = {
     {"weight_stream64", 4, 0, 64}, {"weight_stream48", 4, 0, 48}, {"weight_stream32", 4, 0, 32}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
-// Rows of outputs that a warp takes at a time: those that divide the image's are best.
-constexpr Tile kBandImagesTiles[] = {{"band_images7", 64, 7, 8}, {"band_images4", 64, 4, 8}};
+// Columns of the images, at most; rows of outputs that a warp takes at a time: those that divide the image's are best.
+constexpr Tile kBandImagesTiles[] = {{"band_images7", 32, 7, 8}, {"band_images4", 64, 4, 8}};
 // `rows`: images of a block; `vector`: its channels.
 constexpr Tile kImagesNchwTiles[] = {
     {"images_n8c4", 16, 8, 4}, {"images_n16c4", 16, 16, 4}, {"images_n8c8", 16, 8, 8}, {"images_n16c8", 16, 16, 8}};
