@@ -6,7 +6,7 @@
 //         the same row of outputs y and of input r, so that only pairs (y, r) which a kernel row joins are multiplied:
 //         no row of padding takes part, whereas sixteen rows of an image of 28x28 meet all 29 kernel rows, if each but
 //         for 21.5 of them. Column tiles (eight outputs) take the chunks of eight input columns that lie both in their
-//         band and in the image. Of the multiplies of 29x29 on 28x28 68% are useful, of 31x31 on 56x56 81%.
+//         band and in the image. Of the multiplies of 29x29 on 28x28 67% are useful, of 31x31 on 56x56 81%.
 // Reuse   A warp computes a unit: kRows rows of outputs by up to four column tiles, kStep tiles apart, with all sums in
 //         registers. It walks down the input rows: each is fetched once and multiplied with the kRows kernel rows that
 //         join it to the unit's rows. Those move by one from input row to input row; so they too are registers, a ring of
@@ -113,9 +113,9 @@ struct BandUnit {
 
 // What a block computes and reads.
 struct BandImagesBlock {
-  int image, images, channel, row, rows;       // outputs
-  int in_row, in_rows, in_column, in_columns;  // input inside the image
-  static constexpr int channels = 1, offset = 0;
+  int image, images, channel, row, rows;  // outputs
+  int in_row, in_rows, in_columns;        // input inside the image
+  static constexpr int channels = 1, in_column = 0, offset = 0;
 
   __device__ BandImagesBlock(const DirectArgs& args, const BandImagesTiling& tiling) {
     unsigned block = ptx::opaque(blockIdx.x);  // not kept in registers through a unit
@@ -126,7 +126,6 @@ struct BandImagesBlock {
     rows = min(tiling.rows, args.out_h - row);
     in_row = max(0, row - args.padding_h);
     in_rows = max(0, min(args.h, row + rows - 1 - args.padding_h + args.kernel_h) - in_row);
-    in_column = 0;
     in_columns = args.w;
   }
 };
@@ -320,7 +319,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   extern __shared__ __align__(16) unsigned char shared_memory[];
   unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* const tile = reinterpret_cast<T*>(pairs + divide_up(args.kernel_h * Traits::kBand, 4) * 4);
-  // In parts: the early rows of the first sixteen images, their other rows, the other images.
+  // In parts: the early rows of the first sixteen images and the weights, their other rows, the other images.
 #pragma unroll 1
   for (int part = 0; part < 3; ++part) {
     BandImagesBlock loaded = block;
@@ -343,8 +342,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
       default: load_nchw<1, Traits>(to, args, loaded, tiling.image_pitch);
     }
     if (part != 1) commit_copies();
+    if (part == 0) load_weights<Traits>(pairs, args, block);  // which do not queue behind all rows
   }
-  load_weights<Traits>(pairs, args, block);
   const int behind = Traits::kImageChunks * kChunk - args.w;
   if (behind > 0 && block.in_rows > 0)
     for (Walk at(threadIdx.x, Traits::kThreads, behind, block.in_rows); at.outer < block.images; at.advance())
@@ -379,8 +378,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
 // and there to the warp that has.
 template <class Traits>
 void deal_units(BandImagesTiling& tiling, const DirectArgs& args) {
-  const int row_units = divide_up(tiling.rows, Traits::kRows),
-            units = tiling.groups * row_units * Traits::kColumnGroups;
+  const int units = tiling.groups * divide_up(tiling.rows, Traits::kRows) * Traits::kColumnGroups;
   int cost[kBandImagesWarps] = {}, owner[BandImagesTiling::kMaxUnits];
   for (int k = 0; k < units; ++k) {
     const BandUnit<Traits> unit(k, tiling);
@@ -430,10 +428,10 @@ int launch_band_images(const DirectArgs& args, int, cudaStream_t stream) {
   const auto units = [&] { return tiling.groups * divide_up(tiling.rows, Traits::kRows) * Traits::kColumnGroups; };
 
   // All rows of sixteen images, or as many as leave room for another block; fewer where multiprocessors would be idle.
-  int rows = divide_up(args.out_h, Traits::kRows) * Traits::kRows;
+  constexpr int kMaxRows = BandImagesTiling::kMaxUnits / Traits::kColumnGroups * Traits::kRows;
+  int rows = min_int(kMaxRows, divide_up(args.out_h, Traits::kRows) * Traits::kRows);
   int bytes = cut(1, rows);
-  while (rows > Traits::kRows &&
-         (bytes > roomy || units() > BandImagesTiling::kMaxUnits || blocks() < device.multiprocessors)) {
+  while (rows > Traits::kRows && (bytes > roomy || blocks() < device.multiprocessors)) {
     rows = divide_up(divide_up(rows, 2), Traits::kRows) * Traits::kRows;
     bytes = cut(1, rows);
   }
