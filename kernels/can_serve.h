@@ -110,6 +110,35 @@ inline bool can_serve_toeplitz(const Problem& p) {
          kMaxBandBytes;
 }
 
+// band_images: the ring of kernel rows lies in registers, and what sixteen images of a unit read in shared memory.
+constexpr int kMaxBandImagesChunks = 7;
+
+inline Band band_images_of(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  Band band{};
+  band.origin = floor_divide(-args.padding_w, 8);
+  band.chunks = floor_divide(7 + args.kernel_w - 1 - args.padding_w, 8) - band.origin + 1;
+  band.image_chunks = floor_divide(args.w + 7, 8);
+  band.tiles_w = floor_divide(args.out_w + 7, 8);
+  return band;
+}
+
+inline bool can_serve_band_images(const Problem& p, const Tile& tile) {
+  if (p.layout != Layout::kNchw || (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)) return false;
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 512 || p.kernel_w > 8 * kMaxBandImagesChunks)
+    return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.w > tile.columns || p.out_w > tile.columns) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.h + 3) / 4) > kInt32Max) return false;  // blocks, of either direction
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  const Band band = band_images_of(p);
+  if (band.chunks > kMaxBandImagesChunks) return false;
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = tile.rows - 1 + p.kernel_h;
+  return (rows < in_h ? rows : in_h) * (band.image_chunks + 1) * 16 * 16 + p.kernel_h * (8 * band.chunks + 8) * 4 <=
+         kMaxBandBytes;
+}
+
 constexpr int64_t kMaxGridY = 65535;
 
 // images: the sizes of both images, and how far below its output row the input row of each kernel row lies, of those
@@ -543,6 +572,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
   if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   if (kernel == Kernel::kToeplitz) return can_serve_toeplitz(p);
+  if (kernel == Kernel::kBandImages) return can_serve_band_images(p, kBandImagesTiles[tile]);
   if (kernel == Kernel::kBlocked) return can_serve_blocked(p, kBlockedTiles[tile]);
   if (is_images(kernel))
     return p.layout == (kernel == Kernel::kImagesNhwc ? Layout::kNhwc : Layout::kNchw) &&

@@ -19,6 +19,7 @@ enum class Kernel : int {
   kGradWeightNhwc,
   kGradWeightStreamNhwc,
   kToeplitz,
+  kBandImages,
   kImagesNchw,
   kImagesNhwc,
   kBlocked,
@@ -45,6 +46,7 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kGradWeightNhwc,
                                           Kernel::kGradWeightStreamNhwc,
                                           Kernel::kToeplitz,
+                                          Kernel::kBandImages,
                                           Kernel::kImagesNchw,
                                           Kernel::kImagesNhwc,
                                           Kernel::kBlocked,
@@ -85,8 +87,8 @@ inline bool is_strips(Kernel kernel) { return kernel == Kernel::kStripsNchw || k
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
-         is_images_fma(kernel) || kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc ||
-         is_strips_grad_weight(kernel) || is_strips(kernel);
+         is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
+         kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -145,6 +147,8 @@ constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4},
 constexpr Tile kGradWeightStreamNhwcTiles[] = {{"weight_stream64", 4, 0, 64}, {"weight_stream32", 4, 0, 32}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
+// Columns of the images, at most; rows of outputs that a warp takes at a time: those that divide the image's are best.
+constexpr Tile kBandImagesTiles[] = {{"band_images7", 32, 7, 8}, {"band_images4", 64, 4, 8}};
 // `rows`: images of a block; `vector`: its channels.
 constexpr Tile kImagesNchwTiles[] = {{"images_c4", 16, 8, 4}, {"images_c8", 16, 8, 8}};
 constexpr Tile kImagesNhwcTiles[] = {{"images_c16_nhwc", 16, 8, 16}};
@@ -197,6 +201,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kGradWeightStreamNhwc: return kGradWeightStreamNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
+    case Kernel::kBandImages: return kBandImagesTiles;
     case Kernel::kImagesNchw: return kImagesNchwTiles;
     case Kernel::kImagesNhwc: return kImagesNhwcTiles;
     case Kernel::kBlocked: return kBlockedTiles;
@@ -228,6 +233,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "grad_weight_nhwc",
                                     "grad_weight_stream_nhwc",
                                     "toeplitz",
+                                    "band_images",
                                     "images_nchw",
                                     "images_nhwc",
                                     "blocked",

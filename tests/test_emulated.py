@@ -222,6 +222,8 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "stream_channels32", TALL, BF16, "nhwc"),
     ("forward", "lanes8", SMALL, F32, "nhwc"),
     ("forward", "band", LARGE, BF16, "nchw"),
+    ("forward", "band_images4", LARGE, F16, "nchw"),
+    ("forward", "band_images7", LARGE, BF16, "nchw"),
     ("forward", "images_c4", SMALL, BF16, "nchw"),
     ("forward", "strips7", SMALL, F16, "nchw"),
     ("forward", "strips7_nhwc", SMALL, BF16, "nhwc"),
