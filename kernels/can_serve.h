@@ -110,6 +110,35 @@ inline bool can_serve_toeplitz(const Problem& p) {
          kMaxBandBytes;
 }
 
+// band_images: the ring of kernel rows lies in registers, and what sixteen images of a unit read in shared memory.
+constexpr int kMaxBandImagesChunks = 7;
+
+inline Band band_images_of(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  Band band{};
+  band.origin = floor_divide(-args.padding_w, 8);
+  band.chunks = floor_divide(7 + args.kernel_w - 1 - args.padding_w, 8) - band.origin + 1;
+  band.image_chunks = floor_divide(args.w + 7, 8);
+  band.tiles_w = floor_divide(args.out_w + 7, 8);
+  return band;
+}
+
+inline bool can_serve_band_images(const Problem& p, const Tile& tile) {
+  if (p.layout != Layout::kNchw || (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)) return false;
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 512 || p.kernel_w > 8 * kMaxBandImagesChunks)
+    return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.w > tile.columns || p.out_w > tile.columns) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.h + 3) / 4) > kInt32Max) return false;  // blocks, of either direction
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  const Band band = band_images_of(p);
+  if (band.chunks > kMaxBandImagesChunks) return false;
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = tile.rows - 1 + p.kernel_h;
+  return (rows < in_h ? rows : in_h) * (band.image_chunks + 1) * 16 * 16 + p.kernel_h * (8 * band.chunks + 8) * 4 <=
+         kMaxBandBytes;
+}
+
 constexpr int64_t kMaxGridY = 65535;
 
 // images: the sizes of both images, and how far below its output row the input row of each kernel row lies, of those
@@ -284,13 +313,11 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
 constexpr int kMaxLargeGradWeight = 64;
 
 inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
-  const bool channels_last = kernel == Kernel::kBlockedGradWeight ? tile == 1
-                             : kernel == Kernel::kToeplitzGradWeightDense
-                                 ? kToeplitzGradWeightDenseTiles[tile].vector > 1
-                                 : kernel == Kernel::kToeplitzGradWeightNhwc;
+  const bool channels_last =
+      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kToeplitzGradWeightTiles[tile].vector > 1;
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  if (is_toeplitz_grad_weight(kernel) && p.dtype == DType::kFloat32) return false;
+  if (kernel == Kernel::kToeplitzGradWeight && p.dtype == DType::kFloat32) return false;
   if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
   // Columns of grad_output that meet padding alone would be missed by the bias.
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
@@ -460,8 +487,9 @@ constexpr int lane_pairs(int in, int out, int kernel, int padding) {
   return pairs;
 }
 
-// Small images, stride 1; element for element alike in every plane, so all tensors are aligned.
+// Small images, stride 1, fp32; element for element alike in every plane, so all tensors are aligned.
 inline bool has_lane_images(const Problem& p) {
+  if (p.dtype != DType::kFloat32) return false;
   if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 64 || p.kernel_w > 32) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (!p.aligned || p.multiplier != 1 || p.padding_h > 64 || p.padding_w > 64) return false;
@@ -480,10 +508,10 @@ inline bool can_serve_images_fma(const Problem& p, const Tile& tile) {
   if (pairs_h == 0 || pairs_w == 0 || args.out_h > max_lane_out_height(args.out_w)) return false;
   const bool whole_plane = tile.columns > 0;
   if (whole_plane) {
-    const bool halved = tile.rows == kImagesFmaTiles[2].rows;
+    // channels_last is as fast row by row (7x7 and 13x13 on 7x7 images).
     const int rows = tile.rows < args.out_h ? tile.rows : args.out_h;
-    if (pairs_h * pairs_w > kMaxLanePlane || rows * args.out_w + args.h * args.w > kMaxImagesFmaRegisters ||
-        (halved && args.out_h <= tile.rows))
+    if (p.layout == Layout::kNhwc || pairs_h * pairs_w > kMaxLanePlane ||
+        rows * args.out_w + args.h * args.w > kMaxImagesFmaRegisters)
       return false;
   }
   return images_fma_cut(args, whole_plane, p.layout == Layout::kNhwc).shared_bytes <= kSharedBytesEverywhere;
@@ -498,7 +526,7 @@ inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile)
     const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
     const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
     const int taps = args.w + args.out_w - 1;  // of a kernel row, which are registers beside both planes
-    if (pairs_w * pairs_h > kMaxLanePlane || args.kernel_h >= args.h + args.out_h ||
+    if (p.layout == Layout::kNhwc || pairs_w * pairs_h > kMaxLanePlane || args.kernel_h >= args.h + args.out_h ||
         !lane_sums_fit(taps, args.h, args.w, args.out_h, args.out_w) ||
         args.h * args.w + args.out_h * args.out_w + taps > kMaxImagesFmaGradWeightRegisters)
       return false;
@@ -531,7 +559,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     return false;
   if (kernel == Kernel::kImagesFmaGradWeight)
     return can_serve_images_fma_grad_weight(p, tile_table(kernel, p.dtype)[tile]);
-  if (is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight)
+  if (kernel == Kernel::kToeplitzGradWeight || kernel == Kernel::kBlockedGradWeight)
     return can_serve_large_grad_weight(p, kernel, tile);
   if (is_images_grad_weight(kernel)) return can_serve_images_grad_weight(p, kernel, tile_table(kernel, p.dtype)[tile]);
   if (kernel == Kernel::kGradWeightStreamNhwc) return can_serve_grad_weight_stream(p, kGradWeightStreamNhwcTiles[tile]);
@@ -544,6 +572,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (p.direction == Direction::kGradInput && (strided != grad_input_kernel || p.multiplier != 1)) return false;
   if (grad_input_kernel && (p.stride_h == 3 || p.stride_w == 3)) return false;  // tiles are four rows and columns
   if (kernel == Kernel::kToeplitz) return can_serve_toeplitz(p);
+  if (kernel == Kernel::kBandImages) return can_serve_band_images(p, kBandImagesTiles[tile]);
   if (kernel == Kernel::kBlocked) return can_serve_blocked(p, kBlockedTiles[tile]);
   if (is_images(kernel))
     return p.layout == (kernel == Kernel::kImagesNhwc ? Layout::kNhwc : Layout::kNchw) &&

@@ -131,8 +131,8 @@ struct RollingShape {
 // Filters are [channel][tap] in memory: those of a thread's kVector channels are contiguous.
 template <class Traits, int kVector>
 __device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * Traits::kKernelW][kVector],
-                                             const typename Traits::T* filters, bool flip) {
-  constexpr int kTaps = Traits::kKernelH * Traits::kKernelW;
+                                             const typename Traits::T* filters, bool flip_rows, bool flip_columns) {
+  constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
   Vector<typename Traits::T, kVector> packed[kTaps];
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) packed[k] = load_or_zero<kVector>(filters + k * kVector, true);
@@ -140,9 +140,13 @@ __device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * 
   for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
-      const int straight = e * kTaps + tap, flipped = e * kTaps + kTaps - 1 - tap;
-      weight[tap][e] = to_float(flip ? packed[flipped / kVector].value[flipped % kVector]
-                                     : packed[straight / kVector].value[straight % kVector]);
+      const auto element = [&](int row, int column) {
+        const int k = e * kTaps + row * kKernelW + column;
+        return packed[k / kVector].value[k % kVector];
+      };
+      const int row = tap / kKernelW, column = tap % kKernelW;
+      const auto of_row = [&](int r) { return flip_columns ? element(r, kKernelW - 1 - column) : element(r, column); };
+      weight[tap][e] = to_float(flip_rows ? of_row(Traits::kKernelH - 1 - row) : of_row(row));
     }
 }
 

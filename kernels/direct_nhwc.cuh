@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kDirectNhwcThreads)
 
   const T* filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * kTaps;
   float weight[kTaps][kVector];
-  load_filters<Traits>(weight, filters, args.flip);
+  load_filters<Traits>(weight, filters, args.flip, args.flip);
 
   Pixel bias{};
   if (args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);

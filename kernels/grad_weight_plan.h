@@ -15,10 +15,10 @@ constexpr int64_t kGeneralPositions = 2048;  // a split worth its second pass
 constexpr int kGradWeightLanes = 32;                // channels_last: threads along channels, at most
 constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
 
-// Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each; three
-// of toeplitz NCHW for small kernels), and few of them, as each leaves a kernel's worth of sums (32x512x14x14 fp16 27x27,
-// H200: 512 blocks 0.098 ms, 1024 0.115, 2048 0.129; channels_last 256 blocks 0.067, 512 0.072).
-constexpr int64_t kToeplitzBlocksNchw = 792, kToeplitzBlocksNhwc = 528, kBlockedBlocks = 1056;
+// Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each), and
+// few of them, as each leaves a kernel's worth of sums (32x512x14x14 fp16 27x27, H200: 512 blocks 0.098 ms, 1024 0.115,
+// 2048 0.129; channels_last 256 blocks 0.067, 512 0.072).
+constexpr int64_t kToeplitzBlocks = 528, kBlockedBlocks = 1056;
 // strips_grad_weight: an H100's multiprocessors, of which one block each is enough (see its tiles).
 constexpr int64_t kStripsBlocks = 132, kMostStripsWaves = 8;
 constexpr int kStripsSharedBytes = 226 << 10;  // of a multiprocessor
@@ -199,22 +199,18 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kGradWeightStreamNhwc:
       return stream_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
-    case Kernel::kToeplitzGradWeightNchw: return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNchw);
-    case Kernel::kToeplitzGradWeightDense:
-      if (p.layout == Layout::kNchw) return large_grad_weight_plan(p, p.out_c, kToeplitzBlocksNhwc);
-      [[fallthrough]];
-    case Kernel::kToeplitzGradWeightNhwc:
-      return large_grad_weight_plan(
-          p, divide_up64(p.out_c, 8),
-          p.kernel_h * p.kernel_w > kManyTaps ? kToeplitzBlocksNhwc / 2 : kToeplitzBlocksNhwc);
+    case Kernel::kToeplitzGradWeight: {
+      if (p.layout == Layout::kNchw) return large_grad_weight_plan(p, p.out_c, kToeplitzBlocks);
+      const bool many_taps = p.kernel_h * p.kernel_w > kManyTaps;
+      return large_grad_weight_plan(p, divide_up64(p.out_c, 8), many_taps ? kToeplitzBlocks / 2 : kToeplitzBlocks);
+    }
     case Kernel::kImagesFmaGradWeight:
       return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kBlockedGradWeight: return large_grad_weight_plan(p, p.out_c, kBlockedBlocks);
     case Kernel::kImagesGradWeightNchw:
     case Kernel::kImagesGradWeightNhwc:
       return images_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
-    case Kernel::kStripsGradWeightNchw:
-      return large_grad_weight_plan(p, p.out_c, kStripsBlocks * tile_table(config.kernel, p.dtype)[config.tile].vector);
+    case Kernel::kStripsGradWeightNchw: return large_grad_weight_plan(p, p.out_c, kStripsBlocks);
     case Kernel::kStripsGradWeightNhwc: return strips_nhwc_grad_weight_plan(p);
     default: return general_grad_weight_plan(p);
   }

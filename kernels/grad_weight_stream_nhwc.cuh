@@ -12,7 +12,7 @@
 //         padding and for rows beyond the strip, which leave no row of grad_output in registers at the end of an item.
 // Reduces the block's threads in order through shared memory, then the splits in order (grad_weight.cu). No atomics.
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, pair by pair.
-// Chosen  when forced by name.
+// Chosen  select.h.
 #pragma once
 
 #include "async_copy.cuh"

@@ -17,7 +17,7 @@
 // Band    a lane loads one tap of each kernel row, or of two; the fragments of A are shuffled from lane to lane.
 // NaN     A zero of the band times an infinity or NaN gives NaN in outputs that do not see it. So where a block finds a
 //         NaN it computes those outputs again with plain multiply-adds over their own taps.
-// Chosen  by name alone, as yet.
+// Chosen  select.h.
 #pragma once
 
 #include "images_planes.cuh"

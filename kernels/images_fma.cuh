@@ -13,7 +13,7 @@
 //         52 and 14 loads.
 // Memory  the block's filters and input planes as fp32; the outputs reuse the input's room on their way out.
 // Cost    no multiply-add is wasted where kRows divides the outputs' height and all lanes have images.
-// Chosen  by name only.
+// Chosen  select.h.
 #pragma once
 
 #include "images_fma_lanes.cuh"

@@ -1,6 +1,6 @@
 // Grad of weight and bias of small images in large batches by multiply-adds, a lane an image. NCHW and channels_last.
 //
-// Serves  images up to 16x16, in and out; stride 1, dilation 1; fp32, and fp16 and bf16 converted on load; compile-time
+// Serves  images up to 16x16, in and out; stride 1, dilation 1; fp32; compile-time
 //         are the type, the width, the kernel's width and its horizontal padding. Whole planes (kHeight > 0): the height,
 //         the kernel's height and its vertical padding as well.
 // Owns    a block: the units (images_fma_lanes.cuh) of its channels, for a share of the images. A thread: the taps of one
@@ -14,7 +14,10 @@
 // Cost    no product with padding is taken, so that infinities need no care. To add up kTaps sums over the lanes takes
 //         four instructions each by shuffles, 27x27 on 14x14: 112 beside 1423 multiply-adds a kernel row; through shared
 //         memory it takes two.
-// Chosen  by name only.
+// Errors  of fp32 grow with the length of a chain of additions: sums of a row (of two rows of whole planes) are added to
+//         those of the others, in groups of rows where registers allow, then over the lanes as a tree. One more addition
+//         for every tap and row: 17 beside 196 multiply-adds of a row of 14 pixels, of kernels that reach over all of it.
+// Chosen  select.h.
 #pragma once
 
 #include "exact_grad_weight.cuh"
@@ -34,9 +37,26 @@ struct ImagesFmaGradWeightTraits {
   static constexpr int kOutHeight = kHeight + 2 * kPaddingH - kKernelH + 1;  // of a whole plane
   static constexpr int kGranule = lane_grad_weight_granule(kWholePlane);
   static constexpr int kPitch = lane_pitch(kWidth, kGranule), kOutPitch = lane_pitch(kOutWidth, kGranule);
+  // Seven warps, of so many registers a thread, hide all latencies.
+  static constexpr int kFewestRegisters = 72, kOwnRegisters = kWholePlane ? 24 : 16;
   // Taps that meet a pixel; the sums of others are zero.
   static constexpr int kFirstTap = max_int(0, kPaddingW - kOutWidth + 1);
   static constexpr int kTaps = min_int(kKernelW - 1, kWidth - 1 + kPaddingW) - kFirstTap + 1;
+
+  // Whether the products of a tap in a row are added up by themselves, before they are added to those of other rows.
+  // Where images are as high as they are wide, a tap of few products, all in one chain, errs no more than the others do.
+  // What becomes fp16 or bf16 is rounded more coarsely than any chain.
+  static constexpr bool kLongChains = sizeof(T) < 4;
+  static constexpr bool adds_apart(int tap) {
+    if (kLongChains) return false;
+    const int shift = tap + kFirstTap - kPaddingW;
+    const int products = min_int(kOutWidth, kWidth - shift) - max_int(0, -shift);
+    return products * products > 2 * min_int(kWidth, kOutWidth);
+  }
+
+  // Rows: where a thread has registers for twice the sums, those of so many rows are added up by themselves as well.
+  static constexpr int kRowsApart =
+      !kLongChains && 2 * kTaps + kWidth + kOutWidth + kOwnRegisters <= kFewestRegisters ? 7 : 0;
 
   static constexpr int kUnits = lane_units(kWholePlane);  // of a block
   // Of a unit. Rows: at most; half as many as an image has rows: the kernel rows of each, together, meet twice its rows.
@@ -47,9 +67,10 @@ struct ImagesFmaGradWeightTraits {
   static constexpr int kUnitFloats = 32 * (lane_plane(kHeight, kWidth) + lane_plane(kOutHeight, kOutWidth));
   static constexpr int kChunks = divide_up(max_int(kKernelH, 1), kUnitFloats / (kTaps * kTapPitch));
   static constexpr int kRowsAtOnce = divide_up(kKernelH, kChunks);
-  // Sums, input, grad_output, and what else a thread needs; seven warps hide all latencies.
+  // Sums, input, grad_output, and what else a thread needs.
   static constexpr int kRegisters =
-      max_int(72, kTaps + (kWholePlane ? kHeight * kWidth + kOutHeight * kOutWidth + 24 : kWidth + kOutWidth + 16));
+      max_int(kFewestRegisters,
+              kTaps + kOwnRegisters + (kWholePlane ? kHeight * kWidth + kOutHeight * kOutWidth : kWidth + kOutWidth));
   static constexpr int kBlocks = lane_blocks(kThreads, kRegisters);
 };
 
@@ -93,16 +114,34 @@ __device__ __forceinline__ void store_zeros(const GradWeightArgs& args, int64_t 
         store_sum<Traits>(args, kernel_row * Traits::kKernelW + j, 0.f, true);
 }
 
-// Adds the products of a row of grad_output and a row of input.
+// Adds the products of `rows` rows of grad_output and of input. Those of a tap that has many are added up by themselves
+// first: the longer a chain of additions, the larger the sums that it rounds. Where warps are few, two taps at a time hide
+// the latency.
 template <class Traits>
-__device__ __forceinline__ void multiply_rows(float* sum, const float* grad, const float* input) {
+__device__ __forceinline__ void multiply_rows(float* sum, const float (*grad)[Traits::kOutWidth],
+                                              const float (*input)[Traits::kWidth], int rows) {
+  constexpr int kAtOnce = Traits::kWholePlane ? 2 : 1;
 #pragma unroll
-  for (int v = 0; v < Traits::kOutWidth; ++v)
+  for (int first = 0; first < Traits::kTaps; first += kAtOnce) {
+    float part[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < Traits::kWidth; ++k) {
-      const int tap = k - v + Traits::kPaddingW - Traits::kFirstTap;
-      if (tap >= 0 && tap < Traits::kTaps) sum[tap] = fmaf(grad[v], input[k], sum[tap]);
-    }
+    for (int e = 0; e < kAtOnce; ++e)
+      if (first + e < Traits::kTaps) part[e] = Traits::adds_apart(first + e) ? 0.f : sum[first + e];
+#pragma unroll
+    for (int y = 0; y < rows; ++y)
+#pragma unroll
+      for (int v = 0; v < Traits::kOutWidth; ++v)
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) {
+          const int k = v + first + e + Traits::kFirstTap - Traits::kPaddingW;
+          if (first + e < Traits::kTaps && k >= 0 && k < Traits::kWidth)
+            part[e] = fmaf(grad[y][v], input[y][k], part[e]);
+        }
+#pragma unroll
+    for (int e = 0; e < kAtOnce; ++e)
+      if (first + e < Traits::kTaps)
+        sum[first + e] = Traits::adds_apart(first + e) ? sum[first + e] + part[e] : part[e];
+  }
 }
 
 // The kernel rows of a warp. `first_channel`: of the unit; `first`: no images of the split came before.
@@ -115,15 +154,28 @@ __device__ __forceinline__ void sum_kernel_rows(const GradWeightArgs& args, cons
     const int begin = max(0, -shift), end = min(args.out_h, args.h - shift);
     const float* from = input + (begin + shift) * Traits::kPitch;
     const float* grad_row = grad + begin * Traits::kOutPitch;
-    float sum[Traits::kTaps] = {};
+    const auto add_rows = [&](float* sums, int rows) {
 #pragma unroll 1
-    for (int y = begin; y < end; ++y) {
-      float row[Traits::kWidth], g[Traits::kOutWidth];
-      load_lane_row<Traits::kGranule>(g, grad_row);
-      load_lane_row<Traits::kGranule>(row, from);
-      multiply_rows<Traits>(sum, g, row);
-      from += Traits::kPitch;
-      grad_row += Traits::kOutPitch;
+      for (; rows > 0; --rows) {
+        float row[1][Traits::kWidth], g[1][Traits::kOutWidth];
+        load_lane_row<Traits::kGranule>(g[0], grad_row);
+        load_lane_row<Traits::kGranule>(row[0], from);
+        multiply_rows<Traits>(sums, g, row, 1);
+        from += Traits::kPitch;
+        grad_row += Traits::kOutPitch;
+      }
+    };
+    float sum[Traits::kTaps] = {};
+    if constexpr (Traits::kRowsApart == 0) {
+      add_rows(sum, end - begin);
+    } else {
+#pragma unroll 1
+      for (int rows = end - begin; rows > 0; rows -= Traits::kRowsApart) {
+        float part[Traits::kTaps] = {};
+        add_rows(part, min(rows, Traits::kRowsApart));
+#pragma unroll
+        for (int j = 0; j < Traits::kTaps; ++j) sum[j] += part[j];
+      }
     }
     add_lanes(sum, channel_bits);
 
@@ -152,10 +204,11 @@ __device__ __forceinline__ void sum_plane_kernel_rows(const float (&in)[Traits::
                                                       float* sums) {
   for_each_index<min_int(Traits::kRowsAtOnce, Traits::kKernelH - kFirstRow)>([&](auto row) {
     constexpr int kRow = decltype(row)::value, kShift = kFirstRow + kRow - Traits::kPaddingH;
+    constexpr int kEnd = min_int(Traits::kOutHeight, Traits::kHeight - kShift);
     float sum[Traits::kTaps] = {};
 #pragma unroll
-    for (int y = max_int(0, -kShift); y < min_int(Traits::kOutHeight, Traits::kHeight - kShift); ++y)
-      multiply_rows<Traits>(sum, g[y], in[y + kShift]);
+    for (int y = max_int(0, -kShift); y < kEnd; y += 2)
+      multiply_rows<Traits>(sum, g + y, in + (y + kShift), min_int(2, kEnd - y));
 #pragma unroll
     for (int j = 0; j < Traits::kTaps; ++j) sums[(kRow * Traits::kTaps + j) * Traits::kTapPitch] = sum[j];
   });

@@ -27,21 +27,77 @@ inline Config first_that_serves(const Problem& p, Kernel kernel) {
   return {};
 }
 
-// toeplitz and blocked, where they are the fastest; else the general kernel, which stands for none. H200, 32 images, ms.
+// Batches that fill the lanes of a product or of a warp: kernels that take several images at once waste the others.
+constexpr int64_t kImagesBatch = 8, kImagesFmaBatch = 16;
+// strips: those of a channel that are worth a product, which takes sixteen.
+constexpr int64_t kFewestStrips = 12;
+
+// Small images on the tensor cores, several a product. 32 images, fp16, H200, ms; what else there is for comparison.
+inline Config select_images(const Problem& p) {
+  if (p.n < kImagesBatch) return {};
+  const DirectArgs args = direct_args(p);
+  // NCHW: 3x3, 384x14x14: 0.0083, planes 0.0107; 5x5, 672x14x14: 0.011, 0.021; 7x7, 384x14x14: 0.0087, 0.019; 27x27,
+  // 512x14x14: 0.012, toeplitz 0.034. Planes of few elements, eight channels a block: 7x7, 768x7x7: 0.0071, four 0.0076;
+  // 13x13, 512x7x7: 0.0080, 0.0092.
+  if (p.layout == Layout::kNchw) {
+    const int tile = args.h * args.w <= 64 && args.out_h * args.out_w <= 64 ? 1 : 0;
+    return can_serve(p, Kernel::kImagesNchw, tile) ? Config{Kernel::kImagesNchw, tile} : Config{};
+  }
+  // channels_last: 3x3, 960x7x7: 0.0079, stream 0.0083; 7x7, 384x14x14: 0.011, strips 0.018; 27x27, 512x14x14: 0.015,
+  // toeplitz 0.043; not few taps on larger images (3x3, 384x14x14: 0.0106, stream 0.0097; 5x5, 672x14x14: 0.0185, 0.0180).
+  const bool few = p.kernel_h * p.kernel_w <= 25 && args.h * args.w > 64;
+  return !few && can_serve(p, Kernel::kImagesNhwc, 0) ? Config{Kernel::kImagesNhwc, 0} : Config{};
+}
+
+// Small images by multiply-adds, an image a lane. 32 images, fp32, H200, ms.
+inline Config select_images_fma(const Problem& p) {
+  const bool nchw = p.layout == Layout::kNchw;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (p.n < (taps > kMaxRegisterTaps ? kImagesBatch : kImagesFmaBatch)) return {};
+  // NCHW: 5x5, 672x14x14: 0.018, direct 0.022; 7x7, 384x14x14: 0.014, 0.020; 27x27, 512x14x14: 0.037, blocked 0.098. Whole
+  // planes: 7x7, 768x7x7: 0.0097, by rows 0.0104, planes 0.015; 13x13, 512x7x7: 0.013, by rows 0.014, blocked 0.030.
+  // channels_last: 7x7, 384x14x14: 0.017, tiled 0.024; 27x27, 512x14x14: 0.045, blocked 0.109; not 5x5, 672x14x14: 0.022,
+  // stream 0.020.
+  if (!nchw && taps <= 25) return {};
+  return can_serve(p, Kernel::kImagesFma, 1) ? Config{Kernel::kImagesFma, 1} : first_that_serves(p, Kernel::kImagesFma);
+}
+
+// Strips of rows on the tensor cores, 5x5 to 9x9. 32 images, fp16, H200, ms.
+inline Config select_strips(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  if (p.kernel_h * p.kernel_w < 25 || p.n * divide_up(args.out_h, 7) * divide_up(args.out_w, 8) < kFewestStrips)
+    return {};
+  if (p.layout == Layout::kNhwc) {
+    // Strips of seven rows, but eleven where halos are large: 7x7, 96x56x56: 0.026, eleven 0.033, tiled 0.049; 192x28x28:
+    // 0.017, 0.021, 0.032; 5x5, 240x28x28: 0.019, 0.020, stream 0.022; 9x9, 768x32x32: 0.078, 0.061, toeplitz 0.170.
+    // Not 5x5 on small images: 672x14x14: 0.0187, stream 0.0178.
+    if (p.kernel_h * p.kernel_w == 25 && args.out_h * args.out_w <= 16 * 16) return {};
+    const int tile = p.kernel_h > 7 ? 1 : 0;
+    return can_serve(p, Kernel::kStripsNhwc, tile) ? Config{Kernel::kStripsNhwc, tile} : Config{};
+  }
+  // Rows that divide the image's (7x7, 96x56x56: seven 0.018, eight 0.018, toeplitz 0.031; 192x28x28: 0.0140, 0.0143,
+  // 0.025; 5x5, 240x28x28: 0.0160, 0.0163, planes 0.025; 9x9, 768x32x32: 0.057, 0.044, 0.090).
+  const int tile = divide_up(args.out_h, 8) * 8 < divide_up(args.out_h, 7) * 7 ? 1 : 0;
+  return can_serve(p, Kernel::kStripsNchw, tile) ? Config{Kernel::kStripsNchw, tile} : Config{};
+}
+
+// Kernels for many taps or small images, where they are the fastest; else the general kernel, which stands for none.
 inline Config select_large(const Problem& p) {
   const DirectArgs args = direct_args(p);
   const bool nchw = p.layout == Layout::kNchw, dilated = p.dilation_h > 1 || p.dilation_w > 1;
   const int64_t taps = p.kernel_h * p.kernel_w;
+  for (const Config& config : {select_images(p), select_strips(p)})
+    if (config.kernel != Kernel::kGeneral) return config;
   if (can_serve(p, Kernel::kToeplitz, 0)) {
-    // 9x9 on 768x32x32: 0.077, planes 0.158.
     if (taps > kMaxRegisterTaps) return {Kernel::kToeplitz, 0};
-    // 7x7. NCHW: 96x56x56: 0.031, planes 0.046; 192x28x28: 0.024, 0.030; 384x14x14: 0.019, 0.019; 768x7x7: 0.019, 0.014.
-    // channels_last: 96x56x56: 0.058, tiled 0.053; 192x28x28: 0.041, 0.036; 384x14x14: 0.023, 0.026; 768x7x7: 0.019 both.
-    // Dilation 3, 8x64x56x56: NCHW 0.012, direct 0.016; channels_last 0.021. 5x5 on 240x28x28: 0.027, planes 0.024.
+    // Dilation 3, 8x64x56x56, fp16, H200: NCHW 0.012, direct 0.016; channels_last 0.021.
     const bool fits = nchw ? args.out_w > 14 : args.out_w <= 16;
     if (taps == kMaxRegisterTaps && (dilated || fits)) return {Kernel::kToeplitz, 0};
   }
-  // fp32 9x9 on 768x32x32: NCHW 0.345, planes 0.163; channels_last 0.325.
+  const Config images = select_images_fma(p);
+  if (images.kernel != Kernel::kGeneral) return images;
+  // fp32 9x9 on 32x768x32x32, H200: NCHW 0.345 ms, planes 0.163; channels_last 0.325.
   const int64_t few = nchw && !dilated ? 81 : kMaxRegisterTaps;
   if (taps > few && can_serve(p, Kernel::kBlocked, 0)) return {Kernel::kBlocked, 0};
   return {};
@@ -98,20 +154,31 @@ inline Config select_nchw(const Problem& p) {
   return stream.kernel != Kernel::kGeneral ? stream : first_that_serves(p, Kernel::kDirectNchw);
 }
 
-inline Config select_nhwc(const Problem& p) {
-  // Wide pixels are whole cache lines (3x3, 16x64x512x512: 64 channels 0.57 / 0.30, 32 channels 0.64 / 0.37), unless
-  // channels beyond the last are wasted (144x56x56: 0.043 / 0.032 against 0.040 / 0.029). At stride 2 they win all the
-  // same (96x112x112: 0.058 / 0.038 against 0.063 / 0.043).
+// stream_nhwc: channels of a block. Wide pixels are whole cache lines (3x3, 16x64x512x512: 64 channels 0.56 / 0.29, 32
+// channels 0.64 / 0.37), unless channels beyond the last are wasted (144x56x56: 32 channels 0.041 / 0.0275, 96 channels
+// 0.040 / 0.029, 64 channels 0.043 / 0.032; 5x5, 672x14x14: 32 channels 0.022 / 0.018, 96 channels 0.020 / 0.019;
+// 3x1, 64x8x512x512: 8 channels 0.308 / 0.150, 32 channels 0.338 / 0.257). At stride 2, 96 win where they waste no more
+// (96x112x112: 0.057 / 0.036, 64 channels 0.058 / 0.038; 5x5, 144x56x56: 0.030 / 0.023, 0.031 / 0.025). 7x7, of one
+// channel a thread: few (96x56x56: 8 channels 0.043 / 0.040, 16 channels 0.049 / 0.047, tiled 0.058 / 0.049).
+inline Config select_stream_nhwc(const Problem& p) {
+  const bool wide = p.dtype == DType::kFloat32;
   const auto padded = [&](int64_t block) { return (p.c + block - 1) / block * block; };
-  const bool narrow = padded(32) < padded(64) && (p.stride_w == 1 || p.c < 64);
-  const int tile = narrow ? 1 : 0;
-  // With one channel a thread stream_nhwc has not been measured.
-  if (stream_nhwc_vector(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
-                         static_cast<int>(p.stride_w), static_cast<int>(p.dilation_h),
-                         static_cast<int>(p.dilation_w)) > 1) {
-    if (can_serve(p, Kernel::kStreamNhwc, tile)) return {Kernel::kStreamNhwc, tile};
-    if (can_serve(p, Kernel::kStreamNhwc, 1 - tile)) return {Kernel::kStreamNhwc, 1 - tile};
-  }
+  int channels = padded(32) < padded(64) ? 32 : 64;
+  if (p.stride_w > 1 ? padded(96) <= padded(64) : wide && padded(96) < padded(64) && padded(96) <= padded(32))
+    channels = 96;
+  if (p.kernel_h * p.kernel_w > 25 || p.c <= 8)
+    channels = 8;
+  else if (p.c <= 16)
+    channels = 16;
+  for (int tile = 0; tile < TileTable(kStreamNhwcTiles).size; ++tile)
+    if (kStreamNhwcTiles[tile].vector == channels && can_serve(p, Kernel::kStreamNhwc, tile))
+      return {Kernel::kStreamNhwc, tile};
+  return first_that_serves(p, Kernel::kStreamNhwc);
+}
+
+inline Config select_nhwc(const Problem& p) {
+  const Config stream = select_stream_nhwc(p);
+  if (stream.kernel != Kernel::kGeneral) return stream;
   // Dilated kernels of few taps, and what is not aligned.
   const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
   if (direct.kernel != Kernel::kGeneral) return direct;
@@ -121,36 +188,111 @@ inline Config select_nhwc(const Problem& p) {
 }
 
 // Grad of weight. H200, 32 images, ms.
-inline Config select_marching_nhwc(const Problem& p) {
+
+// Small images in large batches: a product of sixteen images, or a lane an image.
+inline Config select_images_grad_weight(const Problem& p) {
+  const bool nchw = p.layout == Layout::kNchw, tiny = p.w <= 8 && p.out_w <= 8;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (p.n < kImagesBatch) return {};
+  if (p.dtype != DType::kFloat32) {
+    // NCHW, fp16: 3x3, 960x7x7: 0.0098, staged 0.0136; 384x14x14: 0.0115, 0.0116; 7x7, 384x14x14: 0.012, 0.016; 27x27,
+    // 512x14x14: 0.017, toeplitz 0.087; 29x29, 256x32x32: 0.042, 0.081; not 7x7, 192x28x28: 0.022, strips 0.018.
+    // channels_last: 3x3, 960x7x7: 0.0111, marching 0.0113; 7x7, 384x14x14: 0.018, strips 0.026; 768x7x7: 0.011, 0.018;
+    // 27x27, 512x14x14: 0.036, toeplitz 0.064; not 3x3, 384x14x14: 0.017, marching 0.013.
+    const Kernel kernel = nchw ? Kernel::kImagesGradWeightNchw : Kernel::kImagesGradWeightNhwc;
+    for (int tile = tile_table(kernel, p.dtype).size - 1; tile >= 0; --tile) {
+      const int columns = tile_table(kernel, p.dtype)[tile].columns;
+      const bool few = columns == 32 ? taps <= 81 : !nchw && columns == 16 && taps < 25;
+      if (!few && can_serve(p, kernel, tile)) return {kernel, tile};
+    }
+    return {};
+  }
+  // fp32. NCHW: whole planes: 7x7, 768x7x7: 0.0109, by rows 0.0122, staged 0.016; 13x13, 512x7x7: 0.016, 0.016, blocked
+  // 0.058. channels_last: 7x7, 384x14x14: 0.025, marching 0.034; 768x7x7: 0.014, 0.027; 27x27, 512x14x14: 0.063, blocked
+  // 0.190; not 5x5, 672x14x14: 0.038, marching 0.028.
+  if (p.n < kImagesFmaBatch || taps <= 25) return {};
+  if (can_serve(p, Kernel::kImagesFmaGradWeight, 1)) return {Kernel::kImagesFmaGradWeight, 1};
+  const bool few = nchw && !tiny && taps <= kMaxRegisterTaps;
+  return few ? Config{} : first_that_serves(p, Kernel::kImagesFmaGradWeight);
+}
+
+inline Config select_marching_nchw(const Problem& p) {
+  const Kernel kernel = Kernel::kGradWeightNchw;
+  const TileTable table = tile_table(kernel, p.dtype);
   const bool wide = p.dtype == DType::kFloat32;
-  const auto tile_of = [&](int channels) {
-    const int tile = channels == 4 ? 0 : channels == 2 ? 1 : 2;
-    return can_serve(p, Kernel::kGradWeightNhwc, tile) ? Config{Kernel::kGradWeightNhwc, tile} : Config{};
+  // Rows to come wait in shared memory where there is much to do for each, fp32 (5x5, 240x28x28: 0.028, in registers 0.035;
+  // 7x7, 96x56x56: 0.044, 0.068; not 3x3, 144x56x56: 0.055, 0.049), or where they are long, fp16 (3x3 at stride 2,
+  // 96x112x112: 0.043, 0.046; dilation 12, 8x256x64x64: 0.0216, 0.0225; not 144x56x56: 0.043, 0.030).
+  const bool queued = wide ? p.kernel_h * p.kernel_w >= 25 : p.stride_w > 1 || p.dilation_w > 1;
+  if (queued)
+    for (int tile = 0; tile < table.size; ++tile)
+      if (table[tile].queued && can_serve(p, kernel, tile)) return {kernel, tile};
+  return first_that_serves(p, kernel);
+}
+
+inline Config select_marching_nhwc(const Problem& p) {
+  const bool wide = p.dtype == DType::kFloat32, dilated = p.dilation_h > 1 || p.dilation_w > 1;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const auto tile_of = [&](int channels, bool queued = false) {
+    for (int tile = 0; tile < TileTable(kGradWeightNhwcTiles).size; ++tile) {
+      const Tile& t = kGradWeightNhwcTiles[tile];
+      if (t.vector == channels && t.queued == queued && can_serve(p, Kernel::kGradWeightNhwc, tile))
+        return Config{Kernel::kGradWeightNhwc, tile};
+    }
+    return Config{};
   };
+  const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
+  // Streams. fp32 at stride 1, 32 channels: 3x3, 16x64x512x512: 0.491, marching 0.510; 144x56x56: 0.051, 0.055; 1x11,
+  // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073), 5x5 (240x28x28: 0.037, queue 0.034) or 7x7
+  // (96x56x56: 0.094, 0.080). fp16, 64 channels: 144x56x56: 0.036, 0.042; 3x7, 128x128x256: 0.230, 0.281; 1x11: 0.036,
+  // 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2 (144x56x56: 0.032, 64 channels 0.043, 0.044).
+  if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < 25 : taps <= 25)) {
+    const int tile = wide || taps == 25 ? 1 : 0;
+    if (can_serve(p, Kernel::kGradWeightStreamNhwc, tile)) return {Kernel::kGradWeightStreamNhwc, tile};
+  }
+  if (wide && !small && taps == 25 && p.stride_w == 1 && !dilated) {
+    const Config queue = tile_of(2, true);
+    if (queue.kernel != Kernel::kGeneral) return queue;
+  }
   // Four channels a thread, where registers hold them, but one in small images, of which there would be too few threads
   // (3x3, 384x14x14, fp32 / fp16: 0.016 / 0.014, four 0.022 / 0.018; 5x5, 672x14x14: 0.031 / 0.028, two 0.044 / 0.035),
   // and fewer in large ones, of which more warps are read at once (3x3, 16x64x512x512: 0.509 / 0.279, four 0.536 /
-  // 0.350; not 144x56x56, fp16: 0.044, four 0.043). In fp32 one also where four do not fit (3x7, 128x128x256: 0.339, two
-  // 0.394; 1x11, 16x64x128x128: 0.069, 0.083; not 5x5, 240x28x28: 0.047, 0.043).
-  const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
+  // 0.350). In fp32 one also where four do not fit (3x7, 128x128x256: 0.339, two 0.394).
   Config config = small || (large && wide) ? tile_of(1) : large ? tile_of(2) : tile_of(4);
   if (config.kernel == Kernel::kGeneral && wide) config = tile_of(1);
   return config.kernel != Kernel::kGeneral ? config : first_that_serves(p, Kernel::kGradWeightNhwc);
 }
 
+// Kernels up to 9x9 in 16 bits on the tensor cores: NCHW, 7x7, 96x56x56: 0.027, marching 0.049; 5x5, 240x28x28: 0.018,
+// 0.022; 9x9, 768x32x32: 0.054, 0.124; 3x7, 128x128x256: 0.165, 0.198; not 3x3 (144x56x56: 0.038, 0.030). channels_last:
+// 7x7, 96x56x56: 0.036, 0.066; 5x5, 240x28x28: 0.024, 0.031; 9x9, 768x32x32: 0.089, toeplitz 0.147; not 3x7 (0.247, stream
+// 0.230).
+inline Config select_strips_grad_weight(const Problem& p) {
+  const bool nchw = p.layout == Layout::kNchw;
+  if (p.kernel_h * p.kernel_w < (nchw ? 15 : 25)) return {};
+  return first_that_serves(p, nchw ? Kernel::kStripsGradWeightNchw : Kernel::kStripsGradWeightNhwc);
+}
+
+inline Config select_large_grad_weight(const Problem& p) {
+  // The narrowest tile that holds a row, or the widest, which is the layout's first.
+  const Config widest = first_that_serves(p, Kernel::kToeplitzGradWeight);
+  for (int tile = TileTable(kToeplitzGradWeightTiles).size - 1; tile > widest.tile; --tile)
+    if (can_serve(p, Kernel::kToeplitzGradWeight, tile) && p.w <= kToeplitzGradWeightTiles[tile].columns)
+      return {Kernel::kToeplitzGradWeight, tile};
+  return widest;
+}
+
 inline Config select_grad_weight(const Problem& p) {
   const bool channels_last = p.layout == Layout::kNhwc;
-  const Kernel toeplitz = channels_last ? Kernel::kToeplitzGradWeightNhwc : Kernel::kToeplitzGradWeightNchw;
-  // channels_last of more than 7x7 in 16 bits: 9x9, 768x32x32: 0.149, marching 0.201.
-  const bool prefers_toeplitz = channels_last && p.kernel_h * p.kernel_w > 49 && can_serve(p, toeplitz, 0);
-  const Config marching = channels_last ? select_marching_nhwc(p) : first_that_serves(p, Kernel::kGradWeightNchw);
-  if (marching.kernel != Kernel::kGeneral && !prefers_toeplitz) return marching;
-  if (can_serve(p, toeplitz, 0)) {
-    // The narrowest tile that holds a row, or the widest.
-    int tile = tile_table(toeplitz, p.dtype).size - 1;
-    while (tile > 0 && p.w > tile_table(toeplitz, p.dtype)[tile].columns) --tile;
-    return {toeplitz, tile};
-  }
+  for (const Config& config : {select_images_grad_weight(p), select_strips_grad_weight(p)})
+    if (config.kernel != Kernel::kGeneral) return config;
+  const Config marching = channels_last ? select_marching_nhwc(p) : select_marching_nchw(p);
+  // 16 bits beyond 9x9, or 8x8 of channels_last: 9x9, 768x32x32: 0.147, marching 0.201.
+  const Config large = select_large_grad_weight(p);
+  const bool prefers_large =
+      channels_last && p.kernel_h * p.kernel_w > kMaxRegisterTaps && large.kernel != Kernel::kGeneral;
+  if (marching.kernel != Kernel::kGeneral && !prefers_large) return marching;
+  if (large.kernel != Kernel::kGeneral) return large;
   if (can_serve(p, Kernel::kBlockedGradWeight, channels_last)) return {Kernel::kBlockedGradWeight, channels_last};
   return marching;
 }

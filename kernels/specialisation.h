@@ -23,7 +23,7 @@ struct Specialisation {
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
   ImageShape image;      // images, which takes the kernel's width at run time
-  Band band;             // toeplitz, which takes the kernel's size at run time
+  Band band;             // toeplitz and band_images, which take the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
@@ -39,12 +39,17 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.band = band_of(p);
     return s;
   }
+  if (kernel == Kernel::kBandImages) {
+    s.band = band_images_of(p);
+    s.tile = config.tile;
+    return s;
+  }
   if (is_images(kernel)) {
     s.image = image_shape_of(p);
     s.tile = config.tile;
     return s;
   }
-  if (is_toeplitz_grad_weight(kernel)) {  // compiled for the kernel's size in eights
+  if (kernel == Kernel::kToeplitzGradWeight) {  // compiled for the kernel's size in eights
     s.kernel_h = static_cast<int>(p.kernel_h + 7) / 8 * 8;
     s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
@@ -136,6 +141,12 @@ inline std::string specialisation_name(const Specialisation& s) {
                   s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
     return name;
   }
+  if (s.kernel == Kernel::kBandImages) {
+    std::snprintf(name, sizeof(name), "band_images_%s_b%d_o%s%d_i%d_t%d_%s", dtype_name(s.dtype), s.band.chunks,
+                  s.band.origin < 0 ? "m" : "", std::abs(s.band.origin), s.band.image_chunks, s.band.tiles_w,
+                  tile_table(s.kernel, s.dtype)[s.tile].name);
+    return name;
+  }
   if (is_images(s.kernel)) {
     const ImageShape& i = s.image;
     std::snprintf(name, sizeof(name), "%s_%s_%dx%d_%dx%d_f%s%d_r%d_d%d_%s", kernel_name(s.kernel), dtype_name(s.dtype),
@@ -175,8 +186,7 @@ inline std::string specialisation_name(const Specialisation& s) {
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
 inline std::string specialisation_source(const Specialisation& s) {
   constexpr const char* kTypes[] = {"float", "depthwise::float16", "depthwise::bfloat16", "double"};
-  const std::string kernel = is_toeplitz_grad_weight(s.kernel) ? "toeplitz_grad_weight"
-                             : is_images(s.kernel)             ? "images"
+  const std::string kernel = is_images(s.kernel)               ? "images"
                              : is_images_grad_weight(s.kernel) ? "images_grad_weight"
                                                                : kernel_name(s.kernel);
   char arguments[128];
@@ -189,13 +199,10 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (is_grad_input_kernel(s.kernel))
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
-  if (is_toeplitz_grad_weight(s.kernel)) {
+  if (s.kernel == Kernel::kToeplitzGradWeight) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
-    const bool dense = s.kernel == Kernel::kToeplitzGradWeightDense;
-    const bool channels_last = dense ? tile.vector > 1 : s.kernel == Kernel::kToeplitzGradWeightNhwc;
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s, %s", kTypes[static_cast<int>(s.dtype)],
-                  s.kernel_h / 8, s.kernel_w / 8, tile.columns / 16, channels_last ? "true" : "false",
-                  dense ? "true" : "false");
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
+                  s.kernel_w / 8, tile.columns / 16, tile.vector > 1 ? "true" : "false");
     traits = std::string("ToeplitzGradWeightTraits<") + arguments;
   }
   if (is_images_grad_weight(s.kernel)) {
@@ -236,6 +243,12 @@ inline std::string specialisation_source(const Specialisation& s) {
                   s.band.chunks, s.stride_w, s.band.origin, s.band.image_chunks, s.band.tiles_w, s.band.tiles_h,
                   s.channels_last ? "true" : "false");
     traits = std::string("ToeplitzTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kBandImages) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+                  s.band.chunks, s.band.origin, s.band.image_chunks, s.band.tiles_w,
+                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    traits = std::string("BandImagesTraits<") + arguments;
   }
   if (is_images(s.kernel)) {
     const ImageShape& i = s.image;

@@ -5,6 +5,9 @@
 //         computes kColumns neighbouring pixels of kVector channels, row after row, its filters in registers.
 // Rolls   an input row is read and converted once, and added to every output row that it meets: kLiveRows rows of sums,
 //         whose names are fixed by unrolling a stage of kStageOutputs output rows.
+// Halos   odd strips are walked upwards: neighbours meet at their common rows when both begin or when both end, so that
+//         L2 still holds them. Seen from below, an image is another whose rows have a negative pitch and whose filter has
+//         its rows reversed.
 // Memory  a ring of stages in shared memory, filled asynchronously, with zeros for the padding. The last stage's place
 //         first holds the filters of threads of one channel, which are no vectors in memory.
 // Writes  what a thread holds of a pixel; where a pixel is 16 bytes, pairs of threads exchange halves, so that a store
@@ -95,10 +98,13 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   unsigned block = blockIdx.x / plan.blocks_c;
   const int first_column = block % plan.blocks_w * plan.tiles_w * kStreamColumns;
   block /= plan.blocks_w;
-  const int first_row = block % plan.strips * plan.rows;
+  const int strip = block % plan.strips;
+  const bool upwards = kVector > 1 && strip % 2 != 0;  // threads of one channel have no registers for it
+  const int top_row = strip * plan.rows, num_rows = min(plan.rows, args.out_h - top_row);
   const int64_t image = block / plan.strips;
-  const int end_row = min(first_row + plan.rows, args.out_h);
-  const int in_first_row = first_row * Traits::kStrideH - args.padding_h;
+  const int in_top_row = top_row * Traits::kStrideH - args.padding_h;
+  const int in_bottom_row = in_top_row + (num_rows - 1) * Traits::kStrideH + Shape::kSpan - 1;
+  const int first_row = upwards ? top_row + num_rows - 1 : top_row;
   const int in_first_column = first_column * Traits::kStrideW - args.padding_w;
   const int pixel = args.out_c;  // elements from one pixel to the next in memory
 
@@ -107,12 +113,14 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int thread = threadIdx.y * kLanes + threadIdx.x;
   const int copy_channel = thread % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
   const int copy_column = thread / Shared::kCopies, pixel_step = blockDim.y * kLanes / Shared::kCopies;
-  const int row_pitch = args.w * pixel;
+  const int row_pitch = upwards ? -args.w * pixel : args.w * pixel;
   const int stage_elements = Shape::kStageRows * row_elements;
   const int end_column = first_channel + copy_channel < args.out_c ? args.w : 0;
-  const T* next_source = static_cast<const T*>(args.input) + (image * args.h + in_first_row) * row_pitch +
-                         static_cast<int64_t>(in_first_column + copy_column) * pixel + first_channel + copy_channel;
-  int next_row = in_first_row, next_slot = 0;
+  const int64_t next_pixel =
+      (image * args.h + (upwards ? in_bottom_row : in_top_row)) * args.w + in_first_column + copy_column;
+  const T* next_source = static_cast<const T*>(args.input) + next_pixel * pixel + first_channel + copy_channel;
+  int next_row = upwards ? args.h - 1 - in_bottom_row : in_top_row;  // from the end of the image where walks begin
+  int next_slot = 0;
   const auto request = [&](bool exists) {
     if (exists) {
       const T* source = next_source;
@@ -148,7 +156,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
                                 min(kLanes, static_cast<int>(args.out_c) - first_channel), thread, blockDim.y * kLanes,
                                 args.flip);
   else if (computes)
-    load_filters<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip);
+    load_filters<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip != upwards, args.flip);
   if (computes && args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
 
   // The first pixel that the thread stores.
@@ -157,8 +165,8 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
                  (Shared::kExchanges ? first_channel : channel);
   const T* const window_corner =
       ring + threadIdx.y * kStreamColumns * Traits::kStrideW * Shared::kChannels + threadIdx.x * kVector;
-  const int row_step = args.out_w * pixel;
-  const int num_columns = args.out_w - store_column, num_rows = end_row - first_row;
+  const int row_step = upwards ? -args.out_w * pixel : args.out_w * pixel;
+  const int num_columns = args.out_w - store_column;
   int slot = 0;  // where the stage begins in the ring
   float sum[Shape::kLiveRows][kStreamColumns][kVector] = {};
   for (int stage = 0; stage < plan.stages; ++stage) {

@@ -9,7 +9,7 @@
 //         of grad_output, an odd number of 16-byte words, so that ldmatrix meets no bank twice. A window's sixteen columns
 //         of input begin at a multiple of eight, for ldmatrix; kernels of fewer than nine columns leave some choice of
 //         where the window begins, and four columns further on rows are copied by words of eight bytes.
-// Chosen  when it is forced by name.
+// Chosen  select.h.
 #pragma once
 
 #include "strips_grad_weight.cuh"

@@ -13,7 +13,7 @@
 //         multiplied. Planar: a line is a row of a patch, of input and then of grad_output, in a pitch that lets eight
 //         neighbouring windows, across lines too, lie in different banks; planes lie an odd number of 16-byte words
 //         apart.
-// Chosen  when it is forced by name.
+// Chosen  select.h.
 #pragma once
 
 #include "strips_grad_weight.cuh"

@@ -112,10 +112,11 @@ struct ToeplitzBlock {
   }
 };
 
-// The input of an NCHW block, kVector elements a copy; rows start on a kVector boundary.
-template <int kVector, class Traits>
-__device__ __forceinline__ void load_nchw(typename Traits::T* tile, const DirectArgs& args,
-                                          const ToeplitzBlock<Traits>& block) {
+// The input of an NCHW block, kVector elements a copy; rows start on a kVector boundary. `image_pitch`: elements from
+// image to image.
+template <int kVector, class Traits, class Block>
+__device__ __forceinline__ void load_nchw(typename Traits::T* tile, const DirectArgs& args, const Block& block,
+                                          int image_pitch) {
   using T = typename Traits::T;
   if (block.in_columns == 0 || block.in_rows == 0) return;
   const int64_t plane = static_cast<int64_t>(args.h) * args.w;
@@ -124,7 +125,7 @@ __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const Direct
                    static_cast<int64_t>(block.in_row) * args.w + block.in_column;
   tile += block.offset;
   const auto to = [&](const Walk& at) {
-    return tile + (at.outer * block.in_rows + at.middle) * Traits::kPitch * kChunk + at.inner * kVector;
+    return tile + at.outer * image_pitch + at.middle * Traits::kPitch * kChunk + at.inner * kVector;
   };
   const auto from = [&](const Walk& at) {
     return input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kVector;
@@ -278,9 +279,8 @@ __device__ __forceinline__ void store_nhwc(const typename Traits::T* stage, cons
 
 // The weights of the block's channels as words of neighbours: word y of a kernel row holds the taps at y and y + 1
 // columns from the first that the last of eight outputs meets.
-template <class Traits>
-__device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args,
-                                             const ToeplitzBlock<Traits>& block) {
+template <class Traits, class Block>
+__device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
   using T = typename Traits::T;
   const int taps = args.kernel_h * args.kernel_w;
   const int shift = kChunk * Traits::kOrigin + args.padding_w;
@@ -329,11 +329,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   if constexpr (Traits::kChannelsLast) {
     load_nhwc<Traits>(tile, args, block, tiling.in_vector == kChannelsNhwc);
   } else {
+    const int image_pitch = block.in_rows * Traits::kPitch * kChunk;
     switch (tiling.in_vector) {
-      case 8: load_nchw<8, Traits>(tile, args, block); break;
-      case 4: load_nchw<4, Traits>(tile, args, block); break;
-      case 2: load_nchw<2, Traits>(tile, args, block); break;
-      default: load_nchw<1, Traits>(tile, args, block);
+      case 8: load_nchw<8, Traits>(tile, args, block, image_pitch); break;
+      case 4: load_nchw<4, Traits>(tile, args, block, image_pitch); break;
+      case 2: load_nchw<2, Traits>(tile, args, block, image_pitch); break;
+      default: load_nchw<1, Traits>(tile, args, block, image_pitch);
     }
   }
   load_weights<Traits>(pairs, args, block);

@@ -19,14 +19,13 @@ enum class Kernel : int {
   kGradWeightNhwc,
   kGradWeightStreamNhwc,
   kToeplitz,
+  kBandImages,
   kImagesNchw,
   kImagesNhwc,
   kBlocked,
   kStripsNchw,
   kStripsNhwc,
-  kToeplitzGradWeightNchw,
-  kToeplitzGradWeightNhwc,
-  kToeplitzGradWeightDense,
+  kToeplitzGradWeight,
   kBlockedGradWeight,
   kImagesGradWeightNchw,
   kImagesGradWeightNhwc,
@@ -47,14 +46,13 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kGradWeightNhwc,
                                           Kernel::kGradWeightStreamNhwc,
                                           Kernel::kToeplitz,
+                                          Kernel::kBandImages,
                                           Kernel::kImagesNchw,
                                           Kernel::kImagesNhwc,
                                           Kernel::kBlocked,
                                           Kernel::kStripsNchw,
                                           Kernel::kStripsNhwc,
-                                          Kernel::kToeplitzGradWeightNchw,
-                                          Kernel::kToeplitzGradWeightNhwc,
-                                          Kernel::kToeplitzGradWeightDense,
+                                          Kernel::kToeplitzGradWeight,
                                           Kernel::kBlockedGradWeight,
                                           Kernel::kImagesGradWeightNchw,
                                           Kernel::kImagesGradWeightNhwc,
@@ -68,10 +66,6 @@ inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw
 inline bool is_marching_grad_weight(Kernel kernel) {
   return kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightNhwc;
 }
-inline bool is_toeplitz_grad_weight(Kernel kernel) {
-  return kernel == Kernel::kToeplitzGradWeightNchw || kernel == Kernel::kToeplitzGradWeightNhwc ||
-         kernel == Kernel::kToeplitzGradWeightDense;
-}
 inline bool is_images_grad_weight(Kernel kernel) {
   return kernel == Kernel::kImagesGradWeightNchw || kernel == Kernel::kImagesGradWeightNhwc;
 }
@@ -80,9 +74,9 @@ inline bool is_strips_grad_weight(Kernel kernel) {
   return kernel == Kernel::kStripsGradWeightNchw || kernel == Kernel::kStripsGradWeightNhwc;
 }
 inline bool is_grad_weight_kernel(Kernel kernel) {
-  return is_marching_grad_weight(kernel) || is_toeplitz_grad_weight(kernel) || kernel == Kernel::kBlockedGradWeight ||
-         kernel == Kernel::kGradWeightStreamNhwc || is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) ||
-         kernel == Kernel::kImagesFmaGradWeight;
+  return is_marching_grad_weight(kernel) || kernel == Kernel::kToeplitzGradWeight ||
+         kernel == Kernel::kBlockedGradWeight || kernel == Kernel::kGradWeightStreamNhwc ||
+         is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight;
 }
 inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
@@ -92,9 +86,9 @@ inline bool is_strips(Kernel kernel) { return kernel == Kernel::kStripsNchw || k
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
-         is_toeplitz_grad_weight(kernel) || is_images(kernel) || is_images_grad_weight(kernel) ||
-         is_images_fma(kernel) || kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc ||
-         is_strips_grad_weight(kernel) || is_strips(kernel);
+         kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
+         is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
+         kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -119,9 +113,11 @@ constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 
 constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 // Channels of a block.
-constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32},
-                                     {"stream_channels96", 4, 0, 96}, {"stream_channels48", 4, 0, 48},
-                                     {"stream_channels16", 4, 0, 16}, {"stream_channels8", 4, 0, 8}};
+constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64},
+                                     {"stream_channels32", 4, 0, 32},
+                                     {"stream_channels96", 4, 0, 96},
+                                     {"stream_channels16", 4, 0, 16},
+                                     {"stream_channels8", 4, 0, 8}};
 constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
@@ -135,50 +131,36 @@ constexpr Tile kGradWeightNchwTiles32[] = {{"weight_x4g4", 4, 0, 4, 4},
                                            {"weight_x1g1_narrow", 2, 0, 1, 1},
                                            {"weight_x4g4_queue", 4, 0, 4, 4, false, true},
                                            {"weight_x2g2_queue", 4, 0, 2, 2, false, true}};
-constexpr Tile kGradWeightNchwTiles16[] = {{"weight_x8g8", 8, 0, 8, 8},
-                                           {"weight_x4g4", 4, 0, 4, 4},
-                                           {"weight_x8g2", 8, 0, 8, 2},
-                                           {"weight_x2g2", 4, 0, 2, 2},
-                                           {"weight_staged", 4, 0, 1, 1, true},
-                                           {"weight_x1g1", 4, 0, 1, 1},
-                                           {"weight_x1g1_narrow", 2, 0, 1, 1},
-                                           {"weight_x8g8_queue", 8, 0, 8, 8, false, true},
-                                           {"weight_x4g4_queue", 4, 0, 4, 4, false, true},
-                                           {"weight_x2g2_queue", 4, 0, 2, 2, false, true}};
+constexpr Tile kGradWeightNchwTiles16[] = {
+    {"weight_x8g8", 8, 0, 8, 8},         {"weight_x4g4", 4, 0, 4, 4},
+    {"weight_x8g2", 8, 0, 8, 2},         {"weight_x2g2", 4, 0, 2, 2},
+    {"weight_staged", 4, 0, 1, 1, true}, {"weight_x1g1", 4, 0, 1, 1},
+    {"weight_x1g1_narrow", 2, 0, 1, 1},  {"weight_x8g8_queue", 8, 0, 8, 8, false, true}};
 // Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
 constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4},
                                          {"weight_c2q4", 4, 0, 2},
                                          {"weight_c1q4", 4, 0, 1},
                                          {"weight_c1q2", 2, 0, 1},
-                                         {"weight_c4q4_queue", 4, 0, 4, 0, false, true},
                                          {"weight_c2q4_queue", 4, 0, 2, 0, false, true}};
 
 // Channels of a block.
-constexpr Tile kGradWeightStreamNhwcTiles[] = {
-    {"weight_stream64", 4, 0, 64}, {"weight_stream48", 4, 0, 48}, {"weight_stream32", 4, 0, 32}};
+constexpr Tile kGradWeightStreamNhwcTiles[] = {{"weight_stream64", 4, 0, 64}, {"weight_stream32", 4, 0, 32}};
 
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
+// Columns of the images, at most; rows of outputs that a warp takes at a time: those that divide the image's are best.
+constexpr Tile kBandImagesTiles[] = {{"band_images7", 32, 7, 8}, {"band_images4", 64, 4, 8}};
 // `rows`: images of a block; `vector`: its channels.
-constexpr Tile kImagesNchwTiles[] = {
-    {"images_n8c4", 16, 8, 4}, {"images_n16c4", 16, 16, 4}, {"images_n8c8", 16, 8, 8}, {"images_n16c8", 16, 16, 8}};
-constexpr Tile kImagesNhwcTiles[] = {{"images_nhwc_n8c16", 16, 8, 16},
-                                     {"images_nhwc_n16c16", 16, 16, 16},
-                                     {"images_nhwc_n8c8", 16, 8, 8},
-                                     {"images_nhwc_n16c8", 16, 16, 8}};
+constexpr Tile kImagesNchwTiles[] = {{"images_c4", 16, 8, 4}, {"images_c8", 16, 8, 8}};
+constexpr Tile kImagesNhwcTiles[] = {{"images_c16_nhwc", 16, 8, 16}};
 // `vector`: taps of a kernel row that a step takes, at most.
 constexpr Tile kBlockedTiles[] = {
     {"blocked", 7, 4, 64}, {"blocked_rows7", 7, 7, 64}, {"blocked_wide", 14, 7, 16}, {"blocked_wide8", 14, 7, 8}};
 // Rows of a strip: those that divide the images' are best.
 constexpr Tile kStripsNchwTiles[] = {{"strips7", 8, 7, 8}, {"strips8", 8, 8, 8}};
-constexpr Tile kStripsNhwcTiles[] = {
-    {"strips7_nhwc", 8, 7, 8}, {"strips8_nhwc", 8, 8, 8}, {"strips11_nhwc", 8, 11, 8}, {"strips14_nhwc", 8, 14, 8}};
-// Columns of input that a stage holds.
-constexpr Tile kToeplitzGradWeightNchwTiles[] = {
-    {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band16", 16, 0, 1}};
-constexpr Tile kToeplitzGradWeightNhwcTiles[] = {{"weight_band32_nhwc", 32, 0, 1}, {"weight_band16_nhwc", 16, 0, 1}};
-// Of both layouts: channels of a block.
-constexpr Tile kToeplitzGradWeightDenseTiles[] = {
-    {"weight_dense64", 64, 0, 1}, {"weight_dense32", 32, 0, 1}, {"weight_dense32_nhwc", 32, 0, 8}};
+constexpr Tile kStripsNhwcTiles[] = {{"strips7_nhwc", 8, 7, 8}, {"strips11_nhwc", 8, 11, 8}};
+// Columns of input that a stage holds; `vector`: channels of a block.
+constexpr Tile kToeplitzGradWeightTiles[] = {
+    {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band32_nhwc", 32, 0, 8}};
 // One for each layout.
 constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
 // Columns of the images, at most.
@@ -186,16 +168,13 @@ constexpr Tile kImagesGradWeightNchwTiles[] = {
     {"weight_images32", 32, 0, 1}, {"weight_images16", 16, 0, 1}, {"weight_images8", 8, 0, 1}};
 constexpr Tile kImagesGradWeightNhwcTiles[] = {{"weight_images16_nhwc", 16, 0, 8}, {"weight_images8_nhwc", 8, 0, 8}};
 // Rows of outputs a thread; columns 0: of any plane, 1: of planes known at compile time.
-constexpr Tile kImagesFmaTiles[] = {
-    {"images_fma", 0, 2, 1}, {"images_fma_plane", 1, 8, 1}, {"images_fma_half_plane", 1, 4, 1}};
+constexpr Tile kImagesFmaTiles[] = {{"images_fma", 0, 2, 1}, {"images_fma_plane", 1, 8, 1}};
 // The same; rows 0.
 constexpr Tile kImagesFmaGradWeightTiles[] = {{"weight_images_fma", 0, 0, 1}, {"weight_images_fma_plane", 1, 0, 1}};
-// Windows of eight columns (`rows` of sixteen strips each) that a warp takes, and how many blocks a multiprocessor should
-// have before channels are split (`vector`).
-constexpr Tile kStripsGradWeightNchwTiles[] = {
-    {"weight_strips", 8, 1, 1}, {"weight_strips2", 8, 2, 1}, {"weight_strips_split", 8, 1, 3}};
-// channels_last: sets of planes at most (`rows`).
-constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 2, 8}, {"weight_strips_nhwc_deep", 8, 1, 8}};
+// `rows`: windows of sixteen strips that a warp takes.
+constexpr Tile kStripsGradWeightNchwTiles[] = {{"weight_strips", 8, 1, 1}};
+// `rows`: sets of planes at most.
+constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 1, 8}};
 
 struct TileTable {
   const Tile* tiles;
@@ -222,14 +201,13 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kGradWeightStreamNhwc: return kGradWeightStreamNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
+    case Kernel::kBandImages: return kBandImagesTiles;
     case Kernel::kImagesNchw: return kImagesNchwTiles;
     case Kernel::kImagesNhwc: return kImagesNhwcTiles;
     case Kernel::kBlocked: return kBlockedTiles;
     case Kernel::kStripsNchw: return kStripsNchwTiles;
     case Kernel::kStripsNhwc: return kStripsNhwcTiles;
-    case Kernel::kToeplitzGradWeightNchw: return kToeplitzGradWeightNchwTiles;
-    case Kernel::kToeplitzGradWeightNhwc: return kToeplitzGradWeightNhwcTiles;
-    case Kernel::kToeplitzGradWeightDense: return kToeplitzGradWeightDenseTiles;
+    case Kernel::kToeplitzGradWeight: return kToeplitzGradWeightTiles;
     case Kernel::kBlockedGradWeight: return kBlockedGradWeightTiles;
     case Kernel::kImagesGradWeightNchw: return kImagesGradWeightNchwTiles;
     case Kernel::kImagesGradWeightNhwc: return kImagesGradWeightNhwcTiles;
@@ -255,14 +233,13 @@ inline const char* kernel_name(Kernel kernel) {
                                     "grad_weight_nhwc",
                                     "grad_weight_stream_nhwc",
                                     "toeplitz",
+                                    "band_images",
                                     "images_nchw",
                                     "images_nhwc",
                                     "blocked",
                                     "strips_nchw",
                                     "strips_nhwc",
-                                    "toeplitz_grad_weight_nchw",
-                                    "toeplitz_grad_weight_nhwc",
-                                    "toeplitz_grad_weight_dense",
+                                    "toeplitz_grad_weight",
                                     "blocked_grad_weight",
                                     "images_grad_weight_nchw",
                                     "images_grad_weight_nhwc",

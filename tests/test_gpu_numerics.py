@@ -145,6 +145,15 @@ EDGES = [
     Problem((300, 9), (7, 7), padding=(3, 0), batch=1, channels=2),
 ]
 
+BATCHES = [  # kernels that take several images at once: batches that fill their products and warps, and one image more
+    Problem((7, 7), (3, 3), padding=(1, 1), batch=17, channels=16),
+    Problem((14, 14), (7, 7), padding=(3, 3), batch=33, channels=24),
+    Problem((13, 12), (5, 5), padding=(1, 2), batch=9, channels=11),
+    Problem((7, 6), (13, 13), padding=(6, 6), batch=65, channels=8),
+    Problem((14, 14), (27, 27), padding=(13, 13), batch=8, channels=8, bias=False),
+    Problem((20, 32), (21, 21), padding=(10, 10), batch=18, channels=3),
+]
+
 
 def check_all(problems, layout, dtype, **options):
     """Check problems with fresh inputs and report every failure among them at once."""
@@ -167,7 +176,7 @@ def compiled(tmp_path_factory):
         variants = None if tuple(shape) in FORCED else [None]
         sources |= reference.specialisations(shape_problems(*shape), dtype, layout, variants)
     for layout, dtype in SWEPT:
-        problems = list(EDGES)
+        problems = EDGES + BATCHES
         for kernel, stride in USUAL:
             problems += [*width_problems(kernel, stride), *channel_problems(kernel, stride)]
         sources |= reference.specialisations(problems, dtype, layout)
@@ -218,6 +227,12 @@ def test_channels(kernel, stride, layout, dtype):
 @pytest.mark.parametrize(("layout", "dtype"), SWEPT_IDS)
 def test_edges(layout, dtype):
     check_all(EDGES, layout, dtype)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("layout", "dtype"), SWEPT_IDS)
+def test_batches(layout, dtype):
+    check_all(BATCHES, layout, dtype)
 
 
 @pytest.mark.parametrize(("layout", "dtype"), reference.pair_grid(LAYOUTS, DTYPES))
