@@ -225,22 +225,26 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   StreamNhwcPlan plan{};
   const int all_tiles = divide_up(args.out_w, kStreamColumns);
   plan.blocks_c = divide_up(static_cast<int>(args.out_c), Shared::kChannels);
-  for (int most = kStreamNhwcThreads / kLanes; most > 0 && plan.depth < 2; most /= 2) {
-    plan.tiles_w =
-        divide_up(divide_up(all_tiles, divide_up(all_tiles, most)), Shared::kLeastTiles) * Shared::kLeastTiles;
-    plan.in_columns =
-        window_size(plan.tiles_w * kStreamColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
-    const int stage_bytes =
-        Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
-    plan.depth = min_int(4, limits.shared_bytes_for(2) / stage_bytes);
-  }
+  // Two blocks a multiprocessor; of few taps at stride 1 four small ones, whose threads wait for fewer others (3x3,
+  // 16x64x512x512, fp32 / fp16, H200: 0.544 / 0.274 ms, two 0.550 / 0.283; not 32x96x112x112 at stride 2, fp16: 0.038,
+  // two 0.034). Fewer where shared memory is small.
+  constexpr bool kSmallBlocks = kVector == 4 && Traits::kStrideW == 1;
+  const auto stage_bytes = [&] {
+    return Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
+  };
+  for (int blocks = kSmallBlocks ? 4 : 2; blocks > 0 && plan.depth < 2; blocks /= 2)
+    for (int most = min_int(512 / blocks, kStreamNhwcThreads) / kLanes; most > 0 && plan.depth < 2; most /= 2) {
+      plan.tiles_w =
+          divide_up(divide_up(all_tiles, divide_up(all_tiles, most)), Shared::kLeastTiles) * Shared::kLeastTiles;
+      plan.in_columns =
+          window_size(plan.tiles_w * kStreamColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+      plan.depth = min_int(4, limits.shared_bytes_for(blocks) / stage_bytes());
+    }
   if (plan.depth < 2) return StreamNhwcPlan{};
   plan.blocks_w = divide_up(all_tiles, plan.tiles_w);
   // A multiprocessor holds 512 threads of 128 registers.
-  const int stage_bytes =
-      Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
-  const int concurrent = limits.multiprocessors * min_int(limits.shared_bytes / (plan.depth * stage_bytes + (1 << 10)),
-                                                          512 / (kLanes * plan.tiles_w));
+  const int by_shared = limits.shared_bytes / (plan.depth * stage_bytes() + (1 << 10));
+  const int concurrent = limits.multiprocessors * min_int(by_shared, 512 / (kLanes * plan.tiles_w));
   const int64_t images = args.n * plan.blocks_c * plan.blocks_w;
   int strips =
       best_strips(images, concurrent, args.out_h, 2 * Shape::kStageOutputs, Shape::kStageOutputs + Shape::kLag);
