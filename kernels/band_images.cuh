@@ -25,7 +25,7 @@
 //         on 56x56: 5.7 KB + 100.6 KB.
 // NaN     A zero of the band times an infinity or NaN gives NaN in outputs that do not see it. So where a thread finds a
 //         NaN among its sums it computes those outputs again with plain multiply-adds over their own taps.
-// Chosen  by name alone, as yet.
+// Chosen  select.h.
 #pragma once
 
 #include "toeplitz.cuh"

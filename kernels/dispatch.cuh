@@ -65,15 +65,17 @@ inline Launcher obtain_launcher(const Problem& p, const Choice& choice, cudaStre
 // Runs the specialisation that `p` deserves. False: the general kernel has to serve.
 inline bool launch_specialised(const Problem& p, const void* input, const void* weight, const void* bias, void* out,
                                cudaStream_t stream) {
-  const Choice choice = choose(p);
-  const Launcher launcher = obtain_launcher(p, choice, stream);
-  if (launcher == nullptr) return false;
   DirectArgs args = direct_args(p);
   args.input = input;
   args.weight = weight;
   args.bias = bias;
   args.out = out;
-  const int error = launcher(&args, choice.config.tile, stream);
+  const auto launch = [&](const Choice& choice) {
+    const Launcher launcher = obtain_launcher(p, choice, stream);
+    return launcher == nullptr ? kTooLittleSharedMemory : launcher(&args, choice.config.tile, stream);
+  };
+  int error = launch(choose(p));
+  if (error == kTooLittleSharedMemory) error = launch({select_config(p, true), nullptr});
   if (error == kTooLittleSharedMemory) return false;
   check_launch(error);
   return true;

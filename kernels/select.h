@@ -82,13 +82,32 @@ inline Config select_strips(const Problem& p) {
   return can_serve(p, Kernel::kStripsNchw, tile) ? Config{Kernel::kStripsNchw, tile} : Config{};
 }
 
+// Very large filters on the tensor cores, sixteen images a product. 32 images, fp16, H200, ms: 31x31, 128x56x56: 0.068,
+// toeplitz 0.090; 29x29, 256x28x28: seven rows a unit 0.036, four 0.039, toeplitz 0.058. Smaller ones: not measured.
+inline Config select_band_images(const Problem& p) {
+  return p.n >= 12 && p.kernel_h >= 21 ? first_that_serves(p, Kernel::kBandImages) : Config{};
+}
+
+// Multiply-adds for many taps. 32 images, fp32, H200, ms. Seven rows a thread: 29x29, 256x28x28: NCHW 0.202, four 0.257;
+// channels_last 0.243, 0.320; but four on small images (27x27, 512x14x14: channels_last
+// 0.105, seven 0.166) and for small kernels (9x9, 768x32x32: channels_last 0.324, 0.360). Fourteen
+// columns in wide images of NCHW: 31x31, 128x56x56: 0.504, seven 0.515; not 256x28x28: 0.237; channels_last 0.635, 0.578.
+inline Config select_blocked(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  const bool wide = p.layout == Layout::kNchw && args.out_w > 32, tall = args.out_h > 14 && p.kernel_h > 9;
+  for (const int tile : {2, 1})
+    if ((tile == 1 ? tall : wide) && can_serve(p, Kernel::kBlocked, tile)) return {Kernel::kBlocked, tile};
+  return first_that_serves(p, Kernel::kBlocked);
+}
+
 // Kernels for many taps or small images, where they are the fastest; else the general kernel, which stands for none.
-inline Config select_large(const Problem& p) {
+inline Config select_large(const Problem& p, bool frugal) {
   const DirectArgs args = direct_args(p);
   const bool nchw = p.layout == Layout::kNchw, dilated = p.dilation_h > 1 || p.dilation_w > 1;
   const int64_t taps = p.kernel_h * p.kernel_w;
-  for (const Config& config : {select_images(p), select_strips(p)})
-    if (config.kernel != Kernel::kGeneral) return config;
+  if (!frugal)
+    for (const Config& config : {select_images(p), select_strips(p), select_band_images(p)})
+      if (config.kernel != Kernel::kGeneral) return config;
   if (can_serve(p, Kernel::kToeplitz, 0)) {
     if (taps > kMaxRegisterTaps) return {Kernel::kToeplitz, 0};
     // Dilation 3, 8x64x56x56, fp16, H200: NCHW 0.012, direct 0.016; channels_last 0.021.
@@ -99,8 +118,7 @@ inline Config select_large(const Problem& p) {
   if (images.kernel != Kernel::kGeneral) return images;
   // fp32 9x9 on 32x768x32x32, H200: NCHW 0.345 ms, planes 0.163; channels_last 0.325.
   const int64_t few = nchw && !dilated ? 81 : kMaxRegisterTaps;
-  if (taps > few && can_serve(p, Kernel::kBlocked, 0)) return {Kernel::kBlocked, 0};
-  return {};
+  return taps > few ? select_blocked(p) : Config{};
 }
 
 // direct_nchw: a tile that reads and writes whole vectors, or the general kernel, which stands for none. H200, ms.
@@ -177,6 +195,11 @@ inline Config select_stream_nhwc(const Problem& p) {
 }
 
 inline Config select_nhwc(const Problem& p) {
+  // fp32 3x3 at stride 2: a channel a thread, without shared memory (96x112x112: 0.053, stream 0.057).
+  if (p.dtype == DType::kFloat32 && p.stride_w == 2 && p.kernel_h == 3 && p.kernel_w == 3)
+    for (int tile = 0; tile < TileTable(kDirectNhwcTiles).size; ++tile)
+      if (kDirectNhwcTiles[tile].vector == 1 && can_serve(p, Kernel::kDirectNhwc, tile))
+        return {Kernel::kDirectNhwc, tile};
   const Config stream = select_stream_nhwc(p);
   if (stream.kernel != Kernel::kGeneral) return stream;
   // Dilated kernels of few taps, and what is not aligned.
@@ -191,7 +214,7 @@ inline Config select_nhwc(const Problem& p) {
 
 // Small images in large batches: a product of sixteen images, or a lane an image.
 inline Config select_images_grad_weight(const Problem& p) {
-  const bool nchw = p.layout == Layout::kNchw, tiny = p.w <= 8 && p.out_w <= 8;
+  const bool nchw = p.layout == Layout::kNchw;
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.n < kImagesBatch) return {};
   if (p.dtype != DType::kFloat32) {
@@ -207,13 +230,13 @@ inline Config select_images_grad_weight(const Problem& p) {
     }
     return {};
   }
-  // fp32. NCHW: whole planes: 7x7, 768x7x7: 0.0109, by rows 0.0122, staged 0.016; 13x13, 512x7x7: 0.016, 0.016, blocked
-  // 0.058. channels_last: 7x7, 384x14x14: 0.025, marching 0.034; 768x7x7: 0.014, 0.027; 27x27, 512x14x14: 0.063, blocked
-  // 0.190; not 5x5, 672x14x14: 0.038, marching 0.028.
-  if (p.n < kImagesFmaBatch || taps <= 25) return {};
-  if (can_serve(p, Kernel::kImagesFmaGradWeight, 1)) return {Kernel::kImagesFmaGradWeight, 1};
-  const bool few = nchw && !tiny && taps <= kMaxRegisterTaps;
-  return few ? Config{} : first_that_serves(p, Kernel::kImagesFmaGradWeight);
+  // fp32. NCHW: 5x5, 672x14x14: 0.0235, queue 0.0252; 7x7, 384x14x14: 0.0167, 0.0179; 27x27, 512x14x14: 0.044, blocked
+  // 0.272; whole planes: 7x7, 768x7x7: 0.0114, by rows 0.0121, staged 0.016; 13x13, 512x7x7: 0.015, 0.017, blocked 0.077.
+  // channels_last: 7x7, 384x14x14: 0.026, marching 0.034; 768x7x7: 0.015, 0.027; 27x27, 512x14x14: 0.064, blocked 0.272;
+  // not 5x5, 672x14x14: 0.039, marching 0.028.
+  if (p.n < kImagesFmaBatch || (!nchw && taps <= 25)) return {};
+  return can_serve(p, Kernel::kImagesFmaGradWeight, 1) ? Config{Kernel::kImagesFmaGradWeight, 1}
+                                                       : first_that_serves(p, Kernel::kImagesFmaGradWeight);
 }
 
 inline Config select_marching_nchw(const Problem& p) {
@@ -297,18 +320,19 @@ inline Config select_grad_weight(const Problem& p) {
   return marching;
 }
 
-inline Config select_config(const Problem& p) {
+// `frugal`: without the kernels that some GPUs have too little shared memory for.
+inline Config select_config(const Problem& p, bool frugal = false) {
   const bool nchw = p.layout == Layout::kNchw;
   if (p.direction == Direction::kGradWeight) return select_grad_weight(p);
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
     return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
-  const Config large = select_large(p);
+  const Config large = select_large(p, frugal);
   if (large.kernel != Kernel::kGeneral) return large;
   const Config config = nchw ? select_nchw(p) : select_nhwc(p);
   if (config.kernel != Kernel::kGeneral) return config;
   // What needs too many registers or too much shared memory elsewhere, such as 7x7 with dilation 3 in channels_last.
   const Config toeplitz = first_that_serves(p, Kernel::kToeplitz);
-  return toeplitz.kernel != Kernel::kGeneral ? toeplitz : first_that_serves(p, Kernel::kBlocked);
+  return toeplitz.kernel != Kernel::kGeneral ? toeplitz : select_blocked(p);
 }
 
 // The config whose tile is called `name`; false where it cannot serve `p`.

@@ -248,9 +248,10 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   const int64_t images = args.n * plan.blocks_c * plan.blocks_w;
   int strips =
       best_strips(images, concurrent, args.out_h, 2 * Shape::kStageOutputs, Shape::kStageOutputs + Shape::kLag);
-  // Tall images in a single wave of blocks: in many (16x64x512x512, 3x3, fp16, H200: 0.298 ms with 2 strips, 0.288 with
-  // 15; not 32x128x128x256, 3x7: 0.178 with 1, 0.187 with 3).
-  if (args.out_h >= 256 && images * strips <= concurrent) strips = args.out_h / 32;
+  // Tall images: many strips, in 16 bits always (3x3, H200: 64x128x256x512, fp16: 1.233 ms with one strip, 1.154 with 8;
+  // fp32: 2.162, 2.172), else where all blocks would be a single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
+  if (args.out_h >= 192 && (sizeof(typename Traits::T) == 2 || images * strips <= concurrent))
+    strips = max_int(strips, args.out_h / 32);
   plan.rows = divide_up(args.out_h, strips);
   plan.strips = divide_up(args.out_h, plan.rows);
   plan.stages = divide_up((plan.rows - 1) * Traits::kStrideH + Shape::kSpan, Shape::kStageRows);
