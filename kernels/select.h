@@ -89,9 +89,9 @@ inline Config select_band_images(const Problem& p) {
 }
 
 // Multiply-adds for many taps. 32 images, fp32, H200, ms. Seven rows a thread: 29x29, 256x28x28: NCHW 0.202, four 0.257;
-// channels_last 0.243, 0.320; but four on small images (27x27, 512x14x14: channels_last
-// 0.105, seven 0.166) and for small kernels (9x9, 768x32x32: channels_last 0.324, 0.360). Fourteen
-// columns in wide images of NCHW: 31x31, 128x56x56: 0.504, seven 0.515; not 256x28x28: 0.237; channels_last 0.635, 0.578.
+// channels_last 0.243, 0.320; but four on small images (27x27, 512x14x14: channels_last 0.105, seven 0.166) and of small
+// kernels (9x9, 768x32x32: channels_last 0.324, 0.360). Fourteen columns in wide images of NCHW: 31x31, 128x56x56: 0.504,
+// seven 0.515; not 256x28x28: 0.237; channels_last 0.635, 0.578.
 inline Config select_blocked(const Problem& p) {
   const DirectArgs args = direct_args(p);
   const bool wide = p.layout == Layout::kNchw && args.out_w > 32, tall = args.out_h > 14 && p.kernel_h > 9;

@@ -220,9 +220,9 @@ def test_selected_where_shared_memory_is_too_small(emulator):
     """The kernel that is selected wants more than a T4 grants: another specialised one serves."""
     problem = Problem((15, 17), (9, 9), padding=(4, 4), batch=4, channels=8)
     with emulator.device(*T4):
-        emulator.obtain(only("forward", "", problem, F16, "nhwc") | only("forward", "band", problem, F16, "nhwc"))
+        emulator.obtain(only("forward", None, problem, F16, "nhwc") | only("forward", "band", problem, F16, "nhwc"))
         assert "strips" in reference.select("forward", problem, F16, "nhwc")[0]
-        assert messages("forward", "", problem, F16, "nhwc") == ""
+        assert messages("forward", None, problem, F16, "nhwc") == ""
 
 
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
