@@ -375,7 +375,7 @@ constexpr int kStripsAtOnce = 16;
 constexpr int strips_stage_rows(int kernel_h, int fewest) { return (fewest + kernel_h - 1) / kernel_h * kernel_h; }
 
 // strips_grad_weight_nhwc: sixteen channels a block, one for each warp; two blocks of few registers a multiprocessor.
-constexpr int kStripsChannels = 16;
+constexpr int kStripsGradWeightChannels = 16;
 constexpr int kStripsFewestRowsNhwc = 3;
 constexpr int strips_blocks_nhwc(int kernel_h) { return kernel_h <= 3 ? 2 : 1; }
 
@@ -394,12 +394,12 @@ struct StripsLayoutNhwc {
         pitch(kWindow * (windows == 8 ? 2 * windows + 1 : windows + 8)),
         row(lines * pitch),
         plane(strips_stage_rows(kernel_h, kStripsFewestRowsNhwc) * row),
-        raw_row(lines * (2 * windows + 1) * kWindow * kStripsChannels * 2),
+        raw_row(lines * (2 * windows + 1) * kWindow * kStripsGradWeightChannels * 2),
         raw_stage(strips_stage_rows(kernel_h, kStripsFewestRowsNhwc) * raw_row),
         bytes(0),
         line_factor((1 << 16) / (2 * windows + 1) + 1) {
     if (plane % (2 * kWindow) == 0) plane += kWindow;
-    bytes = buffers * raw_stage + sets * kStripsChannels * plane * 2;
+    bytes = buffers * raw_stage + sets * kStripsGradWeightChannels * plane * 2;
   }
 };
 

@@ -70,6 +70,15 @@ struct IntDivider {
   }
 };
 
+// The same, for dividends below 2048 whose product with the divisor is below 2^20.
+struct SmallDivider {
+  int factor = 0;
+
+  SmallDivider() = default;
+  explicit SmallDivider(int divisor) : factor((1 << 20) / divisor + 1) {}
+  __device__ __forceinline__ int quotient(int dividend) const { return dividend * factor >> 20; }
+};
+
 // Walks (outer, middle, inner) in steps of `step` items without a division a step.
 struct Walk {
   int inner, middle, outer;

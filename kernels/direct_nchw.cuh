@@ -90,6 +90,12 @@ struct DirectTile {
   static constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, kAheadRegisters / kRowRegisters));
 };
 
+#if __CUDA_ARCH__ == 900
+constexpr bool kIsHopper = true;
+#else
+constexpr bool kIsHopper = false;
+#endif
+
 // How threads are counted: all columns of a tile row, all tile rows of a plane, all planes.
 struct DirectNchwPlan {
   SkewRows skew_rows;
@@ -97,12 +103,14 @@ struct DirectNchwPlan {
   IntDivider columns, rows, out_channels;
 };
 
-// Rows of more than 7 taps, and strided windows, spill in as few registers as the compiler would take by itself.
+// Rows of more than 7 taps, and strided windows, spill in as few registers as the compiler would take by itself; those of
+// more than 9 taps, on some architectures, in the share of four blocks as well.
 template <class Traits>
-constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2     ? 1
-                                  : Traits::kStrideW == 1                          ? 0
-                                  : Traits::kTaps <= 25 && Traits::kDilationW == 1 ? 4
-                                                                                   : 1;
+constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2                       ? 1
+                                  : Traits::kStrideW == 1                                            ? 0
+                                  : Traits::kTaps <= (kIsHopper ? 25 : 9) && Traits::kDilationW == 1 ? 4
+                                  : Traits::kTaps <= 25 && Traits::kDilationW == 1                   ? 3
+                                                                                                     : 1;
 
 template <class Traits, int kColumns, int kRows, int kVector>
 __global__ void __launch_bounds__(kDirectNchwThreads, kDirectNchwBlocks<Traits>)

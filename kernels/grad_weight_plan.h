@@ -175,7 +175,7 @@ inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
   const int kernel_h = static_cast<int>(p.kernel_h), blocks = strips_blocks_nhwc(kernel_h);
   const int stage_rows = strips_stage_rows(kernel_h, kStripsFewestRowsNhwc);
   const StripsCutNhwc cut = strips_cut_nhwc(kernel_h, static_cast<int>(p.out_w), kStripsSharedBytes / blocks);
-  const int64_t groups = divide_up64(p.out_c, kStripsChannels);
+  const int64_t groups = divide_up64(p.out_c, kStripsGradWeightChannels);
   int64_t least = 0, best = 1;
   for (int64_t pieces = 1; pieces <= kMostPieces && pieces <= p.out_h; ++pieces) {
     const int64_t all_rounds = divide_up64(p.n * cut.segments * pieces, cut.lines);

@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       const bool is_input = k == 0;
       const ImagesTensor& tensor = tiling.tensors[k];
       const int plane = tensor.height * tensor.width;
-      Planes<T> p;
+      StagePlanes<T> p;
       p.global = static_cast<const T*>(is_input ? args.input : args.grad_output) +
                  static_cast<int64_t>(stage) * Traits::kStageImages * tensor.image_stride +
                  first_channel * (Traits::kChannelsLast ? 1 : plane);

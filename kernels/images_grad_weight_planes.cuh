@@ -8,19 +8,6 @@
 
 namespace depthwise {
 
-// Division of numbers below 1024 by one known at launch alone, of at most 1024.
-struct SmallDivider {
-  unsigned factor;
-
-  explicit SmallDivider(int divisor) : factor(((1u << kShift) + divisor - 1) / divisor) {}
-  __device__ __forceinline__ int quotient(int dividend) const {
-    return static_cast<int>(static_cast<unsigned>(dividend) * factor >> kShift);
-  }
-
- private:
-  static constexpr int kShift = 20;
-};
-
 // One of the two tensors. A unit is what one copy takes: `vector` elements, see copy_planes and transpose_planes.
 struct ImagesTensor {
   int64_t image_stride;  // global memory
@@ -33,7 +20,7 @@ struct ImagesTensor {
 
 // Planes of a stage: where one tensor has them in global memory, and where they go.
 template <class T>
-struct Planes {
+struct StagePlanes {
   const T* global;  // the block's first channel of the stage's first image
   T* shared;
   int channels, images;  // channels_last: images beyond the last are zeros, up to a multiple of sixteen
@@ -48,7 +35,7 @@ constexpr int loads_at_once(int registers) {
 
 // NCHW: the block's channels are contiguous. kInRow: vectors stay within a row, and are copied asynchronously.
 template <class Traits, bool kFirst, int kVector, bool kInRow>
-__device__ __forceinline__ void copy_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor) {
+__device__ __forceinline__ void copy_planes(const StagePlanes<typename Traits::T>& p, const ImagesTensor& tensor) {
   using T = typename Traits::T;
   constexpr int kLanes = kInRow ? 32 : Traits::kCopyLanes, kThreads = Traits::kTensorThreads / 32 * kLanes;
   const int channel_pitch = Traits::kStageImages * tensor.pitch, plane = tensor.height * tensor.width;
@@ -102,7 +89,7 @@ __device__ __forceinline__ void copy_planes(const Planes<typename Traits::T>& p,
 
 // `vector`: 8, 4 or 2 elements of a row; -2: two that may straddle rows; 1.
 template <class Traits, bool kFirst>
-__device__ __forceinline__ void copy_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor) {
+__device__ __forceinline__ void copy_planes(const StagePlanes<typename Traits::T>& p, const ImagesTensor& tensor) {
   switch (tensor.vector) {
     case 8: return copy_planes<Traits, kFirst, 8, true>(p, tensor);
     case 4: return copy_planes<Traits, kFirst, 4, true>(p, tensor);
@@ -114,7 +101,7 @@ __device__ __forceinline__ void copy_planes(const Planes<typename Traits::T>& p,
 
 // Zeros for the images that the last sixteen lack.
 template <class Traits>
-__device__ __forceinline__ void clear_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor) {
+__device__ __forceinline__ void clear_planes(const StagePlanes<typename Traits::T>& p, const ImagesTensor& tensor) {
   const int missing = (divide_up(p.images, 16) * 16 - p.images) * tensor.pitch / 8;  // in 16 bytes
 #pragma unroll 1
   for (int k = threadIdx.x % Traits::kTensorThreads; k < p.channels * missing; k += Traits::kTensorThreads) {
@@ -125,7 +112,7 @@ __device__ __forceinline__ void clear_planes(const Planes<typename Traits::T>& p
 
 // channels_last: two neighbouring pixels of kVector channels, stored as one word into each channel's plane.
 template <class Traits, bool kFirst, int kVector>
-__device__ __forceinline__ void transpose_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor,
+__device__ __forceinline__ void transpose_planes(const StagePlanes<typename Traits::T>& p, const ImagesTensor& tensor,
                                                  int64_t pixel_stride) {
   using T = typename Traits::T;
   constexpr int kLanes = Traits::kColumns / 2, kStep = Traits::kTensorThreads / kLanes;
@@ -167,7 +154,7 @@ __device__ __forceinline__ void transpose_planes(const Planes<typename Traits::T
 }
 
 template <class Traits, bool kFirst>
-__device__ __forceinline__ void transpose_planes(const Planes<typename Traits::T>& p, const ImagesTensor& tensor,
+__device__ __forceinline__ void transpose_planes(const StagePlanes<typename Traits::T>& p, const ImagesTensor& tensor,
                                                  int64_t pixel_stride) {
   switch (tensor.vector) {
     case 8: return transpose_planes<Traits, kFirst, 8>(p, tensor, pixel_stride);

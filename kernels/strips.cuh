@@ -74,15 +74,6 @@ struct StripsTraits {
   static constexpr int kFilterElements = 2 * kKernelH * kFilterPitch;
 };
 
-// Division by a number known at launch alone: exact for dividends below 2048 whose product with the divisor is below 2^20.
-struct SmallDivider {
-  int factor = 0;
-
-  SmallDivider() = default;
-  explicit SmallDivider(int divisor) : factor((1 << 20) / divisor + 1) {}
-  __device__ __forceinline__ int quotient(int dividend) const { return dividend * factor >> 20; }
-};
-
 // How a block's threads copy rows to and from shared memory.
 struct CopyPlan {
   int vector;             // elements at a time

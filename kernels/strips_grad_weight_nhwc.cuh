@@ -25,12 +25,16 @@ template <class T_, int kKernelH_, int kMaxSets_>
 struct StripsGradWeightNhwcTraits {
   using T = T_;
   static constexpr int kKernelH = kKernelH_;
-  static constexpr int kChannels = kStripsChannels, kEights = kChannels / 8;
+  static constexpr int kChannels = kStripsGradWeightChannels, kEights = kChannels / 8;
   static constexpr int kThreads = 32 * kChannels;
   static constexpr int kBlocks = strips_blocks_nhwc(kKernelH);  // of a multiprocessor
   static constexpr int kMaxSets = kBlocks > 1 ? 1 : kMaxSets_;  // of planes: blocks go on side by side anyhow
   static constexpr int kStageRows = strips_stage_rows(kKernelH, kStripsFewestRowsNhwc);
-  static constexpr int kPutAtOnce = kBlocks > 1 ? 1 : 2;           // pairs of blocks, as registers allow
+#if __CUDA_ARCH__ >= 800
+  static constexpr int kPutAtOnce = kBlocks > 1 ? 1 : 2;  // pairs of blocks, as registers allow
+#else
+  static constexpr int kPutAtOnce = 1;
+#endif
   static constexpr int kBlockBytes = 8 * kChannels * 2;            // eight pixels
   static constexpr int kRowsAtOnce = kKernelH < 5 ? kKernelH : 5;  // of the kernel, whose diagonals are added
 };
