@@ -90,12 +90,6 @@ struct DirectTile {
   static constexpr int kRowsAhead = min_int(kRowsIn, max_int(2, kAheadRegisters / kRowRegisters));
 };
 
-#if __CUDA_ARCH__ == 900
-constexpr bool kIsHopper = true;
-#else
-constexpr bool kIsHopper = false;
-#endif
-
 // How threads are counted: all columns of a tile row, all tile rows of a plane, all planes.
 struct DirectNchwPlan {
   SkewRows skew_rows;
@@ -103,14 +97,22 @@ struct DirectNchwPlan {
   IntDivider columns, rows, out_channels;
 };
 
-// Rows of more than 7 taps, and strided windows, spill in as few registers as the compiler would take by itself; those of
-// more than 9 taps, on some architectures, in the share of four blocks as well.
+// Strided windows of up to so many columns fit the registers of four blocks a multiprocessor.
+constexpr int strided_columns_of_four_blocks() {
+#if __CUDA_ARCH__ == 900
+  return 5;
+#else
+  return 3;
+#endif
+}
+
+// Rows of more than 7 taps, and strided windows, spill in as few registers as the compiler would take by itself.
 template <class Traits>
-constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2                       ? 1
-                                  : Traits::kStrideW == 1                                            ? 0
-                                  : Traits::kTaps <= (kIsHopper ? 25 : 9) && Traits::kDilationW == 1 ? 4
-                                  : Traits::kTaps <= 25 && Traits::kDilationW == 1                   ? 3
-                                                                                                     : 1;
+constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2           ? 1
+                                  : Traits::kStrideW == 1                                ? 0
+                                  : Traits::kTaps > 25 || Traits::kDilationW > 1         ? 1
+                                  : Traits::kKernelW <= strided_columns_of_four_blocks() ? 4
+                                                                                         : 3;
 
 template <class Traits, int kColumns, int kRows, int kVector>
 __global__ void __launch_bounds__(kDirectNchwThreads, kDirectNchwBlocks<Traits>)

@@ -140,6 +140,15 @@ __device__ __forceinline__ void store_row(T* row, int column, int width, const f
   }
 }
 
+// So many registers are best left to the compiler, which spills in as few as it would take by itself beyond that.
+constexpr int rolling_registers_by_compiler() {
+#if __CUDA_ARCH__ >= 800
+  return 88;
+#else
+  return 80;
+#endif
+}
+
 // kColumns neighbouring outputs of every row that a thread walks down. An input row is read and converted once, and added
 // to all output rows that it meets: kLiveRows rows of sums, whose registers are fixed by unrolling a stage.
 template <class Traits, int kColumns, int kVector>
@@ -151,7 +160,7 @@ struct RollingColumns : RollingShape<Traits> {
   // Blocks of kStreamThreads that a multiprocessor's registers hold without spills, with 40 for addresses; 0 leaves the
   // fewest registers to the compiler.
   static constexpr int kRegisters = Traits::kTaps + Shape::kLiveRows * kColumns + Row::kWindow + 40;
-  static constexpr int kBlocks = kRegisters <= 88 ? 0 : kRegisters <= 128 ? 2 : 1;
+  static constexpr int kBlocks = kRegisters <= rolling_registers_by_compiler() ? 0 : kRegisters <= 128 ? 2 : 1;
 
   float weight[Traits::kTaps];
   float bias;
