@@ -464,6 +464,7 @@ inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, cons
   if (p.kernel_h * p.kernel_w > 9) {
     if (stride > 2 || (stride > 1 && (args.w % tile.vector != 0 || tile.columns == 8))) return false;
     if (tile.vector == 8 && args.w % 8 == 4) return false;  // words of four straddle nothing
+    if (stride > 1 && p.kernel_h * p.kernel_w > 25 && tile.rows > 4 && p.dtype == DType::kFloat32) return false;
   }
   if (tile.rows > 4 && (p.stride_h > 2 || p.dilation_h > 1)) return false;
   if (tile.rows > 8 && (p.stride_h > 1 || p.stride_w > 1 || p.dilation_w > 1 || p.kernel_w > 7)) return false;
@@ -621,7 +622,8 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     const int stage_pixels =
         rolling_stage_outputs(live_rows) * stride_h * window_size(columns, stride_w, kernel_w, dilation_w);
     const int registers = stream_nhwc_registers(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
-    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 &&
+    // Of one channel a thread, dilated ones spill (5x5).
+    return p.aligned && p.c * element_size(p.dtype) % 16 == 0 && (vector > 1 || (dilation_h == 1 && dilation_w == 1)) &&
            2 * stage_pixels * t.vector * element_size(p.dtype) <= kSharedBytesEverywhere &&
            registers * vector <= kMaxStreamNhwcRegisters;
   }

@@ -172,14 +172,14 @@ constexpr int stream_nhwc_registers(int kernel_h, int kernel_w, int stride_h, in
   return kernel_h * kernel_w + 4 * rolling_live_rows(kernel_h, stride_h, dilation_h) +
          window_size(4, stride_w, kernel_w, dilation_w);
 }
-constexpr int kMaxStreamNhwcRegisters = 116;
+constexpr int kMaxStreamNhwcRegisters = 108;  // 7x3 of two channels, 110: spills
 
 // stream_nhwc: channels a thread, as many as leave room for their filters.
 constexpr int stream_nhwc_vector(int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
                                  int dilation_w) {
   if (kernel_h * kernel_w <= 9) return 4;
   const int registers = stream_nhwc_registers(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
-  return kernel_h * kernel_w <= 25 || 2 * registers <= kMaxStreamNhwcRegisters ? 2 : 1;
+  return 2 * registers <= kMaxStreamNhwcRegisters ? 2 : 1;
 }
 
 // stream_nhwc: whether pairs of threads exchange what they store: a block's part of a pixel is 16 bytes, which two threads

@@ -22,7 +22,6 @@ namespace depthwise {
 
 constexpr int kStreamNhwcThreads = 256;  // a block, at most
 constexpr int kStreamColumns = 4;
-constexpr int kMaxTurningRegisters = 108;  // beyond that, strips that are walked upwards spill (7x3)
 
 struct StreamNhwcPlan {
   int tiles_w;                          // thread tiles of a block
@@ -100,10 +99,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int first_column = block % plan.blocks_w * plan.tiles_w * kStreamColumns;
   block /= plan.blocks_w;
   const int strip = block % plan.strips;
-  constexpr int kRegisters = stream_nhwc_registers(Traits::kKernelH, kKernelW, Traits::kStrideH, Traits::kStrideW,
-                                                   Traits::kDilationH, Traits::kDilationW);
-  constexpr bool kTurns = kVector > 1 && kVector * kRegisters <= kMaxTurningRegisters;
-  const bool upwards = kTurns && strip % 2 != 0;
+  const bool upwards = kVector > 1 && strip % 2 != 0;  // threads of one channel have no registers for it
   const int top_row = strip * plan.rows, num_rows = min(plan.rows, args.out_h - top_row);
   const int64_t image = block / plan.strips;
   const int in_top_row = top_row * Traits::kStrideH - args.padding_h;
