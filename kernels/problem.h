@@ -194,7 +194,7 @@ constexpr int stream_nhwc_least_tiles(int channels, int vector, int element_byte
 // grad_weight_stream_nhwc: how its blocks are cut; see there. The parts that do not depend on the batch and the image.
 constexpr int kGradWeightStreamColumns = 4;
 constexpr int kGradWeightStreamThreads = 256;  // a block, at most
-constexpr int kMaxGradWeightStreamRegisters = 116;
+constexpr int kMaxGradWeightStreamRegisters = 108;
 
 struct GradWeightStreamShape {
   int vector;              // channels a thread; 0: registers do not hold the sums of one
