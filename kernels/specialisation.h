@@ -262,8 +262,7 @@ inline std::string specialisation_source(const Specialisation& s) {
     char sizes[64];
     std::snprintf(sizes, sizeof(sizes), "%d, %d, %d, %s", s.kernel_h, s.padding_h, s.height,
                   s.channels_last ? "true" : "false");
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, ", kTypes[static_cast<int>(s.dtype)], s.kernel_w,
-                  s.padding_w, s.width);
+    std::snprintf(arguments, sizeof(arguments), "%d, %d, %d, ", s.kernel_w, s.padding_w, s.width);
     if (s.kernel == Kernel::kImagesFma) {
       const int out_height = s.height + 2 * s.padding_h - s.kernel_h + 1;
       const int rows = tile_table(s.kernel, s.dtype)[s.tile].rows;
