@@ -167,11 +167,11 @@ inline bool can_serve_images(const Problem& p, const Tile& tile) {
   if (channels_last && p.c % 8 != 0) return false;
   if (p.c > kInt32Max / 2 || p.kernel_h * p.kernel_w > kInt32Max / 2 || p.n > kMaxGridY * kImagesTogether) return false;
   for (const int64_t pixels : {p.h * p.w, p.out_h * p.out_w})
-    if (2 * tile.rows * planes_pitch(tile.vector, static_cast<int>(pixels), channels_last) > kSharedBytesEverywhere)
+    if (2 * kImagesTogether * planes_pitch(tile.vector, static_cast<int>(pixels), channels_last) >
+        kSharedBytesEverywhere)
       return false;
   const ImageShape shape = image_shape_of(p);
-  const int registers =
-      image_registers(tile.rows / kImagesTogether, shape.h, shape.w, shape.out_h, shape.out_w, shape.shifts);
+  const int registers = image_registers(shape.h, shape.w, shape.out_h, shape.out_w, shape.shifts);
   return shape.shifts > 0 && registers <= kMaxImageRegisters && registers * tile.vector * 32 <= 64 << 10;
 }
 

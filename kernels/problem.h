@@ -237,13 +237,13 @@ constexpr int image_round_rows(int width, int out_height, int out_width, int shi
   const int rounds = image_rounds(width, out_height, out_width, shifts);
   return (out_height + rounds - 1) / rounds;
 }
-// Registers of a thread: rows of input and sums of each product, taps, and the rest, which nvcc's reports tell and which
-// is more where columns are loaded one by one.
-constexpr int image_registers(int products, int height, int width, int out_height, int out_width, int shifts) {
+// Registers of a thread: rows of input, sums, taps, and the rest, which nvcc's reports tell and which is more where columns
+// are loaded one by one.
+constexpr int image_registers(int height, int width, int out_height, int out_width, int shifts) {
   const int round_rows = image_round_rows(width, out_height, out_width, shifts);
-  if (is_narrow_image(width, out_width)) return products * (height + 2 * round_rows + 6) + shifts / 2 + shifts + 18;
-  constexpr int kRest[] = {20, 32, 27};
-  return products * (2 * height + 4 * round_rows + 8) + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
+  if (is_narrow_image(width, out_width)) return height + 2 * round_rows + shifts / 2 + shifts + 24;
+  constexpr int kRest[] = {28, 40, 35};
+  return 2 * height + 4 * round_rows + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
          kRest[image_rounds(width, out_height, out_width, shifts) - 1];
 }
 constexpr int kGranule = 8;  // elements of 16 bytes

@@ -252,10 +252,9 @@ inline std::string specialisation_source(const Specialisation& s) {
   }
   if (is_images(s.kernel)) {
     const ImageShape& i = s.image;
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %d, %d, %s",
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %d, %s",
                   kTypes[static_cast<int>(s.dtype)], i.h, i.w, i.out_h, i.out_w, i.first_shift, i.shifts, i.shift_step,
-                  tile_table(s.kernel, s.dtype)[s.tile].rows, tile_table(s.kernel, s.dtype)[s.tile].vector,
-                  s.kernel == Kernel::kImagesNhwc ? "true" : "false");
+                  tile_table(s.kernel, s.dtype)[s.tile].vector, s.kernel == Kernel::kImagesNhwc ? "true" : "false");
     traits = std::string("ImagesTraits<") + arguments;
   }
   if (is_images_fma(s.kernel)) {
