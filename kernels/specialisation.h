@@ -212,8 +212,7 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits = std::string("ImagesGradWeightTraits<") + arguments;
   }
   if (s.kernel == Kernel::kStripsGradWeightNchw) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
-                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    std::snprintf(arguments, sizeof(arguments), "%s, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h);
     traits = std::string("StripsGradWeightNchwTraits<") + arguments;
   }
   if (s.kernel == Kernel::kStripsGradWeightNhwc) {
