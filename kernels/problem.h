@@ -34,11 +34,15 @@ struct Tile {
   bool queued = false;  // grad of weight: the rows to come in shared memory
 };
 
+constexpr int64_t kInt32Max = 0x7fffffff;
+
+inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 constexpr int modulo(int64_t a, int b) { return static_cast<int>((a % b + b) % b); }
 
-// A direct convolution with its direction taken out: the grad of input at stride 1 is the forward pass over
+// A direct convolution with its direction taken out: the grad of input at stride 1 is a forward convolution of
 // grad_output with the filter flipped and padding dilation * (kernel - 1) - padding.
 struct DirectArgs {
   const void* input;
@@ -50,6 +54,27 @@ struct DirectArgs {
   int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
 };
+
+// The sizes of a problem; the rest is left to the launch.
+inline DirectArgs direct_args(const Problem& p) {
+  DirectArgs args{};
+  args.n = p.n;
+  args.out_c = p.out_c;
+  args.multiplier = static_cast<int>(p.multiplier);
+  args.flip = p.direction == Direction::kGradInput;
+  args.h = static_cast<int>(args.flip ? p.out_h : p.h);
+  args.w = static_cast<int>(args.flip ? p.out_w : p.w);
+  args.out_h = static_cast<int>(args.flip ? p.h : p.out_h);
+  args.out_w = static_cast<int>(args.flip ? p.w : p.out_w);
+  args.padding_h = static_cast<int>(args.flip ? p.dilation_h * (p.kernel_h - 1) - p.padding_h : p.padding_h);
+  args.padding_w = static_cast<int>(args.flip ? p.dilation_w * (p.kernel_w - 1) - p.padding_w : p.padding_w);
+  args.kernel_h = static_cast<int>(p.kernel_h);
+  args.kernel_w = static_cast<int>(p.kernel_w);
+  args.stride_h = static_cast<int>(p.stride_h);
+  args.dilation_h = static_cast<int>(p.dilation_h);
+  args.dilation_w = static_cast<int>(p.dilation_w);
+  return args;
+}
 
 // direct_nchw. Rows of `width` elements begin at the same place within a word every so many rows; a power of two.
 constexpr int row_period(int width, int word) {

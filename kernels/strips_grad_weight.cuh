@@ -10,7 +10,7 @@
 // serve 128 positions.
 #pragma once
 
-#include "can_serve.h"
+#include "can_serve_strips.h"
 #include "direct.cuh"
 #include "exact_grad_weight.cuh"
 #include "tensor_core.cuh"
