@@ -178,6 +178,7 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
                       static_cast<int>(p.stride_w), static_cast<int>(p.dilation_w), tile.columns,
                       channels_last ? tile.vector : 1, load, element_size(p.dtype));
   if (channels_last && tile.queued) {
+    if (tile.vector * element_size(p.dtype) < 4) return false;  // too narrow for an asynchronous copy
     // Two steps of all threads, beside 8 KB.
     const int64_t window = (tile.columns - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
     const int64_t bytes = (p.stride_h * window + tile.columns) * tile.vector * element_size(p.dtype);

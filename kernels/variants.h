@@ -141,7 +141,8 @@ constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4},
                                          {"weight_c2q4", 4, 0, 2},
                                          {"weight_c1q4", 4, 0, 1},
                                          {"weight_c1q2", 2, 0, 1},
-                                         {"weight_c2q4_queue", 4, 0, 2, 0, false, true}};
+                                         {"weight_c2q4_queue", 4, 0, 2, 0, false, true},
+                                         {"weight_c1q4_queue", 4, 0, 1, 0, false, true}};
 
 // Channels of a block.
 constexpr Tile kGradWeightStreamNhwcTiles[] = {{"weight_stream64", 4, 0, 64}, {"weight_stream32", 4, 0, 32}};
