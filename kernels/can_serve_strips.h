@@ -59,18 +59,16 @@ constexpr int kStripsFewestRowsNhwc = 3;
 constexpr int strips_blocks_nhwc(int kernel_h) { return kernel_h <= 3 ? 2 : 1; }
 
 // Its shared memory, of rounds of `lines` patches of `windows` windows: as it lies in global memory, `buffers` stages of
-// blocks of eight pixels; planar, `sets` stages, for each channel `plane` elements, an odd number of 16-byte words, of
+// blocks of eight pixels; planar, one stage, for each channel `plane` elements, an odd number of 16-byte words, of
 // lines of `pitch`. A line has eight words more than windows, so that in banks, which are eight words wide, its first
 // window follows the last one of the line before.
 struct StripsLayoutNhwc {
-  int sets;
   int pitch, row, plane;          // elements
   int raw_row, raw_stage, bytes;  // bytes
   int line_factor;                // block * line_factor >> 16: its line, right for the few hundreds of a stage
 
-  constexpr StripsLayoutNhwc(int kernel_h, int lines, int windows, int buffers, int sets)
-      : sets(sets),
-        pitch(kWindow * (windows == 8 ? 2 * windows + 1 : windows + 8)),
+  constexpr StripsLayoutNhwc(int kernel_h, int lines, int windows, int buffers)
+      : pitch(kWindow * (windows == 8 ? 2 * windows + 1 : windows + 8)),
         row(lines * pitch),
         plane(strips_stage_rows(kernel_h, kStripsFewestRowsNhwc) * row),
         raw_row(lines * (2 * windows + 1) * kWindow * kStripsGradWeightChannels * 2),
@@ -78,7 +76,7 @@ struct StripsLayoutNhwc {
         bytes(0),
         line_factor((1 << 16) / (2 * windows + 1) + 1) {
     if (plane % (2 * kWindow) == 0) plane += kWindow;
-    bytes = buffers * raw_stage + sets * kStripsGradWeightChannels * plane * 2;
+    bytes = buffers * raw_stage + kStripsGradWeightChannels * plane * 2;
   }
 };
 
@@ -91,7 +89,7 @@ constexpr StripsCutNhwc strips_cut_nhwc(int kernel_h, int out_w, int shared_byte
   for (int segments = (all + 7) / 8;; ++segments) {
     const int windows = (all + segments - 1) / segments;
     for (int lines = kStripsAtOnce / windows; lines > 0; --lines)
-      if (StripsLayoutNhwc(kernel_h, lines, windows, 2, 1).bytes <= shared_bytes)
+      if (StripsLayoutNhwc(kernel_h, lines, windows, 2).bytes <= shared_bytes)
         return {windows, (all + windows - 1) / windows, lines};
   }
 }

@@ -216,8 +216,7 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits = std::string("StripsGradWeightNchwTraits<") + arguments;
   }
   if (s.kernel == Kernel::kStripsGradWeightNhwc) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
-                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    std::snprintf(arguments, sizeof(arguments), "%s, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h);
     traits = std::string("StripsGradWeightNhwcTraits<") + arguments;
   }
   if (s.kernel == Kernel::kBlockedGradWeight) {

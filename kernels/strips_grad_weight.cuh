@@ -34,7 +34,7 @@ struct StripsTiling {
 
   __host__ __device__ int blocks() const { return 2 * windows + 1; }  // of eight columns, of a line
   // NCHW: of a block, a window of sixteen lines each.
-  __host__ __device__ int warps() const { return lines / kStripsAtOnce * windows; }
+  int warps() const { return lines / kStripsAtOnce * windows; }
 };
 
 struct Patch {

@@ -125,8 +125,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   float sum[kKernelH][4] = {}, bias[4] = {};
   unsigned grads[kKernelH][2];
   const bool has_bias = args.partial_bias != nullptr || args.grad_bias != nullptr;
-  const int set = min(warp, tiling.warps() - 1);
-  const int first_line = set / tiling.windows * kStripsAtOnce, window = set % tiling.windows;
+  const int first_line = warp / tiling.windows * kStripsAtOnce, window = warp % tiling.windows;
   const auto offset_of = [&](int strip, int column) {
     return 2 * ((first_line + strip) * tiling.pitch + window * kWindow + column);
   };

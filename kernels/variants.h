@@ -172,8 +172,7 @@ constexpr Tile kImagesFmaTiles[] = {{"images_fma", 0, 2, 1}, {"images_fma_plane"
 // The same; rows 0.
 constexpr Tile kImagesFmaGradWeightTiles[] = {{"weight_images_fma", 0, 0, 1}, {"weight_images_fma_plane", 1, 0, 1}};
 constexpr Tile kStripsGradWeightNchwTiles[] = {{"weight_strips", 8, 0, 1}};
-// `rows`: sets of planes at most.
-constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 1, 8}};
+constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 0, 8}};
 
 struct TileTable {
   const Tile* tiles;
