@@ -51,6 +51,10 @@ struct BlockedTraits {
   // More rows a thread share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six, 0.364 with four;
   // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
   static constexpr int kRows = kTileRows == 4 && kKernelW >= 29 && kWindow <= 44 ? 6 : kTileRows;
+  // The terms of a kernel row are added up before they join an output's sum: a long running sum loses bits with every
+  // term. Not where multiply-adds are all that counts, which that would cost one in kernel_w; 16-bit results hide it.
+  static constexpr bool kSumsParts =
+      sizeof(T) == 4 && max_int(max_int(kStrideH, kStrideW), max_int(kDilationH, kDilationW)) > 1;
   static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
   static constexpr int kThreads = kIsWide ? max_int(128, 32 * kChannels) : 256;  // a block, at most
   // Of a multiprocessor, by registers (31x31 on 32x128x56x56, fp32, H200: wide 0.504 ms with two blocks of 128 threads,
@@ -126,15 +130,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int image_pitch = Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
   const int tile_floats = kChannels * images * image_pitch;
 
-  // Load the weights and the tile.
-  const int zeroed = tile_floats + tiling.width + Traits::kSlack;
-  for (int k = threadIdx.x; k < zeroed; k += blockDim.x) tile[k] = 0;
+  // Load the weights, and the tile into zeros.
   const int taps = args.kernel_h * Traits::kKernelW;
   const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  for (int k = threadIdx.x; k < channels * taps; k += blockDim.x) {
-    const int tap = k % taps, flipped = args.flip ? k - tap + taps - 1 - tap : k;
-    shared[k / Traits::kKernelW * Traits::kWeightPitch + k % Traits::kKernelW] = load(weight + flipped);
-  }
+  for (int e = 0; e < channels; ++e, weight += taps)
+    for (int k = threadIdx.x; k < taps; k += blockDim.x)
+      copy_one(shared + (e * args.kernel_h + k / Traits::kKernelW) * Traits::kWeightPitch + k % Traits::kKernelW,
+               weight + (args.flip ? taps - 1 - k : k));
+  const int zeroed = divide_up(tile_floats + tiling.width + Traits::kSlack, 4);
+  for (int k = threadIdx.x; k < zeroed; k += blockDim.x) reinterpret_cast<float4*>(tile)[k] = float4{};
   __syncthreads();
   if (in_rows > 0 && in_columns > 0) {
     const int64_t plane = static_cast<int64_t>(args.h) * args.w;
@@ -144,7 +148,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                        (static_cast<int64_t>(in_row) * args.w + in_column) * in_c + channel;
       const bool vectors = in_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
       for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images;) {
-        constexpr int kBatch = 4;  // pixels loaded before the first is stored
+        constexpr int kBatch = 8;  // pixels loaded before the first is stored
         Vector<T, kChannels> pixel[kBatch];
         float* to[kBatch];
 #pragma unroll
@@ -246,6 +250,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         const int kernel_row = (r - o * Traits::kStrideH) / Traits::kDilationH;
         const float* weights =
             Traits::kIsWide ? chunk_weights - o * weights_step : filter + kernel_row * Traits::kWeightPitch;
+        float part[kColumns] = {};
 #pragma unroll
         for (int j = 0; j < Traits::kTaps; j += 4) {
           const float4 four = *reinterpret_cast<const float4*>(weights + j);
@@ -254,9 +259,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
           for (int k = 0; k < 4 && j + k < Traits::kTaps; ++k) {
             if (j + k >= Traits::kLastTaps && !is_whole) continue;
 #pragma unroll
-            for (int v = 0; v < kColumns; ++v)
-              sum[o][v] = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], sum[o][v]);
+            for (int v = 0; v < kColumns; ++v) {
+              float& to = Traits::kSumsParts ? part[v] : sum[o][v];
+              to = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], to);
+            }
           }
+        }
+        if constexpr (Traits::kSumsParts) {
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v) sum[o][v] += part[v];
         }
       }
       from += Traits::kTaps * Traits::kDilationW;
@@ -326,7 +337,9 @@ int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
         min_int(args.h, (out_rows - 1) * Traits::kStrideH + (args.kernel_h - 1) * Traits::kDilationH + 1);
     const int planes = Traits::kChannels * tiling.images;
     const int in_floats =
-        planes * Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.width + Traits::kSlack;
+        divide_up(planes * Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.width + Traits::kSlack,
+                  4) *
+        4;
     const int out_floats = planes * out_rows * tiling.tiles_w * Traits::kColumns;
     return 4 * (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(in_floats, out_floats));
   };
