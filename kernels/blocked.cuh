@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                        (static_cast<int64_t>(in_row) * args.w + in_column) * in_c + channel;
       const bool vectors = in_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
       for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images;) {
-        constexpr int kBatch = 8;  // pixels loaded before the first is stored
+        constexpr int kBatch = Traits::kSumsParts ? 4 : 8;  // pixels loaded before the first is stored
         Vector<T, kChannels> pixel[kBatch];
         float* to[kBatch];
 #pragma unroll
