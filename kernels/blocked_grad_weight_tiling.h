@@ -43,8 +43,8 @@ struct BlockedGradWeightCut {
   }
 };
 
-// Estimates the cycles of a launch on an H100. It measured 5% more than this says in the middle of 7 problems in NCHW,
-// and 15% in channels_last.
+// Estimates the cycles of a launch on an H100, for all blocks as long as the longest: 7 problems in two layouts took 0.74
+// to 1.3 times as long, the less the more uneven their splits were.
 template <class Args>
 double blocked_grad_weight_cycles(const Args& args, const BlockedGradWeightShape& shape,
                                   const BlockedGradWeightCut& cut, int64_t splits) {
