@@ -61,6 +61,8 @@ SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS time
 STEPS_MS = 150.0  # aimed at for the training steps of a network in each of the ROUNDS
 LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
 CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
+# Too small to keep a GPU busy, so that the host's times show.
+HOST_PROBLEM = Case("host", "none", "none", False, 1, 8, 8, 8, kernel_h=3, kernel_w=3, stride=1, padding=1, dilation=1)
 
 
 class Model(nn.Module):
@@ -247,13 +249,15 @@ def matmul_rates(watch: Stopwatch) -> dict[str, float]:
 
 def host_times(calls: int = 200, loops: int = 15) -> dict[str, float]:
     """Host microseconds a call on a problem too small to keep the GPU busy; _train is forward and backward."""
-    x, weight = torch.randn(1, 8, 8, 8, device="cuda"), torch.randn(8, 1, 3, 3, device="cuda")
+    case = HOST_PROBLEM
+    x = torch.randn(case.n, case.c, case.h, case.w, device="cuda")
+    weight = torch.randn(case.c, 1, case.kernel_h, case.kernel_w, device="cuda")
     x_grad, weight_grad = x.clone().requires_grad_(), weight.clone().requires_grad_()
     grad = torch.randn_like(x)
     one = (1, 1)
 
     def conv2d(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, one, one, one, 8)
+        return F.conv2d(x, weight, None, one, one, one, case.c)
 
     def ours(x: Tensor, weight: Tensor) -> Tensor:
         return depthwise_inline.depthwise_conv2d(x, weight, None, one, one, one)
@@ -640,20 +644,28 @@ def groups_that_fit(cases: Sequence[Case], args: argparse.Namespace) -> list[tup
     return groups
 
 
+def compile_all(groups: Sequence[tuple[Case, str, str]], args: argparse.Namespace) -> None:
+    """What the groups need, a process a core; with it what the headline problem and the host's times need."""
+    wanted = [(HOST_PROBLEM, "float32", direction) for direction in DIRECTIONS]
+    wanted.append((report.load_cases()[report.HEADLINE], "float32", "forward"))
+    selected = [
+        depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
+        for (case, dtype, direction), layout in [
+            *itertools.product(groups, args.layout),
+            *itertools.product(wanted, ["nchw"]),
+        ]
+    ]
+    depthwise_inline._obtain_all({name.rpartition("/")[0]: source for name, source in selected if source})
+
+
 def run_table(
-    cases: Sequence[Case],
+    groups: Sequence[tuple[Case, str, str]],
     args: argparse.Namespace,
     watch: Stopwatch,
     copy_tbps: float,
     save: Callable[[Sequence[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """Measures and prints the rows, each as soon as it is known; saves as it goes."""
-    groups = groups_that_fit(cases, args)
-    selected = [
-        depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
-        for (case, dtype, direction), layout in itertools.product(groups, args.layout)
-    ]
-    depthwise_inline._obtain_all({name.rpartition("/")[0]: source for name, source in selected if source})
     print(f"\n{'':>9}{HEADER}")
     rows: list[dict[str, Any]] = []
     for case, dtype, direction in groups:
@@ -684,6 +696,9 @@ def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Name
     draw = drawing() if args.plot else None
     info = machine()
     headline = cases[report.HEADLINE]
+    groups = [] if args.model or args.variants is not None else groups_that_fit(chosen, args)
+    if args.variants is None:
+        compile_all(groups, args)
     check_model_new(headline, "cuda", headline.n)
     watch = Stopwatch()
     speeds = {"copy_tbps": copy_bandwidth(watch), "matmul_tflops": matmul_rates(watch), "host_us": host_times()}
@@ -713,7 +728,7 @@ def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Name
 
         failures = bench_variants.run(chosen, args, watch, speeds["copy_tbps"], save_variants)
     else:
-        rows = run_table(chosen, args, watch, speeds["copy_tbps"], save)
+        rows = run_table(groups, args, watch, speeds["copy_tbps"], save)
         failures = sum("failed" in row for row in rows)
         print(f"\n{report.format_means(rows, cases)}")
     if record and draw:

@@ -97,22 +97,22 @@ struct DirectNchwPlan {
   IntDivider columns, rows, out_channels;
 };
 
-// Strided windows of up to so many columns fit the registers of four blocks a multiprocessor.
-constexpr int strided_columns_of_four_blocks() {
+// Blocks of a multiprocessor that the registers of strided windows leave room for, without spills.
+template <class Traits>
+constexpr int strided_blocks() {
+  if (Traits::kTaps > 25 || Traits::kDilationW > 1) return 1;
 #if __CUDA_ARCH__ == 900
-  return 5;
+  return Traits::kKernelW <= 5 ? 4 : 3;
 #else
-  return 3;
+  return Traits::kTaps <= 9 ? 4 : sizeof(typename Traits::T) == 2 ? 3 : 1;
 #endif
 }
 
 // Rows of more than 7 taps, and strided windows, spill in as few registers as the compiler would take by itself.
 template <class Traits>
-constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2           ? 1
-                                  : Traits::kStrideW == 1                                ? 0
-                                  : Traits::kTaps > 25 || Traits::kDilationW > 1         ? 1
-                                  : Traits::kKernelW <= strided_columns_of_four_blocks() ? 4
-                                                                                         : 3;
+constexpr int kDirectNchwBlocks = Traits::kKernelW > 7 || Traits::kStrideW > 2 ? 1
+                                  : Traits::kStrideW == 1                      ? 0
+                                                                               : strided_blocks<Traits>();
 
 template <class Traits, int kColumns, int kRows, int kVector>
 __global__ void __launch_bounds__(kDirectNchwThreads, kDirectNchwBlocks<Traits>)

@@ -75,7 +75,7 @@ inline bool launch_specialised(const Problem& p, const void* input, const void* 
     return launcher == nullptr ? kTooLittleSharedMemory : launcher(&args, choice.config.tile, stream);
   };
   int error = launch(choose(p));
-  if (error == kTooLittleSharedMemory) error = launch({select_config(p, true), nullptr});
+  if (error == kTooLittleSharedMemory) error = launch(choose(p, true));
   if (error == kTooLittleSharedMemory) return false;
   check_launch(error);
   return true;

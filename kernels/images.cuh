@@ -9,9 +9,8 @@
 //         77% are useful (7x7: 86, 37%); 7x7 outputs of 13x13 take 16, of which 57% are.
 // Serves  any number of images and channels, any kernel width, padding and dilation of columns at run time; compile-time
 //         are the type, the sizes of both images, and which rows meet: kernels larger than twice the image are alike.
-// Owns    a block takes kImages images, eight or sixteen, of kChannels channels; a warp one channel. Its planes are
-//         registers, two a row (narrow: two every two rows) and product, and its sums four a row (narrow: every two).
-//         All loops over rows are unrolled.
+// Owns    a block takes eight images of kChannels channels; a warp one channel. Its planes are registers, two a row
+//         (narrow: two every two rows), and its sums four a row (narrow: every two). All loops over rows are unrolled.
 // Memory  the planes of the block, and in the same room its outputs. Eight images of 14x14: 12.7 KB for four channels in
 //         NCHW, 50 KB for sixteen in channels_last, whose pixels are then whole sectors.
 // Band    a lane loads one tap of each kernel row, or of two; the fragments of A are shuffled from lane to lane.
@@ -26,23 +25,23 @@
 namespace depthwise {
 
 // kFirstShift, kShifts, kShiftStep: how far below its output row lies the input row of each kernel row that meets any.
-// kImages, kChannels: of a block.
+// kChannels: of a block.
 template <class T_, int kHeight_, int kWidth_, int kOutHeight_, int kOutWidth_, int kFirstShift_, int kShifts_,
-          int kShiftStep_, int kImages_, int kChannels_, bool kChannelsLast_>
+          int kShiftStep_, int kChannels_, bool kChannelsLast_>
 struct ImagesTraits {
   using T = T_;
   static constexpr int kHeight = kHeight_, kWidth = kWidth_, kOutHeight = kOutHeight_, kOutWidth = kOutWidth_;
   static constexpr int kPixels = kHeight * kWidth, kOutPixels = kOutHeight * kOutWidth;
   static constexpr int kFirstShift = kFirstShift_, kShifts = kShifts_, kShiftStep = kShiftStep_;
   static constexpr int kStrideW = 1;
-  static constexpr int kImages = kImages_, kProducts = kImages / kImagesTogether, kChannels = kChannels_;
+  static constexpr int kImages = kImagesTogether, kChannels = kChannels_;
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr int kWarps = kChannels, kThreads = 32 * kWarps;
   static constexpr bool kNarrow = is_narrow_image(kWidth, kOutWidth);
 
   static constexpr int kRoundRows = image_round_rows(kWidth, kOutHeight, kOutWidth, kShifts);
   // What nvcc needs for sm_90; beyond that some more, before sm_80 other products.
-  static constexpr int kRegisters = image_registers(kProducts, kHeight, kWidth, kOutHeight, kOutWidth, kShifts);
+  static constexpr int kRegisters = image_registers(kHeight, kWidth, kOutHeight, kOutWidth, kShifts);
 #if __CUDA_ARCH__ >= 800
   static constexpr int kSpare = __CUDA_ARCH__ > 900 ? 12 : 0;
   static constexpr int kMinBlocks = max_int(1, min_int(1024, (64 << 10) / (kRegisters + kSpare)) / kThreads);
@@ -160,11 +159,11 @@ struct InputRows {
   }
 };
 
-// What a lane has of a warp's channel: rows of its images, and where it puts its outputs, those of two images a product.
+// What a lane has of a warp's channel: the rows of an image, and where it puts its outputs, those of two images.
 template <class Traits>
 struct LaneImages {
-  InputRows<Traits> rows[Traits::kProducts];
-  typename Traits::T* stage[Traits::kProducts][2];
+  InputRows<Traits> rows;
+  typename Traits::T* stage[2];
 };
 
 // kRows rows of outputs of nine to sixteen columns, from kFirst on: a lane has columns 2 g and 2 g + 1 of two images, in
@@ -174,13 +173,11 @@ __device__ __forceinline__ void convolve_wide(const LaneImages<Traits>& images, 
                                               Probe<typename Traits::T>& probe) {
   using T = typename Traits::T;
   const int lane = threadIdx.x % 32, column = lane / 4 * 2, source = Traits::kOwnLane + lane % 4 * 2 - column;
-  float sum[Traits::kProducts][kRows][4];
+  float sum[kRows][4];
 #pragma unroll
-  for (int p = 0; p < Traits::kProducts; ++p)
+  for (int y = 0; y < kRows; ++y)
 #pragma unroll
-    for (int y = 0; y < kRows; ++y)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[p][y][e] = to_float(taps.bias);
+    for (int e = 0; e < 4; ++e) sum[y][e] = to_float(taps.bias);
 #pragma unroll
   for (int k = Traits::kShifts - 1; k >= 0; --k) {  // this way round needs a few registers less
     const int shift = kFirst + Traits::kFirstShift + k * Traits::kShiftStep;
@@ -189,32 +186,26 @@ __device__ __forceinline__ void convolve_wide(const LaneImages<Traits>& images, 
     const unsigned band[4] = {__shfl_sync(~0u, pair, source), __shfl_sync(~0u, pair, source - 1),
                               __shfl_sync(~0u, pair, source + 8), __shfl_sync(~0u, pair, source + 7)};
 #pragma unroll
-    for (int p = 0; p < Traits::kProducts; ++p)
-#pragma unroll
-      for (int y = 0; y < kRows; ++y)
-        if (y + shift >= 0 && y + shift < Traits::kHeight)
-          multiply_k16<T>(sum[p][y], band[0], band[1], band[2], band[3], images.rows[p].operand[y + shift][0],
-                          images.rows[p].operand[y + shift][1]);
+    for (int y = 0; y < kRows; ++y)
+      if (y + shift >= 0 && y + shift < Traits::kHeight)
+        multiply_k16<T>(sum[y], band[0], band[1], band[2], band[3], images.rows.operand[y + shift][0],
+                        images.rows.operand[y + shift][1]);
   }
-  unsigned word[Traits::kProducts][2][kRows];
+  unsigned word[2][kRows];
 #pragma unroll
-  for (int p = 0; p < Traits::kProducts; ++p)
+  for (int image = 0; image < 2; ++image)
 #pragma unroll
-    for (int image = 0; image < 2; ++image)
-#pragma unroll
-      for (int y = 0; y < kRows; ++y) {
-        word[p][image][y] = pack<T>(sum[p][y][image], sum[p][y][2 + image]);
-        probe.see(word[p][image][y], image);
-      }
+    for (int y = 0; y < kRows; ++y) {
+      word[image][y] = pack<T>(sum[y][image], sum[y][2 + image]);
+      probe.see(word[image][y], image);
+    }
   const auto stage = [&](int offset, auto store) {
     if (column + offset >= Traits::kOutWidth) return;
 #pragma unroll
-    for (int p = 0; p < Traits::kProducts; ++p)
+    for (int image = 0; image < 2; ++image)
 #pragma unroll
-      for (int image = 0; image < 2; ++image)
-#pragma unroll
-        for (int y = 0; y < kRows; ++y)
-          store(images.stage[p][image] + (kFirst + y) * Traits::kOutWidth + column + offset, word[p][image][y]);
+      for (int y = 0; y < kRows; ++y)
+        store(images.stage[image] + (kFirst + y) * Traits::kOutWidth + column + offset, word[image][y]);
   };
   if constexpr (Traits::kOutWidth % 2 == 0) {
     stage(0, [](T* to, unsigned both) { *reinterpret_cast<unsigned*>(to) = both; });
@@ -238,13 +229,11 @@ __device__ __forceinline__ void convolve_narrow(const LaneImages<Traits>& images
     banded[k] = __shfl_sync(~0u, pairs, source);
     if (k + 1 < Traits::kShifts) banded[k + 1] = __shfl_sync(~0u, pairs, source + Traits::kRowLanes);
   }
-  float sum[Traits::kProducts][kOutPairs][4];
+  float sum[kOutPairs][4];
 #pragma unroll
-  for (int p = 0; p < Traits::kProducts; ++p)
+  for (int y = 0; y < kOutPairs; ++y)
 #pragma unroll
-    for (int y = 0; y < kOutPairs; ++y)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[p][y][e] = to_float(taps.bias);
+    for (int e = 0; e < 4; ++e) sum[y][e] = to_float(taps.bias);
   // Pairs of output and input rows that are as far apart share the four matrices.
 #pragma unroll
   for (int apart = 1 - kOutPairs; apart < kInPairs; ++apart) {
@@ -252,30 +241,23 @@ __device__ __forceinline__ void convolve_narrow(const LaneImages<Traits>& images
     if (!Traits::exists(shift - 1) && !Traits::exists(shift) && !Traits::exists(shift + 1)) continue;
     const auto band = [&](int s) { return Traits::exists(s) ? banded[Traits::index(s)] : 0; };
 #pragma unroll
-    for (int p = 0; p < Traits::kProducts; ++p)
-#pragma unroll
-      for (int y = 0; y < kOutPairs; ++y)
-        if (y + apart >= 0 && y + apart < kInPairs)
-          multiply_k16<T>(sum[p][y], band(shift), band(shift - 1), band(shift + 1), band(shift),
-                          images.rows[p].operand[y + apart][0], images.rows[p].operand[y + apart][1]);
+    for (int y = 0; y < kOutPairs; ++y)
+      if (y + apart >= 0 && y + apart < kInPairs)
+        multiply_k16<T>(sum[y], band(shift), band(shift - 1), band(shift + 1), band(shift),
+                        images.rows.operand[y + apart][0], images.rows.operand[y + apart][1]);
   }
-  unsigned word[Traits::kProducts][Traits::kOutHeight];  // of both images
+  unsigned word[Traits::kOutHeight];  // of both images
 #pragma unroll
-  for (int p = 0; p < Traits::kProducts; ++p)
-#pragma unroll
-    for (int y = 0; y < Traits::kOutHeight; ++y) {
-      word[p][y] = pack<T>(sum[p][y / 2][y % 2 * 2], sum[p][y / 2][y % 2 * 2 + 1]);
-      probe.see(word[p][y], y % 2);
-    }
+  for (int y = 0; y < Traits::kOutHeight; ++y) {
+    word[y] = pack<T>(sum[y / 2][y % 2 * 2], sum[y / 2][y % 2 * 2 + 1]);
+    probe.see(word[y], y % 2);
+  }
   if (column >= Traits::kOutWidth) return;
 #pragma unroll
-  for (int p = 0; p < Traits::kProducts; ++p)
+  for (int image = 0; image < 2; ++image)
 #pragma unroll
-    for (int image = 0; image < 2; ++image)
-#pragma unroll
-      for (int y = 0; y < Traits::kOutHeight; ++y)
-        images.stage[p][image][y * Traits::kOutWidth + column].bits =
-            static_cast<unsigned short>(word[p][y] >> 16 * image);
+    for (int y = 0; y < Traits::kOutHeight; ++y)
+      images.stage[image][y * Traits::kOutWidth + column].bits = static_cast<unsigned short>(word[y] >> 16 * image);
 }
 
 // Computes the staged outputs that are NaN again, one by one.
@@ -328,13 +310,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   wait_for_all_copies();
 
   LaneImages<Traits> images;
+  const int image = min(lane / 4, block.images - 1);  // a lane without one takes another's
+  images.rows.load(room + in.at(image, channel));
 #pragma unroll
-  for (int p = 0; p < Traits::kProducts; ++p) {
-    const int first = p * kImagesTogether, image = min(first + lane / 4, block.images - 1);  // or another's
-    images.rows[p].load(room + in.at(image, channel));
-#pragma unroll
-    for (int k = 0; k < 2; ++k) images.stage[p][k] = room + out.at(first + lane % 4 * 2 + k, warp);
-  }
+  for (int k = 0; k < 2; ++k) images.stage[k] = room + out.at(lane % 4 * 2 + k, warp);
   __syncthreads();  // the outputs take the room of the images
 
   Probe<T> probe;

@@ -1,9 +1,9 @@
 // Depthwise convolution of small images in large batches by multiply-adds, a lane an image: forward, and grad of input
 // at stride 1 (filter flipped). NCHW and channels_last.
 //
-// Serves  images up to 16x16, in and out; stride 1, dilation 1; fp32, and fp16 and bf16 converted on load; compile-time
-//         are the type, the width, the kernel's width and its horizontal padding. Whole planes (kHeight > 0): the height,
-//         the kernel's height and its vertical padding as well.
+// Serves  fp32; images up to 16x16, in and out; stride 1, dilation 1; compile-time are the width, the kernel's width and
+//         its horizontal padding. Whole planes (kHeight > 0): the height, the kernel's height and its vertical padding as
+//         well.
 // Owns    a lane owns its image, so that the weights are the same for all lanes that share a channel, and products with
 //         padding are left out: by compile-time indices within rows, by the ranges of loops among rows. A thread
 //         computes kRows rows of outputs in registers, a warp kRows rows of its unit (images_fma_lanes.cuh).
@@ -11,7 +11,7 @@
 //         registers: 14x14, 27x27, kRows = 2: 392 multiply-adds for 7 loads of weights and 4 of input, 16 bytes each.
 //         Whole planes: the input is registers as well, and everything is unrolled: 7x7, 13x13: 2401 multiply-adds for
 //         52 and 14 loads.
-// Memory  the block's filters and input planes as fp32; the outputs reuse the input's room on their way out.
+// Memory  the block's filters and input planes; the outputs reuse the input's room on their way out.
 // Cost    no multiply-add is wasted where kRows divides the outputs' height and all lanes have images.
 // Chosen  select.h.
 #pragma once
@@ -21,10 +21,9 @@
 namespace depthwise {
 
 // kHeight 0: any height, kernel height and vertical padding.
-template <class T_, int kKernelW_, int kPaddingW_, int kWidth_, int kRows_, int kKernelH_, int kPaddingH_, int kHeight_,
+template <int kKernelW_, int kPaddingW_, int kWidth_, int kRows_, int kKernelH_, int kPaddingH_, int kHeight_,
           bool kChannelsLast_>
 struct ImagesFmaTraits {
-  using T = T_;
   static constexpr int kKernelW = kKernelW_, kPaddingW = kPaddingW_, kWidth = kWidth_, kRows = kRows_;
   static constexpr int kKernelH = kKernelH_, kPaddingH = kPaddingH_, kHeight = kHeight_;
   static constexpr bool kChannelsLast = kChannelsLast_, kWholePlane = kHeight > 0;
@@ -48,39 +47,27 @@ struct ImagesFmaTraits {
   static constexpr int kBlocks = lane_blocks(kThreads, kRegisters);
 };
 
-// The filters of `channels` channels, as fp32, kernel rows kWeightPitch apart; a warp takes whole rows. To be waited for
-// with wait_for_all_copies.
+// The filters of `channels` channels, kernel rows kWeightPitch apart; a warp takes whole rows. To be waited for with
+// wait_for_all_copies.
 template <class Traits>
 __device__ __forceinline__ void load_filters(float* shared, const DirectArgs& args, int first_channel, int channels) {
-  using T = typename Traits::T;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   if (lane >= Traits::kKernelW) return;
-  const T* from = static_cast<const T*>(args.weight) +
-                  (static_cast<int64_t>(first_channel) * args.kernel_h + warp) * Traits::kKernelW + lane;
+  const float* from = static_cast<const float*>(args.weight) +
+                      (static_cast<int64_t>(first_channel) * args.kernel_h + warp) * Traits::kKernelW + lane;
   const CopyTarget<float> target(shared);
   const int column = args.flip ? Traits::kKernelW - 1 - lane : lane;
   int first = (args.flip ? args.kernel_h - 1 - warp : warp) * Traits::kWeightPitch + column;
   const int step = (args.flip ? -warps : warps) * Traits::kWeightPitch;
-  constexpr int kAtOnce = sizeof(T) == 4 ? 1 : 4;  // loads, which are waited for, as copies are not
 #pragma unroll 1
   for (int channel = 0; channel < channels; ++channel) {
-    const T* at = from;
+    const float* at = from;
     int offset = first;
 #pragma unroll 2
-    for (int i = warp; i < args.kernel_h; i += kAtOnce * warps) {
-      if constexpr (kAtOnce == 1) {
-        target.template copy_async<4>(offset, at);
-      } else {
-        Vector<T, 1> value[kAtOnce];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k)
-          value[k] = load_or_zero<1>(at + k * warps * Traits::kKernelW, i + k * warps < args.kernel_h);
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k)
-          if (i + k * warps < args.kernel_h) shared[offset + k * step] = to_float(value[k].value[0]);
-      }
-      at = ptx::opaque(at + kAtOnce * warps * Traits::kKernelW);
-      offset += kAtOnce * step;
+    for (int i = warp; i < args.kernel_h; i += warps) {
+      target.template copy_async<4>(offset, at);
+      at = ptx::opaque(at + warps * Traits::kKernelW);
+      offset += step;
     }
     from += args.kernel_h * Traits::kKernelW;
     first += lane_plane(args.kernel_h, Traits::kKernelW);
@@ -187,7 +174,6 @@ __device__ __forceinline__ void sum_plane_part(float (&sum)[Traits::kRows][Trait
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     images_fma_kernel(const DirectArgs args, const int channel_bits) {
-  using T = typename Traits::T;
   const int channels = Traits::kUnits << channel_bits;
   const int filter_floats = lane_plane(args.kernel_h, Traits::kKernelW);
   extern __shared__ __align__(16) float shared[];
@@ -204,8 +190,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   };
 
   // Load.
-  LanePlanes<T, Traits::kWidth, Traits::kMaxHeight, 4, Traits::kChannelsLast>::load(planes, args.input, slots(),
-                                                                                    args.h);
+  LanePlanes<Traits::kWidth, Traits::kMaxHeight, 4, Traits::kChannelsLast>::load(planes, args.input, slots(), args.h);
   const int first_channel = blockIdx.x * channels;
   const int existing = min(channels, static_cast<int>(args.out_c) - first_channel);
   load_filters<Traits>(shared, args, first_channel, existing);
@@ -224,7 +209,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   };
   const int channel = channel_of(slot_of(threadIdx.x));
   const float bias = args.bias != nullptr && channel < existing
-                         ? load(static_cast<const T*>(args.bias) + first_channel + channel)
+                         ? load(static_cast<const float*>(args.bias) + first_channel + channel)
                          : 0.f;
   float sum[Traits::kRows][Traits::kOutWidth];
 #pragma unroll
@@ -252,8 +237,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       if (first_row + o < args.out_h) store_lane_row(out + o * Traits::kOutPitch, sum[o]);
   }
   __syncthreads();
-  LanePlanes<T, Traits::kOutWidth, Traits::kOutHeight, 4, Traits::kChannelsLast>::store(args.out, planes, slots(),
-                                                                                        args.out_h);
+  LanePlanes<Traits::kOutWidth, Traits::kOutHeight, 4, Traits::kChannelsLast>::store(args.out, planes, slots(),
+                                                                                     args.out_h);
 }
 
 template <class Traits>

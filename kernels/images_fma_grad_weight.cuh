@@ -1,8 +1,8 @@
 // Grad of weight and bias of small images in large batches by multiply-adds, a lane an image. NCHW and channels_last.
 //
-// Serves  images up to 16x16, in and out; stride 1, dilation 1; fp32; compile-time
-//         are the type, the width, the kernel's width and its horizontal padding. Whole planes (kHeight > 0): the height,
-//         the kernel's height and its vertical padding as well.
+// Serves  fp32; images up to 16x16, in and out; stride 1, dilation 1; compile-time are the width, the kernel's width and
+//         its horizontal padding. Whole planes (kHeight > 0): the height, the kernel's height and its vertical padding as
+//         well.
 // Owns    a block: the units (images_fma_lanes.cuh) of its channels, for a share of the images. A thread: the taps of one
 //         kernel row, in registers, for the image of its lane; the lanes' sums are added in a fixed order.
 //         Rows: a warp takes every kWarps-th kernel row: of 'same' kernels that reach over the whole image, that gives
@@ -10,11 +10,11 @@
 //         8 bytes.
 //         Whole planes: both planes are registers and everything is unrolled: 7x7, 13x13: 2401 multiply-adds for 28
 //         loads. The lanes' sums lie where the planes were, then a thread adds up those of a tap.
-// Memory  both planes of every lane, as fp32.
+// Memory  both planes of every lane.
 // Cost    no product with padding is taken, so that infinities need no care. To add up kTaps sums over the lanes takes
 //         four instructions each by shuffles, 27x27 on 14x14: 112 beside 1423 multiply-adds a kernel row; through shared
 //         memory it takes two.
-// Errors  of fp32 grow with the length of a chain of additions: sums of a row (of two rows of whole planes) are added to
+// Errors  grow with the length of a chain of additions: sums of a row (of two rows of whole planes) are added to
 //         those of the others, in groups of rows where registers allow, then over the lanes as a tree. One more addition
 //         for every tap and row: 17 beside 196 multiply-adds of a row of 14 pixels, of kernels that reach over all of it.
 // Chosen  select.h.
@@ -26,10 +26,8 @@
 namespace depthwise {
 
 // kHeight 0: any height, kernel height and vertical padding.
-template <class T_, int kKernelW_, int kPaddingW_, int kWidth_, int kKernelH_, int kPaddingH_, int kHeight_,
-          bool kChannelsLast_>
+template <int kKernelW_, int kPaddingW_, int kWidth_, int kKernelH_, int kPaddingH_, int kHeight_, bool kChannelsLast_>
 struct ImagesFmaGradWeightTraits {
-  using T = T_;
   static constexpr int kKernelW = kKernelW_, kPaddingW = kPaddingW_, kWidth = kWidth_;
   static constexpr int kKernelH = kKernelH_, kPaddingH = kPaddingH_, kHeight = kHeight_;
   static constexpr bool kChannelsLast = kChannelsLast_, kWholePlane = kHeight > 0;
@@ -45,18 +43,14 @@ struct ImagesFmaGradWeightTraits {
 
   // Whether the products of a tap in a row are added up by themselves, before they are added to those of other rows.
   // Where images are as high as they are wide, a tap of few products, all in one chain, errs no more than the others do.
-  // What becomes fp16 or bf16 is rounded more coarsely than any chain.
-  static constexpr bool kLongChains = sizeof(T) < 4;
   static constexpr bool adds_apart(int tap) {
-    if (kLongChains) return false;
     const int shift = tap + kFirstTap - kPaddingW;
     const int products = min_int(kOutWidth, kWidth - shift) - max_int(0, -shift);
     return products * products > 2 * min_int(kWidth, kOutWidth);
   }
 
   // Rows: where a thread has registers for twice the sums, those of so many rows are added up by themselves as well.
-  static constexpr int kRowsApart =
-      !kLongChains && 2 * kTaps + kWidth + kOutWidth + kOwnRegisters <= kFewestRegisters ? 7 : 0;
+  static constexpr int kRowsApart = 2 * kTaps + kWidth + kOutWidth + kOwnRegisters <= kFewestRegisters ? 7 : 0;
 
   static constexpr int kUnits = lane_units(kWholePlane);  // of a block
   // Of a unit. Rows: at most; half as many as an image has rows: the kernel rows of each, together, meet twice its rows.
@@ -102,7 +96,7 @@ template <class Traits>
 __device__ __forceinline__ void store_sum(const GradWeightArgs& args, int64_t index, float value, bool first) {
   const int64_t weights = args.out_c * args.kernel_h * Traits::kKernelW;
   if (!first) value += args.partial[blockIdx.y * weights + index];
-  store_grad_weight<typename Traits::T>(args, blockIdx.y, index, weights, value);
+  store_grad_weight<float>(args, blockIdx.y, index, weights, value);
 }
 
 // Zeros for the taps of kernel row i that meet no pixel, from `begin` on.
@@ -290,17 +284,16 @@ __device__ __forceinline__ void sum_bias(const GradWeightArgs& args, const float
   const int channel = first_channel + lane;
   if (channel >= args.out_c) return;
   if (!first) sum += args.partial_bias[blockIdx.y * args.out_c + channel];
-  store_grad_bias<typename Traits::T>(args, blockIdx.y, channel, sum);
+  store_grad_bias<float>(args, blockIdx.y, channel, sum);
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     images_fma_grad_weight_kernel(const GradWeightArgs args, const int channel_bits, const int groups) {
-  using Input = LanePlanes<typename Traits::T, Traits::kWidth, Traits::kWholePlane ? Traits::kHeight : kMaxLaneImage,
-                           Traits::kGranule, Traits::kChannelsLast>;
-  using Output =
-      LanePlanes<typename Traits::T, Traits::kOutWidth, Traits::kWholePlane ? Traits::kOutHeight : kMaxLaneImage,
-                 Traits::kGranule, Traits::kChannelsLast>;
+  using Input = LanePlanes<Traits::kWidth, Traits::kWholePlane ? Traits::kHeight : kMaxLaneImage, Traits::kGranule,
+                           Traits::kChannelsLast>;
+  using Output = LanePlanes<Traits::kOutWidth, Traits::kWholePlane ? Traits::kOutHeight : kMaxLaneImage,
+                            Traits::kGranule, Traits::kChannelsLast>;
   const int in_plane = lane_plane(args.h, Traits::kWidth, Traits::kGranule);
   const int out_plane = lane_plane(args.out_h, Traits::kOutWidth, Traits::kGranule);
   extern __shared__ __align__(16) float shared[];

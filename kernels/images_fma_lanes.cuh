@@ -25,7 +25,7 @@ struct LaneSlots {
 };
 
 // A tensor of planes kWidth wide and at most kMaxHeight high, which is aligned to 16 bytes.
-template <class T, int kWidth, int kMaxHeight, int kGranule, bool kChannelsLast>
+template <int kWidth, int kMaxHeight, int kGranule, bool kChannelsLast>
 struct LanePlanes {
   static constexpr int kPitch = lane_pitch(kWidth, kGranule);
   static constexpr int kVector = kChannelsLast || kWidth % 2 != 0 ? 1 : kWidth % 4 != 0 ? 2 : kGranule;
@@ -103,15 +103,8 @@ struct LanePlanes {
   // To be waited for with wait_for_all_copies. Planes that do not exist are left alone.
   static __device__ __forceinline__ void load(float* shared, const void* tensor, const LaneSlots& slots, int height) {
     const CopyTarget<float> target(shared);
-    for_each(static_cast<const T*>(tensor), slots, height, [&](const T* from, int offset) {
-      if constexpr (sizeof(T) == 4) {
-        target.template copy_async<4 * kVector>(offset, from);
-      } else {
-        const Vector<T, kVector> values = load_or_zero<kVector>(from, true);
-#pragma unroll
-        for (int e = 0; e < kVector; ++e) shared[offset + e] = to_float(values.value[e]);
-      }
-    });
+    for_each(static_cast<const float*>(tensor), slots, height,
+             [&](const float* from, int offset) { target.template copy_async<4 * kVector>(offset, from); });
   }
 
   // Zeros for the planes that do not exist.
@@ -127,7 +120,7 @@ struct LanePlanes {
   }
 
   static __device__ __forceinline__ void store(void* tensor, const float* shared, const LaneSlots& slots, int height) {
-    for_each(static_cast<T*>(tensor), slots, height, [&](T* to, int offset) {
+    for_each(static_cast<float*>(tensor), slots, height, [&](float* to, int offset) {
       const Vector<float, kVector> values = *reinterpret_cast<const Vector<float, kVector>*>(shared + offset);
       store_streaming<kVector>(to, values.value);
     });

@@ -34,11 +34,15 @@ struct Tile {
   bool queued = false;  // grad of weight: the rows to come in shared memory
 };
 
+constexpr int64_t kInt32Max = 0x7fffffff;
+
+inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 constexpr int modulo(int64_t a, int b) { return static_cast<int>((a % b + b) % b); }
 
-// A direct convolution with its direction taken out: the grad of input at stride 1 is the forward pass over
+// A direct convolution with its direction taken out: the grad of input at stride 1 is a forward convolution of
 // grad_output with the filter flipped and padding dilation * (kernel - 1) - padding.
 struct DirectArgs {
   const void* input;
@@ -50,6 +54,27 @@ struct DirectArgs {
   int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
 };
+
+// The sizes of a problem; the rest is left to the launch.
+inline DirectArgs direct_args(const Problem& p) {
+  DirectArgs args{};
+  args.n = p.n;
+  args.out_c = p.out_c;
+  args.multiplier = static_cast<int>(p.multiplier);
+  args.flip = p.direction == Direction::kGradInput;
+  args.h = static_cast<int>(args.flip ? p.out_h : p.h);
+  args.w = static_cast<int>(args.flip ? p.out_w : p.w);
+  args.out_h = static_cast<int>(args.flip ? p.h : p.out_h);
+  args.out_w = static_cast<int>(args.flip ? p.w : p.out_w);
+  args.padding_h = static_cast<int>(args.flip ? p.dilation_h * (p.kernel_h - 1) - p.padding_h : p.padding_h);
+  args.padding_w = static_cast<int>(args.flip ? p.dilation_w * (p.kernel_w - 1) - p.padding_w : p.padding_w);
+  args.kernel_h = static_cast<int>(p.kernel_h);
+  args.kernel_w = static_cast<int>(p.kernel_w);
+  args.stride_h = static_cast<int>(p.stride_h);
+  args.dilation_h = static_cast<int>(p.dilation_h);
+  args.dilation_w = static_cast<int>(p.dilation_w);
+  return args;
+}
 
 // direct_nchw. Rows of `width` elements begin at the same place within a word every so many rows; a power of two.
 constexpr int row_period(int width, int word) {
@@ -205,7 +230,8 @@ constexpr int stream_nhwc_least_tiles(int channels, int vector, int element_byte
 // grad_weight_stream_nhwc: how its blocks are cut; see there. The parts that do not depend on the batch and the image.
 constexpr int kGradWeightStreamColumns = 4;
 constexpr int kGradWeightStreamThreads = 256;  // a block, at most
-constexpr int kMaxGradWeightStreamRegisters = 116;
+// Of all that a thread holds for its channels; of two channels, 7x3 in fp32 spills with 110 but on sm_90.
+constexpr int kMaxGradWeightStreamRegisters = 116, kMaxGradWeightStreamRegistersOfTwo = 108;
 
 struct GradWeightStreamShape {
   int vector;              // channels a thread; 0: registers do not hold the sums of one
@@ -220,7 +246,9 @@ constexpr GradWeightStreamShape grad_weight_stream_shape(int kernel_h, int kerne
   shape.window = window_size(kGradWeightStreamColumns, stride_w, kernel_w, 1);
   const int registers = kernel_h * kernel_w + shape.depth * kGradWeightStreamColumns + shape.window;
   shape.vector = 4;
-  while (shape.vector > 0 && shape.vector * registers > kMaxGradWeightStreamRegisters) shape.vector /= 2;
+  if (shape.vector * registers > kMaxGradWeightStreamRegisters) shape.vector = 2;
+  if (shape.vector == 2 && 2 * registers > kMaxGradWeightStreamRegistersOfTwo) shape.vector = 1;
+  if (registers > kMaxGradWeightStreamRegisters) shape.vector = 0;
   return shape;
 }
 
@@ -248,13 +276,13 @@ constexpr int image_round_rows(int width, int out_height, int out_width, int shi
   const int rounds = image_rounds(width, out_height, out_width, shifts);
   return (out_height + rounds - 1) / rounds;
 }
-// Registers of a thread: rows of input and sums of each product, taps, and the rest, which nvcc's reports tell and which
-// is more where columns are loaded one by one.
-constexpr int image_registers(int products, int height, int width, int out_height, int out_width, int shifts) {
+// Registers of a thread: rows of input, sums, taps, and the rest, which nvcc's reports tell and which is more where columns
+// are loaded one by one.
+constexpr int image_registers(int height, int width, int out_height, int out_width, int shifts) {
   const int round_rows = image_round_rows(width, out_height, out_width, shifts);
-  if (is_narrow_image(width, out_width)) return products * (height + 2 * round_rows + 6) + shifts / 2 + shifts + 18;
-  constexpr int kRest[] = {20, 32, 27};
-  return products * (2 * height + 4 * round_rows + 8) + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
+  if (is_narrow_image(width, out_width)) return height + 2 * round_rows + shifts / 2 + shifts + 24;
+  constexpr int kRest[] = {28, 40, 35};
+  return 2 * height + 4 * round_rows + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
          kRest[image_rounds(width, out_height, out_width, shifts) - 1];
 }
 constexpr int kGranule = 8;  // elements of 16 bytes

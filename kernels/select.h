@@ -294,6 +294,9 @@ inline Config select_marching_nchw(const Problem& p) {
   return first_that_serves(p, kernel);
 }
 
+// channels_last, fp32: kernels of so many taps queue their rows.
+constexpr int64_t kQueuedTaps = 15;
+
 inline Config select_marching_nhwc(const Problem& p) {
   const bool wide = p.dtype == DType::kFloat32, dilated = p.dilation_h > 1 || p.dilation_w > 1;
   const int64_t taps = p.kernel_h * p.kernel_w;
@@ -307,15 +310,18 @@ inline Config select_marching_nhwc(const Problem& p) {
   };
   const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
   // Streams. fp32 at stride 1, 32 channels: 3x3, 16x64x512x512: 0.491, marching 0.510; 144x56x56: 0.051, 0.055; 1x11,
-  // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073), 5x5 (240x28x28: 0.037, queue 0.034) or 7x7
-  // (96x56x56: 0.094, 0.080). fp16, 64 channels: 144x56x56: 0.036, 0.042; 3x7, 128x128x256: 0.230, 0.281; 1x11: 0.036,
-  // 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2 (144x56x56: 0.032, 64 channels 0.043, 0.044).
-  if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < 25 : taps <= 25)) {
+  // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073). fp16, 64 channels: 144x56x56: 0.036, 0.042;
+  // 3x7, 128x128x256: 0.230, 0.281; 1x11: 0.036, 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2
+  // (144x56x56: 0.032, 64 channels 0.043, 0.044).
+  if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < kQueuedTaps : taps <= 25)) {
     const int tile = wide || taps == 25 ? 1 : 0;
     if (can_serve(p, Kernel::kGradWeightStreamNhwc, tile)) return {Kernel::kGradWeightStreamNhwc, tile};
   }
-  if (wide && !small && taps == 25 && p.stride_w == 1 && !dilated) {
-    const Config queue = tile_of(2, true);
+  // fp32: rows to come wait in shared memory where there is much to do for each, of two channels as far as registers hold
+  // their sums (H100: 3x7, 128x128x256: 0.398, stream 0.420; 5x5, 240x28x28: 0.039, stream 0.041, marching 0.050; 7x7,
+  // 96x56x56: 0.073, marching 0.085, stream 0.095; 192x28x28: 0.041, 0.055, 0.058; 9x9, 768x32x32: 0.202, 0.218).
+  if (wide && taps >= kQueuedTaps && p.stride_w == 1 && !dilated && (!small || taps > 25)) {
+    const Config queue = tile_of(taps <= 25 ? 2 : 1, true);
     if (queue.kernel != Kernel::kGeneral) return queue;
   }
   // Four channels a thread, where registers hold them, but one in small images, of which there would be too few threads

@@ -212,13 +212,11 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits = std::string("ImagesGradWeightTraits<") + arguments;
   }
   if (s.kernel == Kernel::kStripsGradWeightNchw) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
-                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    std::snprintf(arguments, sizeof(arguments), "%s, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h);
     traits = std::string("StripsGradWeightNchwTraits<") + arguments;
   }
   if (s.kernel == Kernel::kStripsGradWeightNhwc) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
-                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+    std::snprintf(arguments, sizeof(arguments), "%s, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h);
     traits = std::string("StripsGradWeightNhwcTraits<") + arguments;
   }
   if (s.kernel == Kernel::kBlockedGradWeight) {
@@ -252,18 +250,16 @@ inline std::string specialisation_source(const Specialisation& s) {
   }
   if (is_images(s.kernel)) {
     const ImageShape& i = s.image;
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %d, %d, %s",
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %d, %s",
                   kTypes[static_cast<int>(s.dtype)], i.h, i.w, i.out_h, i.out_w, i.first_shift, i.shifts, i.shift_step,
-                  tile_table(s.kernel, s.dtype)[s.tile].rows, tile_table(s.kernel, s.dtype)[s.tile].vector,
-                  s.kernel == Kernel::kImagesNhwc ? "true" : "false");
+                  tile_table(s.kernel, s.dtype)[s.tile].vector, s.kernel == Kernel::kImagesNhwc ? "true" : "false");
     traits = std::string("ImagesTraits<") + arguments;
   }
   if (is_images_fma(s.kernel)) {
     char sizes[64];
     std::snprintf(sizes, sizeof(sizes), "%d, %d, %d, %s", s.kernel_h, s.padding_h, s.height,
                   s.channels_last ? "true" : "false");
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, ", kTypes[static_cast<int>(s.dtype)], s.kernel_w,
-                  s.padding_w, s.width);
+    std::snprintf(arguments, sizeof(arguments), "%d, %d, %d, ", s.kernel_w, s.padding_w, s.width);
     if (s.kernel == Kernel::kImagesFma) {
       const int out_height = s.height + 2 * s.padding_h - s.kernel_h + 1;
       const int rows = tile_table(s.kernel, s.dtype)[s.tile].rows;

@@ -56,22 +56,24 @@ size_t slot_of(const Problem& p, size_t slots) {
 
 }  // namespace
 
-Choice choose(const Problem& problem) {
+Choice choose(const Problem& problem, bool frugal) {
   struct Remembered {
     Problem problem;
+    bool frugal;
     Choice choice;
     unsigned generation = 0;
   };
   constexpr size_t kSlots = 256;
   thread_local const std::unique_ptr<std::array<Remembered, kSlots>> all{new std::array<Remembered, kSlots>()};
-  Remembered& remembered = (*all)[slot_of(problem, kSlots)];
+  Remembered& remembered = (*all)[(slot_of(problem, kSlots) + frugal) % kSlots];
   const unsigned now = generation.load(std::memory_order_acquire);
-  if (remembered.generation == now && same(remembered.problem, problem)) return remembered.choice;
+  if (remembered.generation == now && remembered.frugal == frugal && same(remembered.problem, problem))
+    return remembered.choice;
 
-  const Config config = config_for(problem);
+  const Config config = frugal ? select_config(problem, true) : config_for(problem);
   const bool general = config.kernel == Kernel::kGeneral;
   const Choice choice{config, general ? nullptr : find_launcher(specialisation_of(problem, config))};
-  remembered = {problem, choice, now};
+  remembered = {problem, frugal, choice, now};
   return choice;
 }
 

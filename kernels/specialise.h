@@ -25,7 +25,8 @@ struct Choice {
   Config config;      // select_config's, or the forced one
   Launcher launcher;  // of its specialisation; null: not built yet, or the general kernel
 };
-// What serves a problem. Throws where the forced variant cannot.
-Choice choose(const Problem& problem);
+// What serves a problem; throws where the forced variant cannot. `frugal`: what select_config says for GPUs that have too
+// little shared memory for that.
+Choice choose(const Problem& problem, bool frugal = false);
 
 }  // namespace depthwise

@@ -227,8 +227,10 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   plan.blocks_c = divide_up(static_cast<int>(args.out_c), Shared::kChannels);
   // Two blocks a multiprocessor; of few taps at stride 1 four small ones, whose threads wait for fewer others (3x3,
   // 16x64x512x512, fp32 / fp16, H200: 0.544 / 0.274 ms, two 0.550 / 0.283; not 32x96x112x112 at stride 2, fp16: 0.038,
-  // two 0.034). Fewer where shared memory is small.
-  constexpr bool kSmallBlocks = kVector == 4 && Traits::kStrideW == 1;
+  // two 0.034), in 16 bits of more taps as well (3x7, 32x128x128x256, H100: fp16 0.198, two 0.202; fp32 0.396, 0.383).
+  // Fewer where shared memory is small.
+  constexpr bool kIsShort = sizeof(typename Traits::T) == 2;
+  constexpr bool kSmallBlocks = kVector >= (kIsShort ? 2 : 4) && Traits::kStrideW == 1;
   const auto stage_bytes = [&] {
     return Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
   };
@@ -249,8 +251,9 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   int strips =
       best_strips(images, concurrent, args.out_h, 2 * Shape::kStageOutputs, Shape::kStageOutputs + Shape::kLag);
   // Tall images: many strips, in 16 bits always (3x3, H200: 64x128x256x512, fp16: 1.233 ms with one strip, 1.154 with 8;
-  // fp32: 2.162, 2.172), else where all blocks would be a single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
-  if (args.out_h >= 192 && (sizeof(typename Traits::T) == 2 || images * strips <= concurrent))
+  // fp32: 2.162, 2.172; 3x7, 32x128x128x256, fp16, H100: three strips 0.202, one 0.209), else where all blocks would be a
+  // single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
+  if (kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
     strips = max_int(strips, args.out_h / 32);
   plan.rows = divide_up(args.out_h, strips);
   plan.strips = divide_up(args.out_h, plan.rows);

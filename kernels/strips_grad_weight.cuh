@@ -10,7 +10,7 @@
 // serve 128 positions.
 #pragma once
 
-#include "can_serve.h"
+#include "can_serve_strips.h"
 #include "direct.cuh"
 #include "exact_grad_weight.cuh"
 #include "tensor_core.cuh"
@@ -33,6 +33,8 @@ struct StripsTiling {
   int input_vector, grad_vector;        // NCHW: elements a copy
 
   __host__ __device__ int blocks() const { return 2 * windows + 1; }  // of eight columns, of a line
+  // NCHW: of a block, a window of sixteen lines each.
+  int warps() const { return lines / kStripsAtOnce * windows; }
 };
 
 struct Patch {

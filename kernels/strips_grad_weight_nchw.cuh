@@ -3,8 +3,8 @@
 // Serves  fp16 and bf16, stride 1, dilation 1, kernels up to kMaxSmallGradWeight rows and columns, any padding, image
 //         size, alignment and depth multiplier.
 // Owns    a block takes one channel and a share of the rounds of patches (see StripsTiling; patches are whole images where
-//         there are enough), each of its warps kSets windows of sixteen patches. The warps' sums are added in a fixed
-//         order, and the splits by add_splits_kernel: no atomics.
+//         there are enough), each of its warps a window of sixteen patches. The warps' sums are added in a fixed order,
+//         and the splits by add_splits_kernel: no atomics.
 // Memory  two to four stages of kStageRows steps, copied asynchronously: a line is the row of a patch, of input and then
 //         of grad_output, an odd number of 16-byte words, so that ldmatrix meets no bank twice. A window's sixteen columns
 //         of input begin at a multiple of eight, for ldmatrix; kernels of fewer than nine columns leave some choice of
@@ -17,14 +17,12 @@
 namespace depthwise {
 
 // Compiled for the kernel's rows; its columns are known at launch.
-template <class T_, int kKernelH_, int kSets_>
+template <class T_, int kKernelH_>
 struct StripsGradWeightNchwTraits {
   using T = T_;
   static constexpr int kKernelH = kKernelH_;
-  static constexpr int kSets = kSets_;  // of a warp: windows of sixteen patches
-  static constexpr int kMaxSets = 8;    // of a block
-  static constexpr int kThreads = 32 * divide_up(kMaxSets, kSets);
-  static constexpr int kBlocks = kSets == 1 ? 2 : 3;  // of a multiprocessor that registers must leave room for
+  static constexpr int kMaxWarps = 8, kThreads = 32 * kMaxWarps;
+  static constexpr int kBlocks = 2;  // of a multiprocessor that registers must leave room for
   static constexpr int kStageRows = strips_stage_rows(kKernelH, 5);
 };
 
@@ -75,7 +73,7 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     strips_grad_weight_nchw_kernel(const GradWeightArgs args, const StripsTiling tiling) {
   using T = typename Traits::T;
-  constexpr int kKernelH = Traits::kKernelH, kSets = Traits::kSets, kStageRows = Traits::kStageRows;
+  constexpr int kKernelH = Traits::kKernelH, kStageRows = Traits::kStageRows;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* const buffers = reinterpret_cast<T*>(shared_memory);
 
@@ -123,22 +121,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     commit_copies();
   };
 
-  // Multiplying: where this lane's rows of the matrices of its warp's sets begin. A set: a window of sixteen lines.
+  // Multiplying: where this lane's rows of the matrices of its warp's window of sixteen lines begin.
   float sum[kKernelH][4] = {}, bias[4] = {};
-  unsigned grads[kSets][kKernelH][2];
+  unsigned grads[kKernelH][2];
   const bool has_bias = args.partial_bias != nullptr || args.grad_bias != nullptr;
-  const int sets = tiling.lines / kStripsAtOnce * tiling.windows;
-  unsigned input_offset[kSets], grad_offset[kSets];
-#pragma unroll
-  for (int s = 0; s < kSets; ++s) {
-    const int set = min(warp + s * warps, sets - 1);
-    const int first_line = set / tiling.windows * kStripsAtOnce, window = set % tiling.windows;
-    const auto offset_of = [&](int strip, int column) {
-      return 2 * ((first_line + strip) * tiling.pitch + window * kWindow + column);
-    };
-    input_offset[s] = offset_of(input_strip_of(lane), input_column_of(lane));
-    grad_offset[s] = offset_of(lane % kStripsAtOnce, input_columns);
-  }
+  const int first_line = warp / tiling.windows * kStripsAtOnce, window = warp % tiling.windows;
+  const auto offset_of = [&](int strip, int column) {
+    return 2 * ((first_line + strip) * tiling.pitch + window * kWindow + column);
+  };
+  const unsigned input_offset = offset_of(input_strip_of(lane), input_column_of(lane));
+  const unsigned grad_offset = offset_of(lane % kStripsAtOnce, input_columns);
 
   // Rows beyond a patch's are zeros; a branch would keep the next row's loads from starting before this row's products.
   const auto multiply_stage = [&](const T* shared) {
@@ -146,15 +138,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     for_each_index<kStageRows>([&](auto row) {
       constexpr int kRow = decltype(row)::value, kNewest = kRow % kKernelH;
       const unsigned at = base + kRow * row_elements * 2;
-#pragma unroll
-      for (int s = 0; s < kSets; ++s) {
-        unsigned x[4];
-        ptx::load_matrices_transposed(x, at + input_offset[s]);
-        ptx::load_matrices_transposed(grads[s][kNewest], at + grad_offset[s]);
-        if (s > 0 && warp + s * warps >= sets) grads[s][kNewest][0] = grads[s][kNewest][1] = 0;
-        if (has_bias) multiply_ones<T>(bias, grads[s][kNewest]);
-        multiply_strips<T, kNewest>(sum, x, grads[s]);
-      }
+      unsigned x[4];
+      ptx::load_matrices_transposed(x, at + input_offset);
+      ptx::load_matrices_transposed(grads[kNewest], at + grad_offset);
+      if (has_bias) multiply_ones<T>(bias, grads[kNewest]);
+      multiply_strips<T, kNewest>(sum, x, grads);
     });
   };
 
@@ -168,17 +156,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     load(buffers + load_buffer * stage_elements);  // where all have done with the stage before
     if (stage == 0) {
 #pragma unroll
-      for (int s = 0; s < kSets; ++s)
-#pragma unroll
-        for (int i = 0; i < kKernelH; ++i) grads[s][i][0] = grads[s][i][1] = 0;
+      for (int i = 0; i < kKernelH; ++i) grads[i][0] = grads[i][1] = 0;
     }
     const T* const shared = buffers + buffer * stage_elements;
     if (stage * kStageRows < tiling.head) {
-#pragma unroll
-      for (int s = 0; s < kSets; ++s)
-        if (s == 0 || warp + s * warps < sets)
-          take_grads<T, kStageRows>(grads[s], bias, has_bias, ptx::shared_address(shared) + grad_offset[s],
-                                    2 * row_elements, {~0u, ~0u}, tiling.head);
+      take_grads<T, kStageRows>(grads, bias, has_bias, ptx::shared_address(shared) + grad_offset, 2 * row_elements,
+                                {~0u, ~0u}, tiling.head);
     } else {
       multiply_stage(shared);
     }
@@ -252,7 +235,7 @@ StripsTiling strips_tiling_nchw(const GradWeightArgs& args) {
   // Segments that leave room for two stages.
   const int shared = device_limits().shared_bytes_for(2);
   const auto stage_bytes = [&](int lines) { return Traits::kStageRows * lines * tiling.pitch * 2; };
-  for (tiling.segments = divide_up(windows, Traits::kMaxSets);; ++tiling.segments) {
+  for (tiling.segments = divide_up(windows, Traits::kMaxWarps);; ++tiling.segments) {
     tiling.windows = divide_up(windows, tiling.segments);
     tiling.pitch = kWindow * tiling.blocks();
     if (2 * stage_bytes(kStripsAtOnce) <= shared || tiling.windows == 1) break;
@@ -261,14 +244,14 @@ StripsTiling strips_tiling_nchw(const GradWeightArgs& args) {
 
   constexpr int kStageCost = 4;  // beside its products, in windows of sixteen patches
   int64_t least = INT64_MAX;
-  for (int groups = 1; groups * tiling.windows <= Traits::kMaxSets; groups *= 2)
+  for (int groups = 1; groups * tiling.windows <= Traits::kMaxWarps; groups *= 2)
     if (groups == 1 || 2 * stage_bytes(groups * kStripsAtOnce) <= shared)
       cut_into_pieces(args, groups * kStripsAtOnce, Traits::kStageRows, kStageCost + groups * tiling.windows, least,
                       tiling);
   tiling.buffers = max_int(2, min_int(4, shared / stage_bytes(tiling.lines)));
   // Few warps: a third block, if it costs no more than the fourth stage.
-  const int threads = 32 * divide_up(tiling.lines / kStripsAtOnce * tiling.windows, Traits::kSets);
-  if (3 * threads <= 2 * Traits::kThreads && 3 * stage_bytes(tiling.lines) <= device_limits().shared_bytes_for(3))
+  if (3 * tiling.warps() <= 2 * Traits::kMaxWarps &&
+      3 * stage_bytes(tiling.lines) <= device_limits().shared_bytes_for(3))
     tiling.buffers = min_int(3, tiling.buffers);
   // No more than a block has stages: that may be room for another block (384x14x14, 7x7).
   tiling.buffers = max_int(2, min_int(tiling.block_rounds * tiling.stages, tiling.buffers));
@@ -279,7 +262,7 @@ template <class Traits>
 int launch_strips_grad_weight_nchw(const GradWeightArgs& args, int, cudaStream_t stream) {
   const auto kernel = strips_grad_weight_nchw_kernel<Traits>;
   StripsTiling tiling = strips_tiling_nchw<Traits>(args);
-  const int warps = divide_up(tiling.lines / kStripsAtOnce * tiling.windows, Traits::kSets);
+  const int warps = tiling.warps();
   tiling.lanes = 32 * warps / tiling.lines;
   const int stages_bytes = tiling.buffers * Traits::kStageRows * tiling.lines * tiling.pitch * 2;
   const int bytes = max_int(stages_bytes, warps * (Traits::kKernelH * kSumsOfProduct + 1) * 4);

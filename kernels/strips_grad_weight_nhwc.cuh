@@ -9,10 +9,8 @@
 // Memory  two to four stages of kStageRows steps as they lie in global memory, copied asynchronously, and one put planar
 //         from there. Raw: blocks of eight pixels, of which the eights of channels change places every four pixels, so
 //         that ldmatrix meets no bank twice; it transposes, and words of two pixels are stored into the channels' planes.
-//         There are two sets of planes, if they fit and are wanted, and one stage is put planar while another is
-//         multiplied. Planar: a line is a row of a patch, of input and then of grad_output, in a pitch that lets eight
-//         neighbouring windows, across lines too, lie in different banks; planes lie an odd number of 16-byte words
-//         apart.
+//         Planar: a line is a row of a patch, of input and then of grad_output, in a pitch that lets eight neighbouring
+//         windows, across lines too, lie in different banks; planes lie an odd number of 16-byte words apart.
 // Chosen  select.h.
 #pragma once
 
@@ -21,14 +19,13 @@
 namespace depthwise {
 
 // Compiled for the kernel's rows; its columns are known at launch.
-template <class T_, int kKernelH_, int kMaxSets_>
+template <class T_, int kKernelH_>
 struct StripsGradWeightNhwcTraits {
   using T = T_;
   static constexpr int kKernelH = kKernelH_;
   static constexpr int kChannels = kStripsGradWeightChannels, kEights = kChannels / 8;
   static constexpr int kThreads = 32 * kChannels;
   static constexpr int kBlocks = strips_blocks_nhwc(kKernelH);  // of a multiprocessor
-  static constexpr int kMaxSets = kBlocks > 1 ? 1 : kMaxSets_;  // of planes: blocks go on side by side anyhow
   static constexpr int kStageRows = strips_stage_rows(kKernelH, kStripsFewestRowsNhwc);
 #if __CUDA_ARCH__ >= 800
   static constexpr int kPutAtOnce = kBlocks > 1 ? 1 : 2;  // pairs of blocks, as registers allow
@@ -48,8 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   constexpr int kEights = Traits::kEights;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* const planes = reinterpret_cast<T*>(shared_memory);
-  const int set_elements = Traits::kChannels * layout.plane;
-  unsigned char* const raw = shared_memory + layout.sets * set_elements * 2;
+  unsigned char* const raw = shared_memory + Traits::kChannels * layout.plane * 2;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int channels = static_cast<int>(args.out_c), first_channel = blockIdx.x * Traits::kChannels;
@@ -109,7 +105,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int matrix = lane / 8, pixel = lane % 8;
   const unsigned matrix_offset = (matrix / 2 * 8 + pixel) * 32 + (matrix % 2 ^ pixel / 4) * 16;
   const int num_blocks = kStageRows * tiling.lines * blocks;
-  const auto put_planar = [&](const unsigned char* shared, int first_line, T* planes) {
+  const auto put_planar = [&](const unsigned char* shared, int first_line) {
     const unsigned from = ptx::shared_address(shared) + matrix_offset;
     T* const to = planes + lane / 4 * layout.plane + lane % 4 * 2;
     const auto put_two = [&](int first, T* to_first, T* to_second) {
@@ -155,52 +151,38 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   };
   const unsigned masks[2] = {pair_mask(lane % 4 * 2), pair_mask(lane % 4 * 2 + 8)};
 
-  const auto multiply_stage = [&](unsigned input, unsigned grad) {
+  const auto multiply_stage = [&] {
     for_each_index<kStageRows>([&](auto row) {
       constexpr int kRow = decltype(row)::value, kNewest = kRow % kKernelH;
       unsigned x[4];
-      ptx::load_matrices_transposed(x, input + kRow * row_bytes);
-      ptx::load_matrices_transposed(grads[kNewest], grad + kRow * row_bytes);
+      ptx::load_matrices_transposed(x, input_address + kRow * row_bytes);
+      ptx::load_matrices_transposed(grads[kNewest], grad_address + kRow * row_bytes);
       grads[kNewest][0] &= masks[0], grads[kNewest][1] &= masks[1];
       if (has_bias) multiply_ones<T>(bias, grads[kNewest]);
       multiply_strips<T, kNewest>(sum, x, grads);
     });
   };
 
-  // With two sets of planes one stage is put planar while another is multiplied, by half of the warps first the one, by
-  // the others first the other.
-  const int lead = Traits::kMaxSets > 1 ? layout.sets - 1 : 0, order = lead * (warp / 4 % 2);
   const int ahead = tiling.buffers - 1, total = (end - begin) * tiling.stages;
-  int buffer = 0, stage = 0, set = 0;  // that is put planar
+  int buffer = 0, stage = 0;
   for (int k = 0; k < ahead; ++k) load(raw + k * layout.raw_stage);
 #pragma unroll 1
-  for (int idx = -lead; idx < total; ++idx) {
+  for (int idx = 0; idx < total; ++idx) {
     wait_for_stage(ahead);
     __syncthreads();
     load(raw + (buffer == 0 ? ahead : buffer - 1) * layout.raw_stage);  // which all have put planar
-#pragma unroll 1
-    for (int phase = 0; phase < 2; ++phase) {
-      if (phase == order) {
-        if (idx + lead < total)
-          put_planar(raw + buffer * layout.raw_stage, stage == 0 ? tiling.head * tiling.lines : 0,
-                     planes + set * set_elements);
-      } else if (idx >= 0) {
-        const int here = stage >= lead ? stage - lead : tiling.stages - 1;
-        const unsigned offset = 2 * (set ^ lead) * set_elements;
-        if (here == 0) {
+    put_planar(raw + buffer * layout.raw_stage, stage == 0 ? tiling.head * tiling.lines : 0);
+    __syncthreads();
+    if (stage == 0) {
 #pragma unroll
-          for (int i = 0; i < kKernelH; ++i) grads[i][0] = grads[i][1] = 0;
-        }
-        if (here * kStageRows < tiling.head)
-          take_grads<T, kStageRows>(grads, bias, has_bias, grad_address + offset, row_bytes, masks, tiling.head);
-        else
-          multiply_stage(input_address + offset, grad_address + offset);
-      }
-      if (phase == 0 && lead == 0) __syncthreads();
+      for (int i = 0; i < kKernelH; ++i) grads[i][0] = grads[i][1] = 0;
     }
+    if (stage * kStageRows < tiling.head)
+      take_grads<T, kStageRows>(grads, bias, has_bias, grad_address, row_bytes, masks, tiling.head);
+    else
+      multiply_stage();
     if (++stage == tiling.stages) stage = 0;
     if (++buffer == tiling.buffers) buffer = 0;
-    set ^= lead;
   }
   wait_for_copies<0>();
   let_second_pass_begin();
@@ -241,8 +223,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 }
 
 template <class Traits>
-StripsLayoutNhwc layout_of(const StripsTiling& tiling, int sets) {
-  return StripsLayoutNhwc(Traits::kKernelH, tiling.lines, tiling.windows, tiling.buffers, sets);
+StripsLayoutNhwc layout_of(const StripsTiling& tiling) {
+  return StripsLayoutNhwc(Traits::kKernelH, tiling.lines, tiling.windows, tiling.buffers);
 }
 
 template <class Traits>
@@ -254,11 +236,9 @@ std::pair<StripsTiling, StripsLayoutNhwc> strips_tiling_nhwc(const GradWeightArg
   tiling.windows = cut.windows, tiling.segments = cut.segments;
   int64_t least = INT64_MAX;
   cut_into_pieces(args, cut.lines, Traits::kStageRows, 1, least, tiling);
-  tiling.buffers = 2;
-  const int sets = layout_of<Traits>(tiling, Traits::kMaxSets).bytes <= shared ? Traits::kMaxSets : 1;
   for (tiling.buffers = 4; tiling.buffers > 2; --tiling.buffers)
-    if (layout_of<Traits>(tiling, sets).bytes <= shared) break;
-  return {tiling, layout_of<Traits>(tiling, sets)};
+    if (layout_of<Traits>(tiling).bytes <= shared) break;
+  return {tiling, layout_of<Traits>(tiling)};
 }
 
 template <class Traits>

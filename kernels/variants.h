@@ -141,7 +141,8 @@ constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4},
                                          {"weight_c2q4", 4, 0, 2},
                                          {"weight_c1q4", 4, 0, 1},
                                          {"weight_c1q2", 2, 0, 1},
-                                         {"weight_c2q4_queue", 4, 0, 2, 0, false, true}};
+                                         {"weight_c2q4_queue", 4, 0, 2, 0, false, true},
+                                         {"weight_c1q4_queue", 4, 0, 1, 0, false, true}};
 
 // Channels of a block.
 constexpr Tile kGradWeightStreamNhwcTiles[] = {{"weight_stream64", 4, 0, 64}, {"weight_stream32", 4, 0, 32}};
@@ -149,9 +150,9 @@ constexpr Tile kGradWeightStreamNhwcTiles[] = {{"weight_stream64", 4, 0, 64}, {"
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 // Columns of the images, at most; rows of outputs that a warp takes at a time: those that divide the image's are best.
 constexpr Tile kBandImagesTiles[] = {{"band_images7", 32, 7, 8}, {"band_images4", 64, 4, 8}};
-// `rows`: images of a block; `vector`: its channels.
-constexpr Tile kImagesNchwTiles[] = {{"images_c4", 16, 8, 4}, {"images_c8", 16, 8, 8}};
-constexpr Tile kImagesNhwcTiles[] = {{"images_c16_nhwc", 16, 8, 16}};
+// Columns of the images, at most; channels of a block.
+constexpr Tile kImagesNchwTiles[] = {{"images_c4", 16, 0, 4}, {"images_c8", 16, 0, 8}};
+constexpr Tile kImagesNhwcTiles[] = {{"images_c16_nhwc", 16, 0, 16}};
 // `vector`: taps of a kernel row that a step takes, at most.
 constexpr Tile kBlockedTiles[] = {
     {"blocked", 7, 4, 64}, {"blocked_rows7", 7, 7, 64}, {"blocked_wide", 14, 7, 16}, {"blocked_rows3", 7, 3, 64}};
@@ -171,10 +172,8 @@ constexpr Tile kImagesGradWeightNhwcTiles[] = {{"weight_images16_nhwc", 16, 0, 8
 constexpr Tile kImagesFmaTiles[] = {{"images_fma", 0, 2, 1}, {"images_fma_plane", 1, 8, 1}};
 // The same; rows 0.
 constexpr Tile kImagesFmaGradWeightTiles[] = {{"weight_images_fma", 0, 0, 1}, {"weight_images_fma_plane", 1, 0, 1}};
-// `rows`: windows of sixteen strips that a warp takes.
-constexpr Tile kStripsGradWeightNchwTiles[] = {{"weight_strips", 8, 1, 1}};
-// `rows`: sets of planes at most.
-constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 1, 8}};
+constexpr Tile kStripsGradWeightNchwTiles[] = {{"weight_strips", 8, 0, 1}};
+constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 0, 8}};
 
 struct TileTable {
   const Tile* tiles;

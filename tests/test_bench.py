@@ -298,7 +298,8 @@ def test_a_wrong_result_is_a_failed_row_and_leaves_the_others(on_the_cpu, monkey
 def test_the_table_saves_as_it_goes_and_leaves_out_what_the_memory_cannot_hold(on_the_cpu, capsys):
     calls = []
     args = bench.parser(CASES).parse_args(["--dtype", "float16", "--direction", "forward", "grad_weight"])
-    rows = bench.run_table([SMALL, CASES["kb84"]], args, Watch(), 3.0, lambda rows: calls.append(len(rows)))
+    groups = bench.groups_that_fit([SMALL, CASES["kb84"]], args)
+    rows = bench.run_table(groups, args, Watch(), 3.0, lambda rows: calls.append(len(rows)))
     printed = capsys.readouterr().out
     assert len(rows) == 4 and calls == [2, 4]
     assert "kb84 float16 is left out" in printed
@@ -311,7 +312,7 @@ def test_an_exception_in_one_row_does_not_end_the_table(on_the_cpu, monkeypatch,
 
     monkeypatch.setattr(bench, "measure", broken)
     args = bench.parser(CASES).parse_args(["--dtype", "float16", "--direction", "forward"])
-    rows = bench.run_table([SMALL], args, Watch(), 3.0, lambda rows: None)
+    rows = bench.run_table(bench.groups_that_fit([SMALL], args), args, Watch(), 3.0, lambda rows: None)
     assert [r["failed"] for r in rows] == ["RuntimeError: no such kernel"] * 2
     assert "FAILED: RuntimeError: no such kernel" in capsys.readouterr().out
 

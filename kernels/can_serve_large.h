@@ -1,0 +1,169 @@
+// What the kernels for many taps can serve: on the tensor cores toeplitz, band_images and toeplitz_grad_weight, by
+// multiply-adds blocked and blocked_grad_weight.
+#pragma once
+
+#include "variants.h"
+
+namespace depthwise {
+
+// toeplitz, blocked: filters of fewer taps are for the other kernels.
+constexpr int kMinLargeTaps = 25;
+
+// toeplitz: columns are counted in chunks of eight.
+struct Band {
+  int chunks;        // that eight outputs read
+  int origin;        // where the chunks of output column 0 begin
+  int tiles_w;       // columns of a block, in eights
+  int image_chunks;  // of an input row; 0: outputs are too wide for one block
+  int tiles_h;       // rows of a warp, in sixteens
+
+  int chunks_in(int stride_w) const { return (tiles_w - 1) * stride_w + chunks; }
+};
+
+inline Band band_of(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  Band band{};
+  band.origin = floor_divide(-args.padding_w, 8);
+  const int last = static_cast<int>(7 * p.stride_w) + (args.kernel_w - 1) * args.dilation_w - args.padding_w;
+  band.chunks = floor_divide(last, 8) - band.origin + 1;
+  band.image_chunks = floor_divide(args.w + 7, 8);
+  band.tiles_w = floor_divide(args.out_w + 7, 8);
+  const int stride = static_cast<int>(p.stride_w);
+  // A warp's rows: many where a block holds many small images or, in channels_last, lays out the weights of eight
+  // channels; few where shared memory bounds the rows (channels_last; 32x128x56x56, 31x31, fp16, H200: 0.48 ms with 16
+  // rows, 0.54 with 32; 32x256x28x28, 29x29: 0.34 and 0.14 with 64; NCHW: 0.156 ms with 16, 0.112 with 32;
+  // 32x512x14x14, 27x27: 0.106 with 16, 0.044 with 64).
+  const auto rows_of = [&](int tiles_w) {
+    if (p.layout == Layout::kNhwc) return tiles_w > 4 ? 1 : 4;
+    return tiles_w > 2 ? 2 : 4;
+  };
+  band.tiles_h = rows_of(band.tiles_w);
+  const bool meets_image = band.origin < band.image_chunks && band.origin + band.chunks_in(stride) > 0;
+  if (band.tiles_w <= 8 && band.image_chunks <= 16 && meets_image) return band;
+  // The width that wastes the fewest columns; of equals the widest.
+  const int all = band.tiles_w;
+  band.image_chunks = 0;
+  band.tiles_w = 8;
+  for (int tiles = 7; tiles >= 5; --tiles)
+    if (floor_divide(all + tiles - 1, tiles) * tiles <
+        floor_divide(all + band.tiles_w - 1, band.tiles_w) * band.tiles_w)
+      band.tiles_w = tiles;
+  band.tiles_h = rows_of(band.tiles_w);
+  return band;
+}
+
+// Weights and the rows that sixteen outputs read, of eight channels in channels_last.
+constexpr int64_t kMaxBandBytes = 160 << 10;
+constexpr int kMaxBandChunks = 12;
+
+inline bool can_serve_toeplitz(const Problem& p) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
+  if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16) return false;
+  const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
+  if (p.stride_h > 4 || p.stride_w > 2 || span_h > 512 || span_w > 96) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.n * p.out_c * ((p.out_h + 15) / 16) * ((p.out_w + 31) / 32) > kInt32Max) return false;
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  const bool channels_last = p.layout == Layout::kNhwc;
+  if (channels_last && p.multiplier != 1) return false;
+  const Band band = band_of(p);
+  if (band.chunks > kMaxBandChunks) return false;
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = 15 * p.stride_h + span_h + 1;
+  const int64_t pitch = band.chunks_in(static_cast<int>(p.stride_w)) + 2;
+  return ((rows < in_h ? rows : in_h) * pitch * 16 + p.kernel_h * (8 * band.chunks + 13) * 4) *
+             (channels_last ? 8 : 1) <=
+         kMaxBandBytes;
+}
+
+// band_images: the ring of kernel rows lies in registers, and what sixteen images of a unit read in shared memory.
+constexpr int kMaxBandImagesChunks = 7;
+
+inline Band band_images_of(const Problem& p) {
+  const DirectArgs args = direct_args(p);
+  Band band{};
+  band.origin = floor_divide(-args.padding_w, 8);
+  band.chunks = floor_divide(7 + args.kernel_w - 1 - args.padding_w, 8) - band.origin + 1;
+  band.image_chunks = floor_divide(args.w + 7, 8);
+  band.tiles_w = floor_divide(args.out_w + 7, 8);
+  return band;
+}
+
+inline bool can_serve_band_images(const Problem& p, const Tile& tile) {
+  if (p.layout != Layout::kNchw || (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)) return false;
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 512 || p.kernel_w > 8 * kMaxBandImagesChunks)
+    return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.w > tile.columns || p.out_w > tile.columns) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.h + 3) / 4) > kInt32Max) return false;  // blocks, of either direction
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  const Band band = band_images_of(p);
+  if (band.chunks > kMaxBandImagesChunks) return false;
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = tile.rows - 1 + p.kernel_h;
+  return (rows < in_h ? rows : in_h) * (band.image_chunks + 1) * 16 * 16 + p.kernel_h * (8 * band.chunks + 8) * 4 <=
+         kMaxBandBytes;
+}
+
+// blocked: a row of a thread's window lies in registers; of wide tiles, what some of its taps read.
+constexpr int kMaxBlockedWindow = 80;
+constexpr int kMaxTallBlockedWindow = 40;  // beside the sums of seven rows
+
+inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
+  if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
+  const int64_t span_h = (p.kernel_h - 1) * p.dilation_h, span_w = (p.kernel_w - 1) * p.dilation_w;
+  if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w > 64 || span_h > 512) return false;
+  const bool is_wide = tile.columns > 7;
+  if (is_wide && (p.stride_w > 1 || p.dilation_w > 1 || p.dilation_h > 1)) return false;
+  if (!is_wide && 6 * p.stride_w + span_w >= (tile.rows > 4 ? kMaxTallBlockedWindow : kMaxBlockedWindow)) return false;
+  if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
+  if (p.n * p.out_c * ((p.out_h + tile.rows - 1) / tile.rows) * ((p.out_w + 6) / 7) > kInt32Max) return false;
+  if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
+  const bool channels_last = p.layout == Layout::kNhwc;
+  if (channels_last && p.multiplier != 1) return false;
+  // Weights, and what a block one thread wide and high reads.
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h,
+                rows = (tile.rows - 1) * p.stride_h + span_h + 1;
+  const int64_t channels = channels_last ? 16 / element_size(p.dtype) : 1;
+  const int64_t weight_bytes = p.kernel_h * (p.kernel_w + 3) * 4 * channels;
+  const int64_t in_bytes = (rows < in_h ? rows : in_h) * ((tile.columns - 1) * p.stride_w + span_w + 1) * 4 * channels;
+  // The weights of many channels leave room for few threads (8x64x128x128, 63x63, fp32, channels_last, H200: 67 ms).
+  return weight_bytes + in_bytes <= kSharedBytesEverywhere && (!channels_last || weight_bytes <= 24 << 10);
+}
+
+// toeplitz_grad_weight and blocked_grad_weight: a kernel's sums are a block's registers.
+constexpr int kMaxLargeGradWeight = 64;
+
+inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
+  const bool channels_last =
+      kernel == Kernel::kBlockedGradWeight ? tile == 1 : kToeplitzGradWeightTiles[tile].vector > 1;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (kernel == Kernel::kToeplitzGradWeight && p.dtype == DType::kFloat32) return false;
+  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
+  // Columns of grad_output that meet padding alone would be missed by the bias.
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  const int64_t channels = channels_last ? p.out_c : 1;  // that lie between neighbouring columns
+  return p.h * p.w <= kInt32Max && p.out_h * p.out_w <= kInt32Max && p.w * channels <= kInt32Max &&
+         p.out_w * channels <= kInt32Max && p.out_c <= kInt32Max &&
+         p.n * p.out_h * (p.w + p.out_w + 15) / 16 <= kInt32Max;
+}
+
+// blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
+// kRows - 1 steps more than rows are counted in, at 12 rows.
+struct TapTile {
+  int rows, columns;
+};
+constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
+  constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4}, {7, 4}, {6, 4}, {5, 4}, {4, 4}, {3, 4}};
+  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 128;
+  TapTile best{};
+  int64_t least = 0;
+  for (const TapTile tile : kCandidates) {
+    const int64_t tiles = ((kernel_h + tile.rows - 1) / tile.rows) * ((kernel_w + tile.columns - 1) / tile.columns);
+    const int64_t cost = tiles * (tile.rows * tile.columns + tile.columns + kLoads) * (kSteps + tile.rows - 1);
+    if (tiles <= kMaxThreads && (least == 0 || cost < least)) least = cost, best = tile;
+  }
+  return best;
+}
+
+}  // namespace depthwise
