@@ -22,6 +22,7 @@
 #pragma once
 
 #include "async_copy.cuh"
+#include "blocked_tiling.cuh"
 #include "direct.cuh"
 
 namespace depthwise {
@@ -36,6 +37,7 @@ struct BlockedTraits {
   static constexpr int kDilationH = kDilationH_, kDilationW = kDilationW_;
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr int kChannels = kChannelsLast ? 16 / static_cast<int>(sizeof(T)) : 1;  // of a block
+  static constexpr Tile kTile = {"", kTileColumns, kTileRows, kTileTaps};
   static constexpr bool kIsWide = kTileColumns > 7;
   // An odd number of columns, or of pairs of them: neighbouring threads then read different banks. Seven divides the
   // images of most networks, as columns and as rows.
@@ -48,17 +50,21 @@ struct BlockedTraits {
   static constexpr int kWindow = divide_up(window_size(kColumns, kStrideW, kTaps, kDilationW), kVector) * kVector;
   // Columns that the last chunk reads beyond those it needs.
   static constexpr int kSlack = (kTaps - kLastTaps) * kDilationW + kVector - 1;
-  // More rows a thread share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six, 0.364 with four;
-  // 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
-  static constexpr int kRows = kTileRows == 4 && kKernelW >= 29 && kWindow <= 44 ? 6 : kTileRows;
+  static constexpr int kRows = blocked_rows(kTile, kKernelW, kWindow);
+  // The terms of a kernel row are added up before they join an output's sum: a long running sum loses bits with every
+  // term. Not where multiply-adds are all that counts, which that would cost one in kernel_w; 16-bit results hide it.
+  static constexpr bool kSumsParts =
+      sizeof(T) == 4 && max_int(max_int(kStrideH, kStrideW), max_int(kDilationH, kDilationW)) > 1;
   static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
-  static constexpr int kThreads = kIsWide ? max_int(128, 32 * kChannels) : 256;  // a block, at most
+  static constexpr int kThreads = blocked_threads(kTile, kChannels) * kChannels;  // a block, at most
   // Of a multiprocessor, by registers (31x31 on 32x128x56x56, fp32, H200: wide 0.504 ms with two blocks of 128 threads,
   // 0.509 with three).
   static constexpr int kWideBlocks = 256 / kThreads;
   static constexpr int kBlocks = kIsWide ? kWideBlocks : kWindow > 60 ? 1 : 2;
-  // Tiles of few rows: two or three blocks a multiprocessor of an H100. Of many: the block's whole share.
-  static constexpr bool kIsTall = kTileRows > 4;
+  static constexpr int kResidentWarps = kIsWide ? 12 : kBlocks == 1 ? 8 : kRows > 4 ? 16 : 20;
+  // Issue slots of a warp: for a row of its window, and for each kernel row that it meets there.
+  static constexpr int kRowSlots = kChunks * (kWindow / kVector + 7) + 48;
+  static constexpr int kTapRowSlots = kKernelW * kColumns + kChunks * divide_up(kTaps, 4) + 3;
 
   // Floats from one row of input to the next, where a block reads `width` columns, of which `padding` lie left of the
   // image. Wide: zeros right of a row are those left of the next one.
@@ -75,15 +81,6 @@ struct BlockedTraits {
     const int loads = divide_up(floats, kVector);
     return (loads + ((lanes - loads) & ((kIsWide ? min_int(2 * lanes, kLoads) : kLoads) - 1))) * kVector;
   }
-};
-
-// How a launch is cut into blocks.
-struct BlockedTiling {
-  int tiles_w, tiles_h, images;  // thread tiles of a block, for each channel
-  int row_step;                  // tiles of a band, whose rows take turns
-  int blocks_w, blocks_h;        // of an image
-  int threads;                   // for each channel
-  int width, pitch;              // columns of input that a block reads; floats from one input row to the next
 };
 
 __device__ __forceinline__ void copy_one(float* shared, const float* global) { copy_async<4>(shared, global); }
@@ -126,15 +123,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int image_pitch = Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
   const int tile_floats = kChannels * images * image_pitch;
 
-  // Load the weights and the tile.
-  const int zeroed = tile_floats + tiling.width + Traits::kSlack;
-  for (int k = threadIdx.x; k < zeroed; k += blockDim.x) tile[k] = 0;
+  // Load the weights, and the tile into zeros.
   const int taps = args.kernel_h * Traits::kKernelW;
   const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  for (int k = threadIdx.x; k < channels * taps; k += blockDim.x) {
-    const int tap = k % taps, flipped = args.flip ? k - tap + taps - 1 - tap : k;
-    shared[k / Traits::kKernelW * Traits::kWeightPitch + k % Traits::kKernelW] = load(weight + flipped);
-  }
+  for (int e = 0; e < channels; ++e, weight += taps)
+    for (int k = threadIdx.x; k < taps; k += blockDim.x)
+      copy_one(shared + (e * args.kernel_h + k / Traits::kKernelW) * Traits::kWeightPitch + k % Traits::kKernelW,
+               weight + (args.flip ? taps - 1 - k : k));
+  const int zeroed = divide_up(tile_floats + tiling.width + Traits::kSlack, 4);
+  for (int k = threadIdx.x; k < zeroed; k += blockDim.x) reinterpret_cast<float4*>(tile)[k] = float4{};
   __syncthreads();
   if (in_rows > 0 && in_columns > 0) {
     const int64_t plane = static_cast<int64_t>(args.h) * args.w;
@@ -144,7 +141,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                        (static_cast<int64_t>(in_row) * args.w + in_column) * in_c + channel;
       const bool vectors = in_c % kChannels == 0 && reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
       for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images;) {
-        constexpr int kBatch = 4;  // pixels loaded before the first is stored
+        constexpr int kBatch = Traits::kSumsParts ? 4 : 8;  // pixels loaded before the first is stored
         Vector<T, kChannels> pixel[kBatch];
         float* to[kBatch];
 #pragma unroll
@@ -181,7 +178,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   // Compute. Threads count columns first, then images, then rows, so that the lanes of a warp share their rows.
   const int own_channel = threadIdx.x / tiling.threads;
-  const int unit = threadIdx.x % tiling.threads;
+  // Warps take turns from block to block and from wave to wave: those of other rows have other amounts of work.
+  const unsigned turn = (blockIdx.x + blockIdx.x / 128) % (tiling.threads / 32) * 32;
+  const int unit = static_cast<int>((threadIdx.x + turn) % tiling.threads);
   const int tile_w = unit % tiling.tiles_w;
   const int own_image = unit / tiling.tiles_w % images;
   const int tile_h = unit / tiling.tiles_w / images;
@@ -246,6 +245,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         const int kernel_row = (r - o * Traits::kStrideH) / Traits::kDilationH;
         const float* weights =
             Traits::kIsWide ? chunk_weights - o * weights_step : filter + kernel_row * Traits::kWeightPitch;
+        float part[kColumns] = {};
 #pragma unroll
         for (int j = 0; j < Traits::kTaps; j += 4) {
           const float4 four = *reinterpret_cast<const float4*>(weights + j);
@@ -254,9 +254,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
           for (int k = 0; k < 4 && j + k < Traits::kTaps; ++k) {
             if (j + k >= Traits::kLastTaps && !is_whole) continue;
 #pragma unroll
-            for (int v = 0; v < kColumns; ++v)
-              sum[o][v] = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], sum[o][v]);
+            for (int v = 0; v < kColumns; ++v) {
+              float& to = Traits::kSumsParts ? part[v] : sum[o][v];
+              to = fmaf(window[v * Traits::kStrideW + (j + k) * Traits::kDilationW], w[k], to);
+            }
           }
+        }
+        if constexpr (Traits::kSumsParts) {
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v) sum[o][v] += part[v];
         }
       }
       from += Traits::kTaps * Traits::kDilationW;
@@ -306,67 +312,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
 template <class Traits>
 int launch_blocked(const DirectArgs& args, int, cudaStream_t stream) {
-  const DeviceLimits& device = device_limits();
-  const int all_w = divide_up(args.out_w, Traits::kColumns), all_h = divide_up(args.out_h, Traits::kRows);
-  const int all_images = static_cast<int>(args.n);
-  const int max_threads = Traits::kThreads / Traits::kChannels / 32 * 32;
-  const int64_t channels = divide_up<int64_t>(args.out_c, Traits::kChannels);
-
-  // Whole images where threads and shared memory allow it, then several of them; but two blocks a multiprocessor.
-  BlockedTiling tiling{};
-  tiling.tiles_w = divide_up(all_w, divide_up(all_w, 32));
-  tiling.tiles_h = min_int(all_h, max_int(1, max_threads / tiling.tiles_w));
-  tiling.images = 1;
-  const auto shared_bytes = [&] {
-    tiling.width =
-        window_size(tiling.tiles_w * Traits::kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
-    tiling.pitch = Traits::row_pitch(tiling.width, all_w > tiling.tiles_w ? 0 : args.padding_w, args.w);
-    const int out_rows = tiling.tiles_h * Traits::kRows;
-    const int in_rows =
-        min_int(args.h, (out_rows - 1) * Traits::kStrideH + (args.kernel_h - 1) * Traits::kDilationH + 1);
-    const int planes = Traits::kChannels * tiling.images;
-    const int in_floats =
-        planes * Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w) + tiling.width + Traits::kSlack;
-    const int out_floats = planes * out_rows * tiling.tiles_w * Traits::kColumns;
-    return 4 * (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(in_floats, out_floats));
-  };
-  const int roomy = Traits::kIsTall ? device.shared_bytes_for(Traits::kBlocks)
-                                    : min_int(device.shared_bytes_block, (Traits::kChannelsLast ? 110 : 72) << 10);
-  while (tiling.tiles_h > 1 && shared_bytes() > roomy) tiling.tiles_h = divide_up(tiling.tiles_h, 2);
-  while (tiling.tiles_w > 1 && shared_bytes() > roomy) tiling.tiles_w = divide_up(tiling.tiles_w, 2);
-  tiling.blocks_w = divide_up(all_w, tiling.tiles_w);
-  tiling.blocks_h = divide_up(all_h, tiling.tiles_h);
-  tiling.tiles_h = divide_up(all_h, tiling.blocks_h);
-  // As wide a band as leaves most rows of a thread within a kernel's height.
-  tiling.row_step = 1;
-  for (int step = 2; 4 * step * Traits::kRows <= 7 * args.kernel_h; ++step)
-    if (tiling.tiles_h % step == 0) tiling.row_step = step;
-  const auto fits = [&] {
-    return tiling.tiles_w * tiling.tiles_h * tiling.images <= max_threads && shared_bytes() <= roomy &&
-           channels * divide_up(all_images, tiling.images) >= 2 * device.multiprocessors;
-  };
-  while (tiling.blocks_w * tiling.blocks_h == 1 && tiling.images < all_images) {
-    ++tiling.images;
-    if (!fits()) {
-      --tiling.images;
-      break;
-    }
-  }
-  if (Traits::kIsWide) {  // as many as leave the fewest lanes without work, but no more
-    const auto warps = [&](int images) {
-      return divide_up(all_images, images) * divide_up(tiling.tiles_w * tiling.tiles_h * images, 32);
-    };
-    for (int images = tiling.images - 1; images > 0; --images)
-      if (warps(images) < warps(tiling.images)) tiling.images = images;
-  } else {
-    tiling.images = divide_up(all_images, divide_up(all_images, tiling.images));
-  }
-  tiling.threads = divide_up(tiling.tiles_w * tiling.tiles_h * tiling.images, 32) * 32;
-
-  const int bytes = shared_bytes();
-  if (bytes > device.shared_bytes_block) return kTooLittleSharedMemory;
+  const BlockedTiling tiling = blocked_tiling<Traits>(args, device_limits());
+  if (tiling.threads == 0) return kTooLittleSharedMemory;
+  const int bytes = blocked_shared_bytes<Traits>(args, tiling);
   if (const int error = allow_shared_bytes(blocked_kernel<Traits>, bytes)) return error;
-  const int64_t blocks = channels * divide_up(all_images, tiling.images) * tiling.blocks_w * tiling.blocks_h;
+  const int64_t blocks = divide_up<int64_t>(args.out_c, Traits::kChannels) *
+                         divide_up(static_cast<int>(args.n), tiling.images) * tiling.blocks_w * tiling.blocks_h;
   blocked_kernel<Traits>
       <<<static_cast<unsigned>(blocks), tiling.threads * Traits::kChannels, bytes, stream>>>(args, tiling);
   return cudaGetLastError();

@@ -9,22 +9,18 @@
 //         Threads are laid out kernel rows slowest, those as far from the middle side by side, so that warps skip the
 //         steps whose input row is padding. The threads' sums are added in a fixed order, and the splits by
 //         add_splits_kernel: no atomics.
-// Memory  a stage's input and gradient as fp32, and zeros around them: kBlockedSharedBytes, or where few threads share
-//         them as much as three blocks find on a multiprocessor, and as many images as leave few lanes without a strip.
+// Memory  a stage's input and gradient as fp32, and zeros around them: as much as a multiprocessor has for each of the
+//         blocks that its registers hold (see blocked_grad_weight_tiling.h).
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, term by term.
 // Chosen  select.h.
 #pragma once
 
+#include "blocked_grad_weight_tiling.h"
 #include "direct.cuh"
 #include "exact_grad_weight.cuh"
 #include "rectangle.cuh"
 
 namespace depthwise {
-
-constexpr int kBlockedSharedBytes = 48 << 10;
-constexpr int kBlockedMostSharedBytes = 72 << 10;  // where a multiprocessor has them for each block
-constexpr int kStrip = 4;                          // columns of grad_output a step takes
-constexpr int kBlockedTileColumns = 64;            // of grad_output a stage holds, at most
 
 template <class T_, int kRows_, int kColumns_>
 struct BlockedGradWeightTraits {
@@ -39,23 +35,17 @@ struct BlockedGradWeightTraits {
   static constexpr int kPartTerms = 64;
   static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
   static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
-  // A thread's registers are its sums, those of a part, and the rows of a strip. More than 24 taps a thread: 168 leave
-  // the compiler a choice of banks; of 128, one multiply-add in seven of 4x8 taps has all operands in one bank.
-  static constexpr bool kIsRoomy = kSumsParts && kRows * kColumns > 24;
-  static constexpr int kThreads = kIsRoomy ? 128 : 256;  // a block, at most
-  static constexpr int kBlocks = kIsRoomy ? 3 : 2;       // of a multiprocessor
+  // A thread's registers are its sums, those of a part, and the rows of a strip.
+  static constexpr bool kIsRoomy = kSumsParts && kRows * kColumns > kBlockedFewTaps;
+  static constexpr BlockedGradWeightShape kShape = blocked_grad_weight_shape(kRows, kColumns, kIsRoomy);
+  static constexpr int kThreads = kShape.threads, kBlocks = kShape.blocks;
 };
 
 // How a launch is cut.
-struct BlockedGradWeightTiling {
+struct BlockedGradWeightTiling : BlockedGradWeightCut {
   bool channels_last;
-  int images, band_rows, tile_columns;      // of grad_output: a stage
-  int num_bands, num_column_tiles, stages;  // of a channel
-  int input_rows;                           // of an image in a stage, at most
-  int tiles_h, tiles_w, groups;             // threads: register tiles of the kernel, and those that share the strips
-  int input_pitch;                          // columns of an input row: those that the tile's meet
-  int input_lanes, grad_lanes;              // threads that copy a row
-  bool grad_vectors;                        // rows of grad_output are whole words of four columns
+  int input_lanes, grad_lanes;  // threads that copy a row
+  bool grad_vectors;            // rows of grad_output are whole words of four columns
 
   // Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image.
   __device__ int tile_of(int place) const {
@@ -63,11 +53,6 @@ struct BlockedGradWeightTiling {
   }
   __device__ int place_of(int tile_h) const {
     return 2 * tile_h < tiles_h ? 2 * tile_h : 2 * (tiles_h - 1 - tile_h) + 1;
-  }
-  __host__ __device__ int input_elements() const { return images * input_rows * input_pitch; }
-  // kRows - 1 rows of zeros above and below each image.
-  __host__ __device__ int grad_elements(int rows) const {
-    return (images * (band_rows + rows - 1) + rows - 1) * tile_columns;
   }
 };
 
@@ -328,74 +313,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
 }
 
-// Rounds of strips that `groups` need for `count` images, `images` a stage.
-inline int blocked_rounds(int count, int images, int strips, int groups) {
-  return count / images * divide_up(images * strips, groups) + divide_up(count % images * strips, groups);
-}
-
-template <class Traits>
-BlockedGradWeightTiling blocked_grad_weight_tiling(const GradWeightArgs& args, bool channels_last, int shared_bytes) {
-  constexpr int kHalo = Traits::kRows - 1;
-  BlockedGradWeightTiling tiling;
-  tiling.tiles_h = divide_up(args.kernel_h, Traits::kRows);
-  tiling.tiles_w = divide_up(args.kernel_w, Traits::kColumns);
-  const int max_groups = Traits::kThreads / (tiling.tiles_h * tiling.tiles_w);
-  tiling.channels_last = channels_last;
-  tiling.num_column_tiles = divide_up(args.out_w, kBlockedTileColumns);
-  tiling.tile_columns = divide_up(divide_up(args.out_w, tiling.num_column_tiles), kStrip) * kStrip;
-  tiling.input_pitch = tiling.tile_columns + tiling.tiles_w * Traits::kColumns;
-
-  constexpr int kFewestRows = 8;
-  // As many rows as fit, or as many images as keep every thread busy.
-  const int budget = shared_bytes / 4 - 2 * kHalo * tiling.tile_columns;  // floats
-  const int in_row = tiling.input_pitch, grad_row = tiling.tile_columns;
-  const int fitting = (budget - (args.kernel_h - 1) * in_row) / (in_row + grad_row);
-  const int fitting_whole = args.h < budget / in_row ? (budget - args.h * in_row) / grad_row : 0;
-  const int rows = max_int(1, min_int(args.out_h, max_int(fitting, fitting_whole)));
-  // Few images: bands, so that every split has a stage.
-  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
-  const int bands = max_int(divide_up(args.out_h, rows), min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
-  tiling.band_rows = divide_up(args.out_h, bands);
-  tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
-  tiling.input_rows = min_int(args.h, tiling.band_rows + args.kernel_h - 1);
-  const int strips = tiling.tile_columns / kStrip;
-  tiling.images = 1;
-  if (tiling.num_bands == 1 && tiling.num_column_tiles == 1) {
-    const int wanted = divide_up(2 * max_groups, strips);
-    const int room = (budget + kHalo * grad_row) / (tiling.input_rows * in_row + (args.out_h + kHalo) * grad_row);
-    const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
-    const int most = max_int(1, min_int(room, share));
-    tiling.images = divide_up(share, divide_up(share, min_int(wanted, most)));
-    for (int images = tiling.images + 1; images <= most; ++images)
-      if (blocked_rounds(share, images, strips, max_groups) < blocked_rounds(share, tiling.images, strips, max_groups))
-        tiling.images = images;
-  }
-  tiling.stages =
-      static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
-  tiling.input_lanes = row_lanes(min_int(args.w, tiling.input_pitch));
-  tiling.grad_vectors = sizeof(typename Traits::T) == 4 && !channels_last && args.out_w % 4 == 0 &&
-                        reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
-  tiling.grad_lanes = row_lanes(tiling.tile_columns / (tiling.grad_vectors ? 4 : 1));
-  // The fewest groups that need no more rounds than all would.
-  const int units = tiling.images * strips;
-  tiling.groups = divide_up(units, divide_up(units, max_groups));
-  return tiling;
-}
-
 // Tiles of variants.h's table: NCHW, channels_last.
 template <class Traits>
 int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_t stream) {
   const DeviceLimits& device = device_limits();
   const int share = min_int(device.shared_bytes / Traits::kBlocks - (1 << 10), kBlockedMostSharedBytes);
-  const int room = Traits::kIsRoomy ? max_int(share, kBlockedSharedBytes) : kBlockedSharedBytes;
-  const BlockedGradWeightTiling tiling = blocked_grad_weight_tiling<Traits>(args, tile == 1, room);
-  const int threads = divide_up(tiling.tiles_h * tiling.tiles_w * tiling.groups, 32) * 32;
-  const int floats = max_int(tiling.input_elements() + tiling.grad_elements(Traits::kRows),
-                             Traits::kRows * Traits::kColumns * threads);
-  const int bytes = floats * 4;
+  BlockedGradWeightTiling tiling{
+      blocked_grad_weight_cut(args, Traits::kShape, args.splits, max_int(share, kBlockedSharedBytes)), tile == 1};
+  tiling.input_lanes = row_lanes(min_int(args.w, tiling.input_pitch));
+  tiling.grad_vectors = sizeof(typename Traits::T) == 4 && !tiling.channels_last && args.out_w % 4 == 0 &&
+                        reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
+  tiling.grad_lanes = row_lanes(tiling.tile_columns / (tiling.grad_vectors ? 4 : 1));
+  const int bytes = tiling.shared_bytes(Traits::kShape);
   if (const int error = allow_shared_bytes(blocked_grad_weight_kernel<Traits>, bytes)) return error;
   blocked_grad_weight_kernel<Traits>
-      <<<dim3(static_cast<unsigned>(args.out_c), args.splits), threads, bytes, stream>>>(args, tiling, bytes);
+      <<<dim3(static_cast<unsigned>(args.out_c), args.splits), tiling.threads(), bytes, stream>>>(args, tiling, bytes);
   return cudaGetLastError();
 }
 

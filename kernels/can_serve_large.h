@@ -116,7 +116,7 @@ inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
   if (is_wide && (p.stride_w > 1 || p.dilation_w > 1 || p.dilation_h > 1)) return false;
   if (!is_wide && 6 * p.stride_w + span_w >= (tile.rows > 4 ? kMaxTallBlockedWindow : kMaxBlockedWindow)) return false;
   if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
-  if (p.n * p.out_c * ((p.out_h + 3) / 4) * ((p.out_w + 6) / 7) > kInt32Max) return false;
+  if (p.n * p.out_c * ((p.out_h + tile.rows - 1) / tile.rows) * ((p.out_w + 6) / 7) > kInt32Max) return false;
   if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
   const bool channels_last = p.layout == Layout::kNhwc;
   if (channels_last && p.multiplier != 1) return false;

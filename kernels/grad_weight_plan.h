@@ -2,6 +2,7 @@
 // channel (or of a block's channels) is a thread block that leaves its partial sums in the workspace.
 #pragma once
 
+#include "blocked_grad_weight_tiling.h"
 #include "select.h"
 
 namespace depthwise {
@@ -18,7 +19,7 @@ constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth 
 // Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each), and
 // few of them, as each leaves a kernel's worth of sums (32x512x14x14 fp16 27x27, H200: 512 blocks 0.098 ms, 1024 0.115,
 // 2048 0.129; channels_last 256 blocks 0.067, 512 0.072).
-constexpr int64_t kToeplitzBlocks = 528, kBlockedBlocks = 1056;
+constexpr int64_t kToeplitzBlocks = 528;
 // strips_grad_weight: an H100's multiprocessors, of which one block each is enough (see its tiles).
 constexpr int64_t kStripsBlocks = 132, kMostStripsWaves = 8;
 constexpr int kStripsSharedBytes = 226 << 10;  // of a multiprocessor
@@ -109,6 +110,38 @@ inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels,
   const int64_t worthwhile = positions / kLargePositions;
   const int64_t fewest = positions / kMostPositions;
   return {bounded_splits(p, splits > worthwhile ? worthwhile : splits < fewest ? fewest : splits), 0};
+}
+
+// blocked_grad_weight: the splits that are estimated to be the fastest, of those that are dealt as many images each, or a
+// band of one.
+inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
+  constexpr int64_t kFewestBlocks = 132, kMostBlocks = 4224;  // one and 32 for each of an H100's multiprocessors
+  const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
+  const bool is_roomy = p.dtype == DType::kFloat32 && taps.rows * taps.columns > kBlockedFewTaps;
+  const BlockedGradWeightShape shape = blocked_grad_weight_shape(taps.rows, taps.columns, is_roomy);
+  const int64_t images = p.n * divide_up64(p.out_w, kBlockedTileColumns);
+  const int64_t fewest = divide_up64(p.n * p.out_h * p.out_w, kMostPositions);
+  const int64_t worthwhile = p.n * p.out_h * p.out_w / kLargePositions;
+  int64_t most = bounded_splits(p, worthwhile < kMostBlocks / p.out_c ? worthwhile : kMostBlocks / p.out_c);
+  const int64_t first = bounded_splits(p, fewest < kFewestBlocks / p.out_c ? kFewestBlocks / p.out_c : fewest);
+  if (most < first) most = first;
+  int64_t best = first;
+  double least = 0;
+  const auto look_at = [&](int64_t splits) {
+    const double cycles = blocked_grad_weight_cycles(
+        p, shape, blocked_grad_weight_cut(p, shape, splits, kBlockedMostSharedBytes), splits);
+    if (least == 0 || cycles < least) least = cycles, best = splits;
+  };
+  int64_t splits = divide_up64(images, divide_up64(images, first < images ? first : images));
+  while (splits <= most) {
+    if (splits >= first) look_at(splits);
+    const int64_t share = divide_up64(images, splits);  // of a split
+    if (share == 1) break;
+    splits = divide_up64(images, share - 1);
+  }
+  for (int64_t bands = 2; bands * images <= most && bands <= p.out_h; ++bands)
+    if (bands * images >= first) look_at(bands * images);
+  return {best, 0};
 }
 
 // images_grad_weight: blocks wanted, as many as are at once on an H100's 132 multiprocessors.
@@ -206,7 +239,7 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
     }
     case Kernel::kImagesFmaGradWeight:
       return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
-    case Kernel::kBlockedGradWeight: return large_grad_weight_plan(p, p.out_c, kBlockedBlocks);
+    case Kernel::kBlockedGradWeight: return blocked_grad_weight_plan(p);
     case Kernel::kImagesGradWeightNchw:
     case Kernel::kImagesGradWeightNhwc:
       return images_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);

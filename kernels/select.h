@@ -88,16 +88,57 @@ inline Config select_band_images(const Problem& p) {
   return p.n >= 12 && p.kernel_h >= 21 ? first_that_serves(p, Kernel::kBandImages) : Config{};
 }
 
-// Multiply-adds for many taps. 32 images, fp32, H200, ms. Seven rows a thread: 29x29, 256x28x28: NCHW 0.202, four 0.257;
-// channels_last 0.243, 0.320; but four on small images (27x27, 512x14x14: channels_last 0.105, seven 0.166) and of small
-// kernels (9x9, 768x32x32: channels_last 0.324, 0.360). Fourteen columns in wide images of NCHW: 31x31, 128x56x56: 0.504,
-// seven 0.515; not 256x28x28: 0.237; channels_last 0.635, 0.578.
+// Multiply-adds for many taps: the tile that fills its threads best, whose rows and columns divide the image's. fp32, us,
+// four rows a thread (from 29 columns on six) / seven / fourteen columns. H100, NCHW and channels_last: 27x27,
+// 32x40x33x47: 98 / 114 / 113 and 114 / 156 / 223; 13x13, 32x200x20x20: 51 / 59 / 54 and 57 / 65 / 58; 31x31, 64x3x56x56:
+// 73 / 60 / 105 and 73 / 87 / 104; 8x40x96x96: 194 / 216 / 205 and 241 / 264 / 390; 29x29, 16x200x48x48: 356 / 385 / 384
+// and 408 / 430 / 519; 32x256x28x28: 257 / 201 and 320 / 243; 31x31, 32x128x56x56: seven rows 515 and 578, fourteen
+// columns 504 and 635. Four also on small images (H200, 27x27, 32x512x14x14, channels_last: 105 / 166) and for small
+// kernels (9x9, 32x768x32x32, channels_last: 324 / 360); fourteen columns in NCHW, where that makes warps enough.
 inline Config select_blocked(const Problem& p) {
+  constexpr int kFour = 0, kSeven = 1, kFourteen = 2;
+  // Seven rows a thread load less for as many multiply-adds; of fewer warps than this (two rounds of the twelve that each
+  // of an H100's multiprocessors holds) smaller tiles are dealt more evenly.
+  constexpr int64_t kManyWarps = 3168;
+  constexpr double kClearly = 1.02;
   const DirectArgs args = direct_args(p);
-  const bool wide = p.layout == Layout::kNchw && args.out_w > 32, tall = args.out_h > 14 && p.kernel_h > 9;
-  for (const int tile : {2, 1})
-    if ((tile == 1 ? tall : wide) && can_serve(p, Kernel::kBlocked, tile)) return {Kernel::kBlocked, tile};
-  return first_that_serves(p, Kernel::kBlocked);
+  const bool nchw = p.layout == Layout::kNchw;
+  const auto up = [](int a, int b) { return (a + b - 1) / b; };
+  // The share of a block's threads and of their outputs that there is, in the best cut of an image's height.
+  const auto share_of = [&](int index) {
+    const Tile& tile = kBlockedTiles[index];
+    const int threads = blocked_threads(tile, nchw ? 1 : 16 / element_size(p.dtype)) / 32 * 32;
+    const int window =
+        window_size(tile.columns, static_cast<int>(p.stride_w), args.kernel_w, static_cast<int>(p.dilation_w));
+    const int rows = blocked_rows(tile, args.kernel_w, window);
+    const int all_w = up(args.out_w, tile.columns), all_h = up(args.out_h, rows), tiles_w = up(all_w, up(all_w, 32));
+    double best = 0;
+    // Blocks one tile high would mostly load.
+    const int highest = threads / tiles_w < all_h ? threads / tiles_w : all_h;
+    for (int tiles_h = highest; tiles_h == highest || tiles_h > 1; --tiles_h) {
+      const int fitting = threads / (tiles_w * tiles_h), images = p.n < fitting ? static_cast<int>(p.n) : fitting;
+      const double blocks = static_cast<double>(up(all_w, tiles_w)) * up(all_h, tiles_h);
+      const double outputs = blocks * (up(tiles_w * tiles_h * images, 32) * 32) * rows * tile.columns;
+      const double share = static_cast<double>(images) * args.out_h * args.out_w / outputs;
+      if (share > best) best = share;
+    }
+    return best;
+  };
+  const auto has_many_warps = [&](int index) {
+    const Tile& tile = kBlockedTiles[index];
+    return p.n * p.out_c * up(args.out_w, tile.columns) * up(args.out_h, tile.rows) / 32 >= kManyWarps;
+  };
+  Config config = first_that_serves(p, Kernel::kBlocked);
+  double share = share_of(kFour);
+  if (args.out_h > 14 && args.kernel_h > 9 && can_serve(p, Kernel::kBlocked, kSeven) &&
+      share_of(kSeven) > share * (has_many_warps(kSeven) ? 1 / kClearly : kClearly)) {
+    config = {Kernel::kBlocked, kSeven};
+    share = share_of(kSeven);
+  }
+  if (nchw && args.out_w > 32 && has_many_warps(kFourteen) && can_serve(p, Kernel::kBlocked, kFourteen) &&
+      share_of(kFourteen) >= share)
+    config = {Kernel::kBlocked, kFourteen};
+  return config;
 }
 
 // Kernels for many taps or small images, where they are the fastest; else the general kernel, which stands for none.
