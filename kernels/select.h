@@ -94,12 +94,14 @@ inline Config select_band_images(const Problem& p) {
 // 73 / 60 / 105 and 73 / 87 / 104; 8x40x96x96: 194 / 216 / 205 and 241 / 264 / 390; 29x29, 16x200x48x48: 356 / 385 / 384
 // and 408 / 430 / 519; 32x256x28x28: 257 / 201 and 320 / 243; 31x31, 32x128x56x56: seven rows 515 and 578, fourteen
 // columns 504 and 635. Four also on small images (H200, 27x27, 32x512x14x14, channels_last: 105 / 166) and for small
-// kernels (9x9, 32x768x32x32, channels_last: 324 / 360); fourteen columns in NCHW, where that makes warps enough.
+// kernels; fourteen columns in NCHW, where that makes warps enough. Three rows where even four leave multiprocessors with
+// little to do (31x31, 64x3x56x56, H100: 42, seven 53, four 68) or most loads to few kernel rows (9x9, 32x768x32x32,
+// channels_last: 278, seven 285, four 299).
 inline Config select_blocked(const Problem& p) {
-  constexpr int kFour = 0, kSeven = 1, kFourteen = 2;
+  constexpr int kFour = 0, kSeven = 1, kFourteen = 2, kThree = 3;
   // Seven rows a thread load less for as many multiply-adds; of fewer warps than this (two rounds of the twelve that each
   // of an H100's multiprocessors holds) smaller tiles are dealt more evenly.
-  constexpr int64_t kManyWarps = 3168;
+  constexpr int64_t kManyWarps = 3168, kFewWarps = 1056;
   constexpr double kClearly = 1.02;
   const DirectArgs args = direct_args(p);
   const bool nchw = p.layout == Layout::kNchw;
@@ -124,18 +126,20 @@ inline Config select_blocked(const Problem& p) {
     }
     return best;
   };
-  const auto has_many_warps = [&](int index) {
+  const auto warps_of = [&](int index) {
     const Tile& tile = kBlockedTiles[index];
-    return p.n * p.out_c * up(args.out_w, tile.columns) * up(args.out_h, tile.rows) / 32 >= kManyWarps;
+    return p.n * p.out_c * up(args.out_w, tile.columns) * up(args.out_h, tile.rows) / 32;
   };
+  if ((args.kernel_h <= 9 || (nchw && warps_of(kFour) < kFewWarps)) && can_serve(p, Kernel::kBlocked, kThree))
+    return {Kernel::kBlocked, kThree};
   Config config = first_that_serves(p, Kernel::kBlocked);
   double share = share_of(kFour);
   if (args.out_h > 14 && args.kernel_h > 9 && can_serve(p, Kernel::kBlocked, kSeven) &&
-      share_of(kSeven) > share * (has_many_warps(kSeven) ? 1 / kClearly : kClearly)) {
+      share_of(kSeven) > share * (warps_of(kSeven) >= kManyWarps ? 1 / kClearly : kClearly)) {
     config = {Kernel::kBlocked, kSeven};
     share = share_of(kSeven);
   }
-  if (nchw && args.out_w > 32 && has_many_warps(kFourteen) && can_serve(p, Kernel::kBlocked, kFourteen) &&
+  if (nchw && args.out_w > 32 && warps_of(kFourteen) >= kManyWarps && can_serve(p, Kernel::kBlocked, kFourteen) &&
       share_of(kFourteen) >= share)
     config = {Kernel::kBlocked, kFourteen};
   return config;
