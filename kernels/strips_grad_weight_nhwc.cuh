@@ -29,8 +29,10 @@ struct StripsGradWeightNhwcTraits {
   static constexpr int kStageRows = strips_stage_rows(kKernelH, kStripsFewestRowsNhwc);
 #if __CUDA_ARCH__ >= 800
   static constexpr int kPutAtOnce = kBlocks > 1 ? 1 : 2;  // pairs of blocks, as registers allow
+  static constexpr bool kKeepsSource = true;              // where a thread's first word of the next stage lies
 #else
   static constexpr int kPutAtOnce = 1;
+  static constexpr bool kKeepsSource = kKernelH < 9;
 #endif
   static constexpr int kBlockBytes = 8 * kChannels * 2;            // eight pixels
   static constexpr int kRowsAtOnce = kKernelH < 5 ? kKernelH : 5;  // of the kernel, whose diagonals are added
@@ -90,9 +92,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   Source own;
   const auto load = [&](unsigned char* shared) {
     if (load_round < end) {
-      if (load_stage == 0) own = source_of(threadIdx.x);
-      if (static_cast<int>(threadIdx.x) < row_words) copy_word(own, shared, threadIdx.x);
-      for (int word = threadIdx.x + kThreads; word < row_words; word += kThreads) {
+      if (Traits::kKeepsSource) {
+        if (load_stage == 0) own = source_of(threadIdx.x);
+        if (static_cast<int>(threadIdx.x) < row_words) copy_word(own, shared, threadIdx.x);
+      }
+      for (int word = threadIdx.x + (Traits::kKeepsSource ? kThreads : 0); word < row_words; word += kThreads) {
         Source other = source_of(word);
         copy_word(other, shared, word);
       }
