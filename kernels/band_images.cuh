@@ -319,9 +319,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   extern __shared__ __align__(16) unsigned char shared_memory[];
   unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* const tile = reinterpret_cast<T*>(pairs + divide_up(args.kernel_h * Traits::kBand, 4) * 4);
-  // In parts: the early rows of the first sixteen images and the weights, their other rows, the other images.
+  // In parts: the early rows of the first sixteen images and the weights, their other rows, the other images. Rows that no
+  // asynchronous copy can fetch are waited for anyhow: all at once.
+  const bool in_parts = tiling.in_vector > 1;
+  if (!in_parts) {
+    load_weights<Traits>(pairs, args, block);
+    load_nchw<1, Traits>(tile, args, block, tiling.image_pitch);
+  }
 #pragma unroll 1
-  for (int part = 0; part < 3; ++part) {
+  for (int part = 0; in_parts && part < 3; ++part) {
     BandImagesBlock loaded = block;
     T* to = tile;
     if (part < 2) {
@@ -338,14 +344,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     switch (tiling.in_vector) {
       case 8: load_nchw<8, Traits>(to, args, loaded, tiling.image_pitch); break;
       case 4: load_nchw<4, Traits>(to, args, loaded, tiling.image_pitch); break;
-      case 2: load_nchw<2, Traits>(to, args, loaded, tiling.image_pitch); break;
-      default: load_nchw<1, Traits>(to, args, loaded, tiling.image_pitch);
+      default: load_nchw<2, Traits>(to, args, loaded, tiling.image_pitch);
     }
     if (part != 1) commit_copies();
     if (part == 0) load_weights<Traits>(pairs, args, block);  // which do not queue behind all rows
   }
   const int behind = Traits::kImageChunks * kChunk - args.w;
-  if (behind > 0 && block.in_rows > 0)
+  if (in_parts && behind > 0 && block.in_rows > 0)
     for (Walk at(threadIdx.x, Traits::kThreads, behind, block.in_rows); at.outer < block.images; at.advance())
       tile[at.outer * tiling.image_pitch + at.middle * Traits::kPitch * kChunk + args.w + at.inner] = T{};
   if (tiling.all_early)

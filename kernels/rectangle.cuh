@@ -1,8 +1,9 @@
-// Copies rectangles of planes from global to shared memory: vector by vector as they lie, element by element, or from
+// Copies rectangles of planes from global to shared memory: vector by vector as they lie, by unaligned words, or from
 // channels_last with the channels put planar.
 #pragma once
 
 #include "async_copy.cuh"
+#include "unaligned.cuh"
 
 namespace depthwise {
 
@@ -55,31 +56,49 @@ __device__ __forceinline__ void for_each_vector(const Rectangle<Shared, T>& r, i
 
 template <int kVector, class T>
 __device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int lanes) {
-  const auto in_bounds = [&](const T* row, int column) {
-    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-  };
-  if constexpr (kVector == 1)
-    for_each_vector<1, 2>(
-        r, lanes, [&](T*, const T* row, int column) { return load_or_zero<1>(row + column, in_bounds(row, column)); },
-        [](T* shared, const Vector<T, 1>& value) { *shared = value.value[0]; });
-  else
-    for_each_vector<kVector, 1>(
-        r, lanes,
-        [&](T* shared, const T* row, int column) {
-          const bool valid = in_bounds(row, column);
-          copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
-          return 0;
-        },
-        [](T*, int) {});
+  for_each_vector<kVector, 1>(
+      r, lanes,
+      [&](T* shared, const T* row, int column) {
+        const bool valid = row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+        copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
+        return 0;
+      },
+      [](T*, int) {});
 }
 
+// Rows of 16-bit elements on any boundary: whole eights, of which low and first_column are multiples, are written, with
+// zeros behind the last column. `tensor`: what `r` lies in.
+template <int kBatch, class T>
+__device__ __forceinline__ void copy_unaligned_rectangle(const Rectangle<T, T>& r, int lanes,
+                                                         const UnalignedTensor<T>& tensor) {
+  struct Eight : UnalignedEight {
+    bool is_last;
+  };
+  const LastEight last(r.width);
+  for_each_vector<kEight, kBatch>(
+      r, lanes,
+      [&](T*, const T* row, int column) {
+        Eight eight;
+        eight.is_last = column + kEight >= r.width;
+        if (row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width))
+          eight.load(tensor, row + column, r.width - column);
+        else
+          eight.clear();
+        return eight;
+      },
+      [&](T* shared, const Eight& eight) { eight.store(shared, last, eight.is_last); });
+}
+
+// `vector`: elements a copy.
 template <class T>
-__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, int lanes) {
+__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, int lanes,
+                                               const UnalignedTensor<T>& tensor) {
+  constexpr int kBatch = 2;
   switch (vector) {
     case 8: return copy_rectangle<8>(r, lanes);
     case 4: return copy_rectangle<4>(r, lanes);
     case 2: return copy_rectangle<2>(r, lanes);
-    default: return copy_rectangle<1>(r, lanes);
+    default: return copy_unaligned_rectangle<kBatch>(r, lanes, tensor);
   }
 }
 

@@ -23,6 +23,7 @@
 
 #include "direct.cuh"
 #include "tensor_core.cuh"
+#include "unaligned.cuh"
 
 namespace depthwise {
 
@@ -118,6 +119,7 @@ template <int kVector, class Traits, class Block>
 __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const DirectArgs& args, const Block& block,
                                           int image_pitch) {
   using T = typename Traits::T;
+  constexpr int kItem = kVector > 1 ? kVector : kEight;
   if (block.in_columns == 0 || block.in_rows == 0) return;
   const int64_t plane = static_cast<int64_t>(args.h) * args.w;
   const int64_t in_c = args.out_c / args.multiplier;
@@ -125,28 +127,34 @@ __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const Direct
                    static_cast<int64_t>(block.in_row) * args.w + block.in_column;
   tile += block.offset;
   const auto to = [&](const Walk& at) {
-    return tile + at.outer * image_pitch + at.middle * Traits::kPitch * kChunk + at.inner * kVector;
+    return tile + at.outer * image_pitch + at.middle * Traits::kPitch * kChunk + at.inner * kItem;
   };
   const auto from = [&](const Walk& at) {
-    return input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kVector;
+    return input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kItem;
   };
-  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, kVector), block.in_rows);
+  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, kItem), block.in_rows);
   if constexpr (kVector > 1) {
     for (; at.outer < block.images; at.advance()) copy_async<kVector * sizeof(T)>(to(at), from(at));
   } else {
-    // No asynchronous copy is that narrow: several loads on their way at a time.
-    constexpr int kAhead = 8;
+    // What is put together in registers is no asynchronous copy: several on their way at a time.
+    static_assert(kEight == kChunk);
+    constexpr int kAhead = 4;
+    const UnalignedTensor<T> tensor(args.input, args.n * in_c * plane);
+    const LastEight last(block.in_columns);
+#pragma unroll 1
     while (at.outer < block.images) {
-      T value[kAhead];
+      UnalignedEight eight[kAhead];
       T* target[kAhead];
+      bool is_last[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k, at.advance()) {
         target[k] = at.outer < block.images ? to(at) : nullptr;
-        value[k] = load_or_zero<1>(from(at), target[k] != nullptr).value[0];
+        is_last[k] = at.inner == at.inners - 1;
+        if (target[k] != nullptr) eight[k].load(tensor, from(at), block.in_columns - at.inner * kItem);
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k)
-        if (target[k] != nullptr) *target[k] = value[k];
+        if (target[k] != nullptr) eight[k].store(target[k], last, is_last[k]);
     }
   }
 }

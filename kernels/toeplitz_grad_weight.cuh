@@ -165,8 +165,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     } else {
       in.global += first_channel / args.multiplier * args.h * args.w;
       out.global += first_channel * args.out_h * args.out_w;
-      copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
-      copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
+      copy_rectangle(in, tiling.input_vector, tiling.input_lanes,
+                     UnalignedTensor<T>(args.input, args.n * in_image));
+      copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes,
+                     UnalignedTensor<T>(args.grad_output, args.n * grad_image));
       commit_copies();
     }
   };
@@ -389,8 +391,9 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   } else {
     tiling.input_vector = toeplitz_vector<T>(args.input, args.w);
     tiling.grad_vector = toeplitz_vector<T>(args.grad_output, args.out_w);
-    tiling.input_lanes = row_lanes(divide_up(min_int(args.w, tiling.tile_columns), tiling.input_vector));
-    tiling.grad_lanes = row_lanes(divide_up(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector));
+    const auto lanes = [](int columns, int vector) { return row_lanes(divide_up(columns, vector > 1 ? vector : kEight)); };
+    tiling.input_lanes = lanes(min_int(args.w, tiling.tile_columns), tiling.input_vector);
+    tiling.grad_lanes = lanes(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector);
   }
   return tiling;
 }
