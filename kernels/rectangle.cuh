@@ -3,6 +3,7 @@
 #pragma once
 
 #include "async_copy.cuh"
+#include "direct.cuh"
 #include "unaligned.cuh"
 
 namespace depthwise {
@@ -66,39 +67,59 @@ __device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int lan
       [](T*, int) {});
 }
 
-// Rows of 16-bit elements on any boundary: whole eights, of which low and first_column are multiples, are written, with
-// zeros behind the last column. `tensor`: what `r` lies in.
-template <int kBatch, class T>
-__device__ __forceinline__ void copy_unaligned_rectangle(const Rectangle<T, T>& r, int lanes,
-                                                         const UnalignedTensor<T>& tensor) {
-  struct Eight : UnalignedEight {
-    bool is_last;
-  };
-  const LastEight last(r.width);
-  for_each_vector<kEight, kBatch>(
-      r, lanes,
-      [&](T*, const T* row, int column) {
-        Eight eight;
-        eight.is_last = column + kEight >= r.width;
-        if (row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width))
-          eight.load(tensor, row + column, r.width - column);
-        else
-          eight.clear();
-        return eight;
-      },
-      [&](T* shared, const Eight& eight) { eight.store(shared, last, eight.is_last); });
+// The eights of a rectangle whose rows lie on any boundary, dealt to the threads one by one: those that low and
+// first_column, multiples of eight, begin, and zeros behind the last column. `tensor`: what the rectangle lies in.
+template <class T>
+struct UnalignedRectangle {
+  const Rectangle<T, T>& r;
+  UnalignedTensor tensor;
+  Walk at;
+  UnalignedEight eight;
+  bool is_loaded = false;
+
+  __device__ __forceinline__ UnalignedRectangle(const Rectangle<T, T>& r, const UnalignedTensor& tensor)
+      : r(r), tensor(tensor), at(threadIdx.x, blockDim.x, (r.high - r.low + kEight - 1) / kEight, r.rows) {}
+  __device__ __forceinline__ bool exists() const { return at.outer < r.images; }
+  __device__ __forceinline__ int column() const { return r.low + at.inner * kEight; }  // from first_column on
+  __device__ __forceinline__ T* shared() const {
+    return r.shared + (at.outer * r.image_pitch + at.middle * r.pitch + column());
+  }
+  // Whether there is something to store.
+  __device__ __forceinline__ bool load() {
+    if (!exists()) return false;
+    const int row = r.first_row + at.middle, from_column = r.first_column + column();
+    eight.clear();
+    if (static_cast<unsigned>(row) >= static_cast<unsigned>(r.height) ||
+        static_cast<unsigned>(from_column) >= static_cast<unsigned>(r.width))
+      return true;
+    const T* const from = r.global + at.outer * r.image_stride + (row * r.width + from_column);
+    if (eight.load(tensor, from)) return true;
+    copy_eight(shared(), from, r.width - from_column);
+    return false;
+  }
+  __device__ __forceinline__ void store() const {
+    if (is_loaded) eight.store(shared(), EightMask(r.width - r.first_column - column()));
+  }
+};
+
+// Several at once, so that their loads are on their way together.
+template <class... Rectangles>
+__device__ __forceinline__ void copy_unaligned_rectangles(Rectangles... rectangles) {
+#pragma unroll 1
+  while ((rectangles.exists() || ...)) {
+    ((rectangles.is_loaded = rectangles.load()), ...);
+    (rectangles.store(), ...);
+    (rectangles.at.advance(), ...);
+  }
 }
 
-// `vector`: elements a copy.
+// `vector`: elements a copy, more than one.
 template <class T>
-__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, int lanes,
-                                               const UnalignedTensor<T>& tensor) {
-  constexpr int kBatch = 2;
+__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, int lanes) {
   switch (vector) {
     case 8: return copy_rectangle<8>(r, lanes);
     case 4: return copy_rectangle<4>(r, lanes);
-    case 2: return copy_rectangle<2>(r, lanes);
-    default: return copy_unaligned_rectangle<kBatch>(r, lanes, tensor);
+    default: return copy_rectangle<2>(r, lanes);
   }
 }
 

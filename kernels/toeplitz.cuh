@@ -139,22 +139,29 @@ __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const Direct
     // What is put together in registers is no asynchronous copy: several on their way at a time.
     static_assert(kEight == kChunk);
     constexpr int kAhead = 4;
-    const UnalignedTensor<T> tensor(args.input, args.n * in_c * plane);
-    const LastEight last(block.in_columns);
+    const UnalignedTensor tensor{args.input, static_cast<const T*>(args.input) + args.n * in_c * plane};
+    const EightMask last = last_eight(block.in_columns);
+    const int64_t image_step = ptx::opaque(in_c * plane);
+    input = ptx::opaque(input);
 #pragma unroll 1
     while (at.outer < block.images) {
       UnalignedEight eight[kAhead];
-      T* target[kAhead];
+      int target[kAhead];  // -1: none
       bool is_last[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k, at.advance()) {
-        target[k] = at.outer < block.images ? to(at) : nullptr;
+        target[k] = -1;
+        if (at.outer >= block.images) continue;
+        target[k] = at.outer * image_pitch + (at.middle * Traits::kPitch + at.inner) * kChunk;
         is_last[k] = at.inner == at.inners - 1;
-        if (target[k] != nullptr) eight[k].load(tensor, from(at), block.in_columns - at.inner * kItem);
+        const T* const from = input + at.outer * image_step + (at.middle * args.w + at.inner * kChunk);
+        if (eight[k].load(tensor, from)) continue;
+        copy_eight(tile + target[k], from, block.in_columns - at.inner * kChunk);
+        target[k] = -1;
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k)
-        if (target[k] != nullptr) eight[k].store(target[k], last, is_last[k]);
+        if (target[k] >= 0) eight[k].store(tile + target[k], last, is_last[k] ? 0 : ~0u);
     }
   }
 }

@@ -65,6 +65,7 @@ struct ToeplitzGradWeightTiling {
   int grad_start;                           // first column of a tile's gradient, from its first input column
   int input_vector, grad_vector;            // elements a copy; channels_last: all channels or 1
   int input_lanes, grad_lanes;              // threads along a row, a power of two
+  const void *input_end, *grad_end;         // of the tensors
 };
 
 struct ToeplitzStage {
@@ -165,10 +166,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     } else {
       in.global += first_channel / args.multiplier * args.h * args.w;
       out.global += first_channel * args.out_h * args.out_w;
-      copy_rectangle(in, tiling.input_vector, tiling.input_lanes,
-                     UnalignedTensor<T>(args.input, args.n * in_image));
-      copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes,
-                     UnalignedTensor<T>(args.grad_output, args.n * grad_image));
+      if (tiling.input_vector == 1 || tiling.grad_vector == 1) {
+        copy_unaligned_rectangles(UnalignedRectangle<T>(in, {args.input, tiling.input_end}),
+                                  UnalignedRectangle<T>(out, {args.grad_output, tiling.grad_end}));
+      } else {
+        copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
+        copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
+      }
       commit_copies();
     }
   };
@@ -251,14 +255,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       __syncthreads();
     }
   } else {
-    if (begin < end) load_stage(begin, planes);
-    for (int idx = begin; idx < end; ++idx) {
+#pragma unroll 1
+    for (int idx = begin - 1; idx < end; ++idx) {  // one ahead of the stage that is multiplied
       if (idx + 1 < end) {
         load_stage(idx + 1, planes + (idx + 1 - begin) % 2 * plane_elements);
         wait_for_copies<1>();
       } else {
         wait_for_copies<0>();
       }
+      if (idx < begin) continue;
       __syncthreads();
       multiply_stage(idx, planes + (idx - begin) % 2 * plane_elements);
       __syncthreads();
@@ -391,9 +396,11 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   } else {
     tiling.input_vector = toeplitz_vector<T>(args.input, args.w);
     tiling.grad_vector = toeplitz_vector<T>(args.grad_output, args.out_w);
-    const auto lanes = [](int columns, int vector) { return row_lanes(divide_up(columns, vector > 1 ? vector : kEight)); };
-    tiling.input_lanes = lanes(min_int(args.w, tiling.tile_columns), tiling.input_vector);
-    tiling.grad_lanes = lanes(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector);
+    tiling.input_lanes = row_lanes(divide_up(min_int(args.w, tiling.tile_columns), tiling.input_vector));
+    tiling.grad_lanes = row_lanes(divide_up(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector));
+    const int64_t in_planes = args.n * (args.out_c / args.multiplier), planes = args.n * args.out_c;
+    tiling.input_end = static_cast<const T*>(args.input) + in_planes * args.h * args.w;
+    tiling.grad_end = static_cast<const T*>(args.grad_output) + planes * args.out_h * args.out_w;
   }
   return tiling;
 }
