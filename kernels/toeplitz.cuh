@@ -238,26 +238,86 @@ __device__ __forceinline__ bool is_nan(T value) {
   return wide != wide;
 }
 
-// The block's outputs, staged row by row, to memory; `poisoned`: some may be NaN that should not.
-template <int kVector, class Traits>
-__device__ __forceinline__ void store_nchw(const typename Traits::T* stage, const DirectArgs& args,
-                                           const ToeplitzBlock<Traits>& block, bool poisoned) {
+// Where an NCHW block's outputs are staged. On 16-byte boundaries: row by row. On others: each run of outputs that lie
+// side by side in memory, all rows of an image or one, as it lies within words of 16 bytes.
+template <class Traits>
+struct ToeplitzStage {
   using T = typename Traits::T;
-  const int64_t plane = static_cast<int64_t>(args.out_h) * args.out_w;
-  T* out = static_cast<T*>(args.out) + (block.image * args.out_c + block.channel) * plane +
-           static_cast<int64_t>(block.row) * args.out_w + block.column;
-  for (Walk at(threadIdx.x, Traits::kThreads, divide_up(block.columns, kVector), block.rows); at.outer < block.images;
+  T* out;  // of the block's first output
+  int64_t image_step;
+  int out_w, rows, length, pitch;  // length: of a run; pitch: from run to run in shared memory
+  bool whole;                      // all rows are one run
+
+  __device__ ToeplitzStage(const DirectArgs& args, const ToeplitzTiling& tiling, const ToeplitzBlock<Traits>& block) {
+    const int64_t plane = static_cast<int64_t>(args.out_h) * args.out_w;
+    out = static_cast<T*>(args.out) + (block.image * args.out_c + block.channel) * plane +
+          static_cast<int64_t>(block.row) * args.out_w + block.column;
+    image_step = args.out_c * plane;
+    out_w = args.out_w;
+    rows = block.rows;
+    whole = tiling.tiles_w == 1;
+    length = whole ? rows * out_w : block.columns;
+    pitch = divide_up(length + kChunk - 1, kChunk) * kChunk;
+  }
+  __device__ __forceinline__ int rows_of_runs() const { return whole ? 1 : rows; }  // runs of an image
+  __device__ __forceinline__ T* run(int image, int row) const { return out + image * image_step + row * out_w; }
+  // How many elements of the first word are not the run's.
+  __device__ __forceinline__ static int skew(const T* run) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(run) / sizeof(T) % kChunk);
+  }
+  // Where a row of outputs begins in shared memory.
+  __device__ __forceinline__ int offset(int image, int row) const {
+    return whole ? image * pitch + skew(run(image, 0)) + row * out_w
+                 : (image * rows + row) * pitch + skew(run(image, row));
+  }
+};
+
+// The block's outputs to memory; `poisoned`: some may be NaN that should not.
+template <class Traits>
+__device__ __forceinline__ void store_aligned(const typename Traits::T* staged, const ToeplitzStage<Traits>& stage,
+                                              const DirectArgs& args, const ToeplitzBlock<Traits>& block,
+                                              bool poisoned) {
+  using T = typename Traits::T;
+  for (Walk at(threadIdx.x, Traits::kThreads, divide_up(block.columns, kChunk), block.rows); at.outer < block.images;
        at.advance()) {
-    const int column = at.inner * kVector;
-    auto values = *reinterpret_cast<const Vector<T, kVector>*>(
-        stage + (at.outer * block.rows + at.middle) * Traits::kStagePitch * kChunk + column);
+    const int column = at.inner * kChunk;
+    auto values = *reinterpret_cast<const Vector<T, kChunk>*>(
+        staged + (at.outer * block.rows + at.middle) * Traits::kStagePitch * kChunk + column);
     if (poisoned)
-      for (int k = 0; k < kVector; ++k)
+      for (int k = 0; k < kChunk; ++k)
         if (is_nan(values.value[k]))
           values.value[k] = from_float<T>(toeplitz_exact<Traits>(args, block.image + at.outer, block.channel,
                                                                  block.row + at.middle, block.column + column + k));
-    store_streaming(out + at.outer * args.out_c * plane + static_cast<int64_t>(at.middle) * args.out_w + column,
-                    values);
+    store_streaming(stage.run(at.outer, at.middle) + column, values);
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void store_runs(const typename Traits::T* staged, const ToeplitzStage<Traits>& stage,
+                                           const DirectArgs& args, const ToeplitzBlock<Traits>& block, bool poisoned) {
+  using T = typename Traits::T;
+  const int runs = stage.rows_of_runs();
+  for (Walk at(threadIdx.x, Traits::kThreads, stage.pitch / kChunk, runs); at.outer < block.images; at.advance()) {
+    T* const run = stage.run(at.outer, at.middle);
+    auto values = *reinterpret_cast<const Vector<T, kChunk>*>(staged + (at.outer * runs + at.middle) * stage.pitch +
+                                                              at.inner * kChunk);
+    const int begin = at.inner * kChunk - stage.skew(run);
+    const auto exists = [&](int k) { return begin + k >= 0 && begin + k < stage.length; };
+    if (poisoned)
+      for (int k = 0; k < kChunk; ++k)
+        if (exists(k) && is_nan(values.value[k])) {
+          const int row = stage.whole ? (begin + k) / stage.out_w : at.middle;
+          const int column = stage.whole ? begin + k - row * stage.out_w : begin + k;
+          values.value[k] = from_float<T>(toeplitz_exact<Traits>(args, block.image + at.outer, block.channel,
+                                                                 block.row + row, block.column + column));
+        }
+    if (exists(0) && exists(kChunk - 1)) {
+      store_streaming(run + begin, values);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k)
+        if (exists(k)) run[begin + k] = values.value[k];
+    }
   }
 }
 
@@ -434,29 +494,47 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int e = 0; e < 4; ++e) probe += sum[a][n][e];
   const bool poisoned = __syncthreads_or(probe != probe);
+  const auto for_each_row = [&](auto&& body) {  // body(row among those of the block, sums of eight columns by twos)
 #pragma unroll
-  for (int a = 0; a < kTilesH; ++a)
+    for (int a = 0; a < kTilesH; ++a)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int flat = (first_tile + a * kTileStep) * kTileRows + half * 8 + lane / 4;
-      if (flat >= block.images * block.rows) continue;
-      T* stage = tile + (channel * block.images * block.rows + flat) * Traits::kStagePitch * kChunk + 2 * (lane % 4);
+      for (int half = 0; half < 2; ++half) {
+        const int flat = (first_tile + a * kTileStep) * kTileRows + half * 8 + lane / 4;
+        if (flat < block.images * block.rows)
+          body(flat, [&](int n, int e) { return from_float<T>(sum[a][n][2 * half + e]); });
+      }
+  };
+  const auto stage_rows = [&] {
+    for_each_row([&](int flat, auto&& output) {
+      T* to = tile + (channel * block.images * block.rows + flat) * Traits::kStagePitch * kChunk + 2 * (lane % 4);
 #pragma unroll
       for (int n = 0; n < kTilesW; ++n)
-        *reinterpret_cast<unsigned*>(stage + n * kChunk) =
-            from_float<T>(sum[a][n][2 * half]).bits | static_cast<unsigned>(from_float<T>(sum[a][n][2 * half + 1]).bits)
-                                                          << 16;
-    }
-  __syncthreads();
+        *reinterpret_cast<unsigned*>(to + n * kChunk) = output(n, 0).bits | static_cast<unsigned>(output(n, 1).bits)
+                                                                                << 16;
+    });
+    __syncthreads();
+  };
 
   if constexpr (Traits::kChannelsLast) {
+    stage_rows();
     store_nhwc<Traits>(tile, args, block, tiling.out_vector == kChannelsNhwc, poisoned);
   } else {
-    switch (tiling.out_vector) {
-      case 8: store_nchw<8, Traits>(tile, args, block, poisoned); break;
-      case 4: store_nchw<4, Traits>(tile, args, block, poisoned); break;
-      case 2: store_nchw<2, Traits>(tile, args, block, poisoned); break;
-      default: store_nchw<1, Traits>(tile, args, block, poisoned);
+    const ToeplitzStage<Traits> stage(args, tiling, block);
+    if (tiling.out_vector == kChunk) {
+      stage_rows();
+      store_aligned<Traits>(tile, stage, args, block, poisoned);
+    } else {
+      for_each_row([&](int flat, auto&& output) {
+        const int image = flat / block.rows, column = 2 * (lane % 4);
+        T* to = tile + stage.offset(image, flat - image * block.rows) + column;
+#pragma unroll
+        for (int n = 0; n < kTilesW; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (n * kChunk + column + e < block.columns) to[n * kChunk + e] = output(n, e);
+      });
+      __syncthreads();
+      store_runs<Traits>(tile, stage, args, block, poisoned);
     }
   }
 }
@@ -476,12 +554,13 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
   tiling.tiles_w = divide_up(args.out_w, Traits::kColumns);
   tiling.in_vector = copy_width(args.input, Traits::kChannelsLast ? args.out_c : args.w);
   tiling.out_vector = copy_width(args.out, Traits::kChannelsLast ? args.out_c : args.out_w);
+  const int stage_pitch =
+      Traits::kChannelsLast || tiling.out_vector == kChunk ? Traits::kStagePitch : Traits::kTilesW + 1;
   const auto shared_bytes = [&] {
     const int in_rows = min_int(args.h, (tiling.rows - 1) * args.stride_h + (args.kernel_h - 1) * args.dilation_h + 1);
     const int planes = Traits::kChannels * tiling.images;
     const int pair_bytes = divide_up(Traits::kChannels * args.kernel_h * Traits::kBand, 4) * 16;
-    return pair_bytes +
-           16 * max_int((planes * in_rows + 1) * Traits::kPitch, planes * tiling.rows * Traits::kStagePitch);
+    return pair_bytes + 16 * max_int((planes * in_rows + 1) * Traits::kPitch, planes * tiling.rows * stage_pitch);
   };
 
   // Several whole images, or as many rows of one as the warps hold and shared memory takes; but blocks enough to give
