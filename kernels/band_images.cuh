@@ -34,7 +34,6 @@ namespace depthwise {
 
 constexpr int kBandImages = kTileRows;  // of a product
 constexpr int kBandImagesWarps = 8;
-constexpr int kPartitions = 4;  // of a multiprocessor: warp w of a block is on partition w % 4
 
 // kOrigin: chunk of the image in which the band of output column 0 begins. kImageChunks: of an image row. kTiles: of an
 // output row, in eights. kRows: of a unit.
@@ -302,8 +301,14 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
     });
   else
     outputs.template for_each_pair<kTiles>(args.out_w, [&](T* to, int q, int t, int half) {
-      to[0] = from_float<T>(sum[q][t][2 * half]);
-      if (t * Traits::kStep * kChunk + 1 < outputs.columns) to[1] = from_float<T>(sum[q][t][2 * half + 1]);
+      const bool both = t * Traits::kStep * kChunk + 1 < outputs.columns;
+      const unsigned pair = pack<T>(sum[q][t][2 * half], sum[q][t][2 * half + 1]);
+      if (both && reinterpret_cast<uintptr_t>(to) % sizeof(pair) == 0) {
+        *reinterpret_cast<unsigned*>(to) = pair;
+      } else {
+        to[0].bits = static_cast<unsigned short>(pair);
+        if (both) to[1].bits = static_cast<unsigned short>(pair >> 16);
+      }
     });
   if (probe != probe) repair_unit<Traits>(args, tiling, number);
 }
@@ -432,12 +437,24 @@ int launch_band_images(const DirectArgs& args, int, cudaStream_t stream) {
   const auto blocks = [&] { return args.out_c * divide_up(images, tiling.groups * kBandImages) * tiling.tiles_h; };
   const auto units = [&] { return tiling.groups * divide_up(tiling.rows, Traits::kRows) * Traits::kColumnGroups; };
 
-  // All rows of sixteen images, or as many as leave room for another block; fewer where multiprocessors would be idle.
+  // All rows of sixteen images, or as many as leave room for another block.
   constexpr int kMaxRows = BandImagesTiling::kMaxUnits / Traits::kColumnGroups * Traits::kRows;
-  int rows = min_int(kMaxRows, divide_up(args.out_h, Traits::kRows) * Traits::kRows);
+  const auto whole_units = [](int count) { return divide_up(count, Traits::kRows) * Traits::kRows; };
+  int rows = min_int(kMaxRows, whole_units(args.out_h));
   int bytes = cut(1, rows);
-  while (rows > Traits::kRows && (bytes > roomy || blocks() < device.multiprocessors)) {
-    rows = divide_up(divide_up(rows, 2), Traits::kRows) * Traits::kRows;
+  while (rows > Traits::kRows && bytes > roomy) rows = whole_units(divide_up(rows, 2)), bytes = cut(1, rows);
+  // Where multiprocessors would be idle, fewer: as leave the fewest units to the partition that has most of them. A block
+  // costs about half a unit beside them.
+  if (blocks() < device.multiprocessors) {
+    const auto cost = [&] {
+      return divide_up<int64_t>(blocks(), device.multiprocessors) * (2 * divide_up(units(), kPartitions) + 1);
+    };
+    int64_t least = cost();
+    for (int most = rows - Traits::kRows; most > 0; most -= Traits::kRows) {
+      const int even = whole_units(divide_up(args.out_h, divide_up(args.out_h, most)));
+      cut(1, even);
+      if (cost() < least) least = cost(), rows = even;
+    }
     bytes = cut(1, rows);
   }
   // Twice as many images, if the blocks then take fewer waves; a wave also loads and stores, which counts as a quarter of

@@ -270,6 +270,30 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
 }
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
+// toeplitz_grad_weight: what a stage costs, in rows: those of its warps, and some beside.
+constexpr int kToeplitzWarps = 8, kMostToeplitzBands = 8;
+constexpr int64_t toeplitz_stage_cost(int64_t rows) {
+  constexpr int kBeside = 7;
+  return (rows + kToeplitzWarps - 1) / kToeplitzWarps * kToeplitzWarps + kBeside;
+}
+
+// Into how many bands of rows images (or their tiles of columns) are cut, so that the split that has most stages computes
+// least, and the cost of that.
+struct ToeplitzBands {
+  int bands;
+  int64_t cost;
+};
+constexpr ToeplitzBands toeplitz_bands(int64_t images, int out_h, int64_t splits, int least_bands) {
+  ToeplitzBands best{};
+  for (int wanted = least_bands;
+       wanted <= least_bands || (wanted <= kMostToeplitzBands && (wanted - 1) * kToeplitzWarps < out_h); ++wanted) {
+    const int rows = (out_h + wanted - 1) / wanted, bands = (out_h + rows - 1) / rows;
+    const int64_t cost = (images * bands + splits - 1) / splits * toeplitz_stage_cost(rows);
+    if (best.bands == 0 || cost < best.cost) best = {bands, cost};
+  }
+  return best;
+}
+
 // Kernels whose lanes are images (images_fma_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
 // lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
 constexpr int kMaxLaneImage = 16;  // rows and columns

@@ -31,6 +31,7 @@ constexpr int kChunk = 8;         // columns: one row of an ldmatrix, 16 bytes
 constexpr int kTileRows = 16;     // of a product
 constexpr int kChannelsNhwc = 8;  // of a block: 16 bytes a pixel
 constexpr int kOutside = -(1 << 30);
+constexpr int kPartitions = 4;  // of a multiprocessor: warp w of a block is on partition w % 4
 
 // kOrigin: chunk of the input that the first chunk of a block's band lies in, for the block of output column 0.
 // kImageChunks: chunks of an image row, where one block spans it and what lies outside is left out at compile time; 0:
@@ -455,35 +456,45 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   const unsigned* lane_pairs = pairs + channel * args.kernel_h * Traits::kBand + (kChunk - 1) * kStrideW +
                                2 * (lane % 4) - kStrideW * (lane / 4);
+  // Small blocks leave warps with fewer tiles than their registers hold: a loop of its own, as branches keep the products
+  // of different tiles apart.
+  const int tiles = divide_up(divide_up(block.images * block.rows, kTileRows) - first_tile, kTileStep);
+  const auto multiply = [&](auto all) {
 #pragma unroll 1
-  for (int i = first_tap; i < end_tap; ++i) {
-    unsigned band[kChunks];
+    for (int i = first_tap; i < end_tap; ++i) {
+      unsigned band[kChunks];
 #pragma unroll
-    for (int s = 0; s < kChunks; ++s) band[s] = lane_pairs[i * Traits::kBand + s * kChunk];
-    const int down = i * args.dilation_h;
+      for (int s = 0; s < kChunks; ++s) band[s] = lane_pairs[i * Traits::kBand + s * kChunk];
+      const int down = i * args.dilation_h;
 #pragma unroll
-    for (int a = 0; a < kTilesH; ++a) {
-      const bool in_bounds = static_cast<unsigned>(in_row[a] + down) < static_cast<unsigned>(args.h);
-      const unsigned from = in_bounds ? address[a] + down * kRowBytes : zeros;
-      unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
+      for (int a = 0; a < kTilesH; ++a) {
+        if (!all.value && a >= tiles) continue;
+        const bool in_bounds = static_cast<unsigned>(in_row[a] + down) < static_cast<unsigned>(args.h);
+        const unsigned from = in_bounds ? address[a] + down * kRowBytes : zeros;
+        unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
 #pragma unroll
-      for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
-        ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
+        for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
+          ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
 #pragma unroll
-      for (int step = 0; step < Traits::kSteps; ++step)
+        for (int step = 0; step < Traits::kSteps; ++step)
 #pragma unroll
-        for (int n = 0; n < kTilesW; ++n) {
-          const int k = Traits::pair(n, step), s = 2 * k - n * kStrideW;
-          const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
-          if (left && right)
-            multiply_k16<T>(sum[a][n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
-          else if (left)
-            multiply_k8<T>(sum[a][n], in[k][0], in[k][1], band[s]);
-          else if (right)
-            multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
-        }
+          for (int n = 0; n < kTilesW; ++n) {
+            const int k = Traits::pair(n, step), s = 2 * k - n * kStrideW;
+            const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
+            if (left && right)
+              multiply_k16<T>(sum[a][n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
+            else if (left)
+              multiply_k8<T>(sum[a][n], in[k][0], in[k][1], band[s]);
+            else if (right)
+              multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
+          }
+      }
     }
-  }
+  };
+  if (tiles >= kTilesH)
+    multiply(std::true_type{});
+  else
+    multiply(std::false_type{});
 
   // Stage the outputs where the input was.
   float probe = 0;
@@ -563,17 +574,34 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
     return pair_bytes + 16 * max_int((planes * in_rows + 1) * Traits::kPitch, planes * tiling.rows * stage_pitch);
   };
 
-  // Several whole images, or as many rows of one as the warps hold and shared memory takes; but blocks enough to give
-  // every multiprocessor two.
+  // Several whole images, or as many rows of one as the warps hold and shared memory takes.
   const int64_t channels = divide_up<int64_t>(args.out_c, Traits::kChannels);
-  const int images = static_cast<int>(args.n);
-  tiling.rows = divide_up(args.out_h, divide_up(args.out_h, kFlatRows));
+  const int images = static_cast<int>(args.n), roomy = device.shared_bytes_for(2);
+  const auto blocks = [&] {
+    return channels * divide_up(images, tiling.images) * tiling.tiles_w * divide_up(args.out_h, tiling.rows);
+  };
+  const auto even = [](int all, int most) { return divide_up(all, divide_up(all, most)); };
+  tiling.rows = even(args.out_h, kFlatRows);
   tiling.images = max_int(1, min_int(images, kFlatRows / args.out_h));
-  const int roomy = device.shared_bytes_for(2);
-  while (tiling.images > 1 && (shared_bytes() > roomy || channels * divide_up(images, tiling.images) * tiling.tiles_w <
-                                                             2 * device.multiprocessors))
-    tiling.images = divide_up(tiling.images, 2);
-  tiling.images = divide_up(images, divide_up(images, tiling.images));
+  while (tiling.images > 1 && shared_bytes() > roomy) tiling.images = divide_up(tiling.images, 2);
+  tiling.images = even(images, tiling.images);
+  // Few blocks: fewer images or rows each, where that leaves less to the partition of a multiprocessor that has most.
+  if (blocks() < 2 * device.multiprocessors) {
+    const auto cost = [&] {  // in thirds of a tile's products; a block costs some, beside its tiles'
+      const int warps = Traits::kChannelsLast ? Traits::kWarps : 1;  // that take all of the block's tiles
+      const int tiles = divide_up(warps * divide_up(tiling.images * tiling.rows, kTileRows), kPartitions);
+      return divide_up<int64_t>(blocks(), device.multiprocessors) * (3 * tiles + 2);
+    };
+    ToeplitzTiling best = tiling;
+    int64_t least = cost();
+    const auto consider = [&] {
+      if (cost() < least) least = cost(), best = tiling;
+    };
+    for (int most = tiling.images - 1; most > 0; --most) tiling.images = even(images, most), consider();
+    for (int most = tiling.rows - kTileRows; most > 0; most -= kTileRows)
+      tiling.rows = even(args.out_h, most), consider();
+    tiling = best;
+  }
   while (tiling.rows > kTileRows && shared_bytes() > roomy) tiling.rows = divide_up(tiling.rows, 2);
   tiling.tiles_h = divide_up(args.out_h, tiling.rows);
 
@@ -581,8 +609,7 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
   if (bytes > device.shared_bytes_block) return kTooLittleSharedMemory;
   const auto kernel = toeplitz_kernel<Traits>;
   if (const int error = allow_shared_bytes(kernel, bytes)) return error;
-  const int64_t blocks = channels * divide_up(images, tiling.images) * tiling.tiles_w * tiling.tiles_h;
-  kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes, stream>>>(args, tiling);
+  kernel<<<static_cast<unsigned>(blocks()), Traits::kThreads, bytes, stream>>>(args, tiling);
   return cudaGetLastError();
 }
 

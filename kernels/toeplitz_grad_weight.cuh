@@ -41,7 +41,7 @@ struct ToeplitzGradWeightTraits {
   static_assert(kGroups <= 2);
 
   static constexpr int kChannels = !kChannelsLast ? 1 : kGroups == 1 ? 8 : 4;
-  static constexpr int kWarps = kChannelsLast ? kChannels * kGroups : 8;
+  static constexpr int kWarps = kChannelsLast ? kChannels * kGroups : kToeplitzWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kSlots = kWarps / kGroups;  // NCHW: warps that share the rows; channels_last: the channels
   static constexpr int kStages = kChannelsLast ? 1 : 2;
@@ -357,9 +357,12 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   // As many rows as fit, or as many images as give every warp some rows.
   constexpr int kMoreRows = 8 * Traits::kGroups * Traits::kGroupTiles - 1;  // that a band's last row meets
   const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
-  // Few images: bands, so that every split has a stage.
-  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
-  const int bands = max_int(divide_up(args.out_h, rows), min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
+  // Few images: bands, so that every split has a stage. NCHW, whose warps share a stage: so that splits are even.
+  const int64_t images = args.n * tiling.num_column_tiles;
+  const int least_bands = divide_up(args.out_h, rows), most_bands = divide_up(args.out_h, kFewestRows);
+  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, images));
+  const int bands = Traits::kChannelsLast ? max_int(least_bands, min_int(wanted_bands, most_bands))
+                                          : toeplitz_bands(images, args.out_h, args.splits, least_bands).bands;
   tiling.band_rows = divide_up(args.out_h, bands);
   tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
   tiling.image_rows = max_int(tiling.band_rows + kMoreRows - args.padding_h, args.padding_h + args.h);
