@@ -124,7 +124,7 @@ __device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vec
 }
 
 // channels_last: two pixels of kChannels channels, stored as one word into each channel's plane. `channel_of(k)`: where the
-// k-th channel lies, or -1.
+// k-th channel lies, or -1; the planes of those that do not exist are zeros before, and may be left alone.
 template <int kChannels, int kBatch, class T, class ChannelOf>
 __device__ __forceinline__ void transpose_rectangle(const Rectangle<T, T>& r, bool whole, int lanes, int channels,
                                                     int plane_elements, ChannelOf channel_of) {
@@ -153,12 +153,21 @@ __device__ __forceinline__ void transpose_rectangle(const Rectangle<T, T>& r, bo
     for_each_vector<2, 1>(
         r, lanes,
         [&](T* shared, const T* row, int column) {
+          constexpr int kTogether = 4;  // channels whose loads are on their way together
+          static_assert(kChannels % kTogether == 0);
           const T* const pixel = row + static_cast<int64_t>(column) * channels;
 #pragma unroll 1
-          for (int k = 0; k < kChannels; ++k) {
-            const int channel = channel_of(k);
-            store(shared, k, load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0],
-                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0]);
+          for (int k = 0; k < kChannels && channel_of(k) >= 0; k += kTogether) {
+            T first[kTogether], second[kTogether];
+#pragma unroll
+            for (int e = 0; e < kTogether; ++e) {
+              const int channel = channel_of(k + e);
+              first[e] = load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0];
+              second[e] =
+                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0];
+            }
+#pragma unroll
+            for (int e = 0; e < kTogether; ++e) store(shared, k + e, first[e], second[e]);
           }
           return 0;
         },

@@ -152,17 +152,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     out.high = one_column_tile ? args.out_w - tiling.grad_start : Traits::kGradPitch;
     if constexpr (Traits::kChannelsLast) {
       constexpr int kBatch = Traits::kSums > 32 ? 1 : 2;  // loads in flight, as registers allow
+      const int first = static_cast<int>(first_channel), end = static_cast<int>(args.out_c);
+      const auto out_channel = [&](int k) { return first + k < end ? first + k : -1; };
+      const auto in_channel = [&](int k) {
+        return args.multiplier == 1 || first + k >= end ? out_channel(k) : (first + k) / args.multiplier;
+      };
       transpose_rectangle<Traits::kChannels, kBatch>(in, tiling.input_vector == Traits::kChannels, tiling.input_lanes,
-                                                     static_cast<int>(in_c), plane_elements, [&](int k) {
-                                                       const int64_t c = first_channel + k;
-                                                       return c < args.out_c ? static_cast<int>(c / args.multiplier)
-                                                                             : -1;
-                                                     });
+                                                     static_cast<int>(in_c), plane_elements, in_channel);
       transpose_rectangle<Traits::kChannels, kBatch>(out, tiling.grad_vector == Traits::kChannels, tiling.grad_lanes,
-                                                     static_cast<int>(args.out_c), plane_elements, [&](int k) {
-                                                       const int64_t c = first_channel + k;
-                                                       return c < args.out_c ? static_cast<int>(c) : -1;
-                                                     });
+                                                     static_cast<int>(args.out_c), plane_elements, out_channel);
     } else {
       in.global += first_channel / args.multiplier * args.h * args.w;
       out.global += first_channel * args.out_h * args.out_w;
