@@ -270,28 +270,35 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
 }
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
-// toeplitz_grad_weight: what a stage costs, in rows: those of its warps, and some beside.
+// toeplitz_grad_weight, NCHW: how images are cut into stages, for which a block's `slots` (warps, or pairs of them) take
+// rows: a stage is some images, or a band of rows of one.
 constexpr int kToeplitzWarps = 8, kMostToeplitzBands = 8;
-constexpr int64_t toeplitz_stage_cost(int64_t rows) {
-  constexpr int kBeside = 7;
-  return (rows + kToeplitzWarps - 1) / kToeplitzWarps * kToeplitzWarps + kBeside;
-}
 
-// Into how many bands of rows images (or their tiles of columns) are cut, so that the split that has most stages computes
-// least, and the cost of that.
-struct ToeplitzBands {
-  int bands;
-  int64_t cost;
+struct ToeplitzCut {
+  int bands, images, slots_per_image;
+  int64_t cost;  // of the split that has most stages: in rows of all slots, and what a stage costs beside
 };
-constexpr ToeplitzBands toeplitz_bands(int64_t images, int out_h, int64_t splits, int least_bands) {
-  ToeplitzBands best{};
-  for (int wanted = least_bands;
-       wanted <= least_bands || (wanted <= kMostToeplitzBands && (wanted - 1) * kToeplitzWarps < out_h); ++wanted) {
-    const int rows = (out_h + wanted - 1) / wanted, bands = (out_h + rows - 1) / rows;
-    const int64_t cost = (images * bands + splits - 1) / splits * toeplitz_stage_cost(rows);
-    if (best.bands == 0 || cost < best.cost) best = {bands, cost};
+// `bands`: as many as are wanted; `room`: for images of a stage.
+constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, int64_t splits, int bands, int slots,
+                                   int room) {
+  constexpr int kRowsOfSlot = 14, kStageCost = 7;
+  const auto divide_up = [](auto a, auto b) { return (a + b - 1) / b; };
+  const int rows = divide_up(out_h, bands);
+  ToeplitzCut cut{divide_up(out_h, rows), 1, slots, 0};
+  if (cut.bands == 1) {  // as many images as give every slot some rows
+    while (cut.slots_per_image > 1 && cut.slots_per_image * kRowsOfSlot > out_h + kRowsOfSlot) cut.slots_per_image /= 2;
+    const int64_t share = divide_up(n, splits),
+                  most = slots / cut.slots_per_image < room ? slots / cut.slots_per_image : room;
+    const int64_t images = most < 1 ? 1 : most < share ? most : share;
+    cut.images = static_cast<int>(divide_up(share, divide_up(share, images)));
+    while (cut.slots_per_image * cut.images * 2 <= slots) cut.slots_per_image *= 2;
   }
-  return best;
+  const int64_t stages = divide_up(divide_up(n, static_cast<int64_t>(cut.images)) * cut.bands * column_tiles, splits);
+  cut.cost = stages * (divide_up(rows, cut.slots_per_image) * slots + kStageCost);
+  return cut;
+}
+constexpr bool toeplitz_cuts_into(int bands, int out_h) {
+  return bands <= kMostToeplitzBands && (bands - 1) * kToeplitzWarps < out_h;
 }
 
 // Kernels whose lanes are images (images_fma_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where

@@ -351,33 +351,39 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   tiling.num_column_tiles = divide_up(args.w, Traits::kTileColumns);
   tiling.tile_columns = divide_up(divide_up(args.w, tiling.num_column_tiles), 16) * 16;
 
-  constexpr int kFewestRows = 8;
-  // As many rows as fit, or as many images as give every warp some rows.
   constexpr int kMoreRows = 8 * Traits::kGroups * Traits::kGroupTiles - 1;  // that a band's last row meets
-  const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
-  // Few images: bands, so that every split has a stage. NCHW, whose warps share a stage: so that splits are even.
-  const int64_t images = args.n * tiling.num_column_tiles;
-  const int least_bands = divide_up(args.out_h, rows), most_bands = divide_up(args.out_h, kFewestRows);
-  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, images));
-  const int bands = Traits::kChannelsLast ? max_int(least_bands, min_int(wanted_bands, most_bands))
-                                          : toeplitz_bands(images, args.out_h, args.splits, least_bands).bands;
-  tiling.band_rows = divide_up(args.out_h, bands);
-  tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
-  tiling.image_rows = max_int(tiling.band_rows + kMoreRows - args.padding_h, args.padding_h + args.h);
-  tiling.images = 1;
-  tiling.warps_per_image = Traits::kSlots;
-  if (tiling.num_bands == 1) {
-    constexpr int kRowsOfWarp = 14;
-    while (tiling.warps_per_image > 1 && tiling.warps_per_image * kRowsOfWarp > args.out_h + kRowsOfWarp)
-      tiling.warps_per_image /= 2;
-    const int wanted = Traits::kChannelsLast ? divide_up(28, args.out_h) : Traits::kSlots / tiling.warps_per_image;
-    const int more_rows = args.out_h + kMoreRows - tiling.image_rows;  // of the last image
-    const int room = (budget - more_rows * kInputRow) / (tiling.image_rows * kInputRow + args.out_h * kGradRow);
-    const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
-    tiling.images = max_int(1, min_int(min_int(wanted, room), share));
-    tiling.images = divide_up(share, divide_up(share, tiling.images));
-    while (tiling.warps_per_image * tiling.images * 2 <= Traits::kSlots) tiling.warps_per_image *= 2;
+  // Input rows from image to image; images of which all rows fit.
+  const auto image_rows = [&](int rows) { return max_int(rows + kMoreRows - args.padding_h, args.padding_h + args.h); };
+  const int more_rows = args.out_h + kMoreRows - image_rows(args.out_h);  // of the last image
+  const int room = (budget - more_rows * kInputRow) / (image_rows(args.out_h) * kInputRow + args.out_h * kGradRow);
+  // As many rows as fit, but bands, where there are few images, so that every split has a stage. NCHW: as many as leave
+  // least to the split that has most.
+  const int most_rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
+  const int least_bands = divide_up(args.out_h, most_rows);
+  if constexpr (Traits::kChannelsLast) {
+    constexpr int kFewestRows = 8, kEnoughRows = 28;
+    const int64_t images = args.n * tiling.num_column_tiles;
+    const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, images));
+    const int bands = max_int(least_bands, min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
+    tiling.num_bands = divide_up(args.out_h, divide_up(args.out_h, bands));
+    tiling.warps_per_image = Traits::kSlots;
+    tiling.images = 1;
+    if (tiling.num_bands == 1) {
+      const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
+      const int most = max_int(1, min_int(min_int(divide_up(kEnoughRows, args.out_h), room), share));
+      tiling.images = divide_up(share, divide_up(share, most));
+    }
+  } else {
+    ToeplitzCut best{};
+    for (int bands = least_bands; bands == least_bands || toeplitz_cuts_into(bands, args.out_h); ++bands) {
+      const ToeplitzCut cut =
+          toeplitz_cut(args.n, tiling.num_column_tiles, args.out_h, args.splits, bands, Traits::kSlots, room);
+      if (best.bands == 0 || cut.cost < best.cost) best = cut;
+    }
+    tiling.num_bands = best.bands, tiling.images = best.images, tiling.warps_per_image = best.slots_per_image;
   }
+  tiling.band_rows = divide_up(args.out_h, tiling.num_bands);
+  tiling.image_rows = image_rows(tiling.band_rows);
   tiling.input_rows = (tiling.images - 1) * tiling.image_rows + tiling.band_rows + kMoreRows;
   tiling.stages =
       static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
