@@ -165,8 +165,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       in.global += first_channel / args.multiplier * args.h * args.w;
       out.global += first_channel * args.out_h * args.out_w;
       if (tiling.input_vector == 1 || tiling.grad_vector == 1) {
-        copy_unaligned_rectangles(UnalignedRectangle<T>(in, {args.input, tiling.input_end}),
-                                  UnalignedRectangle<T>(out, {args.grad_output, tiling.grad_end}));
+        const auto rows = [&] { return UnalignedRectangle<T>(in, {args.input, tiling.input_end}); };
+        const auto grad_rows = [&] { return UnalignedRectangle<T>(out, {args.grad_output, tiling.grad_end}); };
+        if constexpr (Traits::kBlocks < 3)
+          copy_unaligned_rectangles(rows(), grad_rows());
+        else  // registers are too few for both
+          copy_unaligned_rectangles(rows()), copy_unaligned_rectangles(grad_rows());
       } else {
         copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
         copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
