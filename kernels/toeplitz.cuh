@@ -123,27 +123,26 @@ __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const Direct
   constexpr int kItem = kVector > 1 ? kVector : kEight;
   if (block.in_columns == 0 || block.in_rows == 0) return;
   const int64_t plane = static_cast<int64_t>(args.h) * args.w;
-  const int64_t in_c = args.out_c / args.multiplier;
-  const T* input = static_cast<const T*>(args.input) + (block.image * in_c + block.channel / args.multiplier) * plane +
-                   static_cast<int64_t>(block.in_row) * args.w + block.in_column;
+  const int64_t in_c = args.out_c / args.multiplier, image_step = ptx::opaque(in_c * plane);
+  const T* const input =
+      ptx::opaque(static_cast<const T*>(args.input) + (block.image * in_c + block.channel / args.multiplier) * plane +
+                  static_cast<int64_t>(block.in_row) * args.w + block.in_column);
   tile += block.offset;
   const auto to = [&](const Walk& at) {
-    return tile + at.outer * image_pitch + at.middle * Traits::kPitch * kChunk + at.inner * kItem;
+    return at.outer * image_pitch + at.middle * Traits::kPitch * kChunk + at.inner * kItem;
   };
   const auto from = [&](const Walk& at) {
-    return input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kItem;
+    return input + at.outer * image_step + (at.middle * args.w + at.inner * kItem);
   };
   Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, kItem), block.in_rows);
   if constexpr (kVector > 1) {
-    for (; at.outer < block.images; at.advance()) copy_async<kVector * sizeof(T)>(to(at), from(at));
+    for (; at.outer < block.images; at.advance()) copy_async<kVector * sizeof(T)>(tile + to(at), from(at));
   } else {
     // What is put together in registers is no asynchronous copy: several on their way at a time.
     static_assert(kEight == kChunk);
     constexpr int kAhead = 4;
     const UnalignedTensor tensor{args.input, static_cast<const T*>(args.input) + args.n * in_c * plane};
     const EightMask last = last_eight(block.in_columns);
-    const int64_t image_step = ptx::opaque(in_c * plane);
-    input = ptx::opaque(input);
 #pragma unroll 1
     while (at.outer < block.images) {
       UnalignedEight eight[kAhead];
@@ -153,12 +152,11 @@ __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const Direct
       for (int k = 0; k < kAhead; ++k, at.advance()) {
         target[k] = -1;
         if (at.outer >= block.images) continue;
-        target[k] = at.outer * image_pitch + (at.middle * Traits::kPitch + at.inner) * kChunk;
         is_last[k] = at.inner == at.inners - 1;
-        const T* const from = input + at.outer * image_step + (at.middle * args.w + at.inner * kChunk);
-        if (eight[k].load(tensor, from)) continue;
-        copy_eight(tile + target[k], from, block.in_columns - at.inner * kChunk);
-        target[k] = -1;
+        if (eight[k].load(tensor, from(at)))
+          target[k] = to(at);
+        else
+          copy_eight(tile + to(at), from(at), block.in_columns - at.inner * kChunk);
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k)
