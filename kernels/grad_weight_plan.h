@@ -116,7 +116,7 @@ inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels,
 // do the second pass and what it reads. In channels_last, images are cut into bands for splits that have no image
 // otherwise, and a stage is loaded, rows above and below included, before it is multiplied.
 inline GradWeightPlan toeplitz_grad_weight_plan(const Problem& p, const Tile& tile) {
-  constexpr int64_t kMultiprocessors = 132, kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 30;
+  constexpr int64_t kMultiprocessors = 132, kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 24;
   constexpr int64_t kTogether = 20, kAlone = 30, kAloneNhwc = 32;  // a row costs, in twentieths of one
   constexpr int64_t kSplitCost = 9, kSecondPassCost = 600;         // likewise
   const bool channels_last = p.layout == Layout::kNhwc, many_taps = p.kernel_h * p.kernel_w > kManyTaps;

@@ -276,7 +276,7 @@ constexpr int kToeplitzWarps = 8, kMostToeplitzBands = 8;
 
 struct ToeplitzCut {
   int bands, images, slots_per_image;
-  int64_t cost;  // of the split that has most stages: in rows of all slots, and what a stage costs beside
+  int64_t cost;  // of the split that has most stages: in rows of all slots, and what stages cost beside
 };
 // `bands`: as many as are wanted; `room`: for images of a stage.
 constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, int64_t splits, int bands, int slots,
@@ -294,7 +294,7 @@ constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, i
     while (cut.slots_per_image * cut.images * 2 <= slots) cut.slots_per_image *= 2;
   }
   const int64_t stages = divide_up(divide_up(n, static_cast<int64_t>(cut.images)) * cut.bands * column_tiles, splits);
-  cut.cost = stages * (divide_up(rows, cut.slots_per_image) * slots + kStageCost);
+  cut.cost = stages * (divide_up(rows, cut.slots_per_image) * slots + cut.images * kStageCost);
   return cut;
 }
 constexpr bool toeplitz_cuts_into(int bands, int out_h) {
