@@ -28,7 +28,7 @@
 // Chosen  select.h.
 #pragma once
 
-#include "toeplitz.cuh"
+#include "toeplitz_block.cuh"
 
 namespace depthwise {
 
