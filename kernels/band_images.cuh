@@ -94,6 +94,7 @@ struct BandImagesTiling {
   int image_pitch;            // elements of shared memory from image to image
   int in_vector;              // elements a copy
   bool pairs;                 // outputs are stored by twos
+  int round;                  // blocks, one on each multiprocessor
   unsigned char begin[kBandImagesWarps + 1], unit[kMaxUnits];  // those of a warp
 };
 
@@ -366,7 +367,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
 
   const float bias = args.bias ? load(static_cast<const T*>(args.bias) + block.channel) : 0.f;
   const unsigned* const band = pairs + kChunk - 1 + 2 * (lane % 4) - lane / 4;
-  const int begin = tiling.begin[warp], end = tiling.begin[warp + 1];
+  // The blocks that come second to their multiprocessor have their partitions the other way round, so that those which have
+  // a unit more are not the same.
+  const int worker = warp ^ (blockIdx.x / tiling.round % 2 * (kPartitions / 2));
+  const int begin = tiling.begin[worker], end = tiling.begin[worker + 1];
 #pragma unroll 1
   for (int k = begin; k < max(end, begin + 2); ++k) {
     if (k == begin + 1) wait_for_all_copies();  // every warp comes here
@@ -426,6 +430,7 @@ int launch_band_images(const DirectArgs& args, int, cudaStream_t stream) {
   BandImagesTiling tiling{};
   tiling.in_vector = copy_width(args.input, args.w);
   tiling.pairs = copy_width(args.out, args.out_w) > 1;
+  tiling.round = device.multiprocessors;
   const auto cut = [&](int groups, int rows) {  // returns bytes of shared memory
     tiling.groups = groups, tiling.rows = rows;
     tiling.tiles_h = divide_up(args.out_h, rows);
@@ -447,7 +452,8 @@ int launch_band_images(const DirectArgs& args, int, cudaStream_t stream) {
   // costs about half a unit beside them.
   if (blocks() < device.multiprocessors) {
     const auto cost = [&] {
-      return divide_up<int64_t>(blocks(), device.multiprocessors) * (2 * divide_up(units(), kPartitions) + 1);
+      const int64_t rounds = divide_up<int64_t>(blocks(), device.multiprocessors);
+      return 2 * divide_up<int64_t>(rounds * units(), kPartitions) + rounds;
     };
     int64_t least = cost();
     for (int most = rows - Traits::kRows; most > 0; most -= Traits::kRows) {
