@@ -60,7 +60,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   // Which rows: lane l names row l % 16 of each tile to ldmatrix; the rows outside the image are the row of zeros.
   const int channel = Traits::kChannelsLast ? warp : 0;  // of the block's
-  const int first_tile = Traits::kChannelsLast ? 0 : warp;
+  // NCHW: tiles are dealt to the warps from where those of the block before it on the same multiprocessor end, so that its
+  // partitions have as many.
+  const int block_tiles = divide_up(block.images * block.rows, kTileRows);
+  const unsigned tiles_before = blockIdx.x / static_cast<unsigned>(tiling.round) * block_tiles;
+  const int first_tile = Traits::kChannelsLast ? 0 : static_cast<int>((warp - tiles_before) % Traits::kWarps);
   constexpr int kTileStep = Traits::kChannelsLast ? 1 : Traits::kWarps;
   constexpr int kRowBytes = Traits::kPitch * kChunk * sizeof(T);
   const unsigned base = ptx::shared_address(tile) + lane / kTileRows * 16;
@@ -100,7 +104,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                                2 * (lane % 4) - kStrideW * (lane / 4);
   // Small blocks leave warps with fewer tiles than their registers hold: a loop of its own, as branches keep the products
   // of different tiles apart.
-  const int tiles = divide_up(divide_up(block.images * block.rows, kTileRows) - first_tile, kTileStep);
+  const int tiles = divide_up(block_tiles - first_tile, kTileStep);
   const auto multiply = [&](auto all) {
 #pragma unroll 1
     for (int i = first_tap; i < end_tap; ++i) {
@@ -197,6 +201,7 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
   constexpr int kFlatRows = (Traits::kChannelsLast ? 1 : Traits::kWarps) * Traits::kTilesH * kTileRows;
   const DeviceLimits& device = device_limits();
   ToeplitzTiling tiling{};
+  tiling.round = device.multiprocessors;
   tiling.tiles_w = divide_up(args.out_w, Traits::kColumns);
   tiling.in_vector = copy_width(args.input, Traits::kChannelsLast ? args.out_c : args.w);
   tiling.out_vector = copy_width(args.out, Traits::kChannelsLast ? args.out_c : args.out_w);
@@ -221,11 +226,12 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
   while (tiling.images > 1 && shared_bytes() > roomy) tiling.images = divide_up(tiling.images, 2);
   tiling.images = even(images, tiling.images);
   // Few blocks: fewer images or rows each, where that leaves less to the partition of a multiprocessor that has most.
-  if (blocks() < 2 * device.multiprocessors) {
+  if (blocks() < 2 * tiling.round) {
     const auto cost = [&] {  // in thirds of a tile's products; a block costs some, beside its tiles'
+      const int64_t rounds = divide_up<int64_t>(blocks(), tiling.round);
       const int warps = Traits::kChannelsLast ? Traits::kWarps : 1;  // that take all of the block's tiles
-      const int tiles = divide_up(warps * divide_up(tiling.images * tiling.rows, kTileRows), kPartitions);
-      return divide_up<int64_t>(blocks(), device.multiprocessors) * (3 * tiles + 2);
+      const int tiles = warps * divide_up(tiling.images * tiling.rows, kTileRows);
+      return 3 * divide_up<int64_t>(rounds * tiles, kPartitions) + 2 * rounds;
     };
     ToeplitzTiling best = tiling;
     int64_t least = cost();

@@ -63,6 +63,7 @@ struct ToeplitzTiling {
   int images, rows;           // of a block; more than one image only where `rows` is the whole image
   int tiles_h, tiles_w;       // blocks of an image
   int in_vector, out_vector;  // elements a copy
+  int round;                  // blocks, one on each multiprocessor
 };
 
 // What a block computes and reads.
