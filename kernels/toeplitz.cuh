@@ -151,23 +151,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int e = 0; e < 4; ++e) probe += sum[a][n][e];
   const bool poisoned = __syncthreads_or(probe != probe);
-  const auto for_each_row = [&](auto&& body) {  // body(row among those of the block, sums of eight columns by twos)
+  const auto for_each_row = [&](auto&& body) {  // body(row among those of the block, pair of the n-th tile)
 #pragma unroll
     for (int a = 0; a < kTilesH; ++a)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int flat = (first_tile + a * kTileStep) * kTileRows + half * 8 + lane / 4;
         if (flat < block.images * block.rows)
-          body(flat, [&](int n, int e) { return from_float<T>(sum[a][n][2 * half + e]); });
+          body(flat, [&](int n) { return pack<T>(sum[a][n][2 * half], sum[a][n][2 * half + 1]); });
       }
   };
   const auto stage_rows = [&] {
-    for_each_row([&](int flat, auto&& output) {
+    for_each_row([&](int flat, auto&& pair) {
       T* to = tile + (channel * block.images * block.rows + flat) * Traits::kStagePitch * kChunk + 2 * (lane % 4);
 #pragma unroll
-      for (int n = 0; n < kTilesW; ++n)
-        *reinterpret_cast<unsigned*>(to + n * kChunk) = output(n, 0).bits | static_cast<unsigned>(output(n, 1).bits)
-                                                                                << 16;
+      for (int n = 0; n < kTilesW; ++n) *reinterpret_cast<unsigned*>(to + n * kChunk) = pair(n);
     });
     __syncthreads();
   };
@@ -181,14 +179,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       stage_rows();
       store_aligned<Traits>(tile, stage, args, block, poisoned);
     } else {
-      for_each_row([&](int flat, auto&& output) {
-        const int image = flat / block.rows, column = 2 * (lane % 4);
-        T* to = tile + stage.offset(image, flat - image * block.rows) + column;
+      const bool by_twos = tiling.out_vector > 1;
+      for_each_row([&](int flat, auto&& pair) {
+        const int image = flat / block.rows, first = 2 * (lane % 4);
+        T* to = tile + stage.offset(image, flat - image * block.rows) + first;
 #pragma unroll
-        for (int n = 0; n < kTilesW; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e)
-            if (n * kChunk + column + e < block.columns) to[n * kChunk + e] = output(n, e);
+        for (int n = 0; n < kTilesW; ++n, to += kChunk) {
+          const unsigned two = pair(n);
+          const int columns = block.columns - n * kChunk - first;
+          if (by_twos && columns > 0) *reinterpret_cast<unsigned*>(to) = two;
+          if (!by_twos && columns > 0) to[0].bits = static_cast<unsigned short>(two);
+          if (!by_twos && columns > 1) to[1].bits = static_cast<unsigned short>(two >> 16);
+        }
       });
       __syncthreads();
       store_runs<Traits>(tile, stage, args, block, poisoned);
