@@ -28,13 +28,12 @@
 // Chosen  select.h.
 #pragma once
 
-#include "toeplitz.cuh"
+#include "toeplitz_block.cuh"
 
 namespace depthwise {
 
 constexpr int kBandImages = kTileRows;  // of a product
 constexpr int kBandImagesWarps = 8;
-constexpr int kPartitions = 4;  // of a multiprocessor: warp w of a block is on partition w % 4
 
 // kOrigin: chunk of the image in which the band of output column 0 begins. kImageChunks: of an image row. kTiles: of an
 // output row, in eights. kRows: of a unit.
@@ -95,6 +94,7 @@ struct BandImagesTiling {
   int image_pitch;            // elements of shared memory from image to image
   int in_vector;              // elements a copy
   bool pairs;                 // outputs are stored by twos
+  int round;                  // blocks, one on each multiprocessor
   unsigned char begin[kBandImagesWarps + 1], unit[kMaxUnits];  // those of a warp
 };
 
@@ -302,8 +302,14 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
     });
   else
     outputs.template for_each_pair<kTiles>(args.out_w, [&](T* to, int q, int t, int half) {
-      to[0] = from_float<T>(sum[q][t][2 * half]);
-      if (t * Traits::kStep * kChunk + 1 < outputs.columns) to[1] = from_float<T>(sum[q][t][2 * half + 1]);
+      const bool both = t * Traits::kStep * kChunk + 1 < outputs.columns;
+      const unsigned pair = pack<T>(sum[q][t][2 * half], sum[q][t][2 * half + 1]);
+      if (both && reinterpret_cast<uintptr_t>(to) % sizeof(pair) == 0) {
+        *reinterpret_cast<unsigned*>(to) = pair;
+      } else {
+        to[0].bits = static_cast<unsigned short>(pair);
+        if (both) to[1].bits = static_cast<unsigned short>(pair >> 16);
+      }
     });
   if (probe != probe) repair_unit<Traits>(args, tiling, number);
 }
@@ -319,9 +325,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   extern __shared__ __align__(16) unsigned char shared_memory[];
   unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* const tile = reinterpret_cast<T*>(pairs + divide_up(args.kernel_h * Traits::kBand, 4) * 4);
-  // In parts: the early rows of the first sixteen images and the weights, their other rows, the other images.
+  // In parts: the early rows of the first sixteen images and the weights, their other rows, the other images. Rows that no
+  // asynchronous copy can fetch are waited for anyhow: all at once.
+  const bool in_parts = tiling.in_vector > 1;
+  if (!in_parts) {
+    load_weights<Traits>(pairs, args, block);
+    load_nchw<1, Traits>(tile, args, block, tiling.image_pitch);
+  }
 #pragma unroll 1
-  for (int part = 0; part < 3; ++part) {
+  for (int part = 0; in_parts && part < 3; ++part) {
     BandImagesBlock loaded = block;
     T* to = tile;
     if (part < 2) {
@@ -338,14 +350,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     switch (tiling.in_vector) {
       case 8: load_nchw<8, Traits>(to, args, loaded, tiling.image_pitch); break;
       case 4: load_nchw<4, Traits>(to, args, loaded, tiling.image_pitch); break;
-      case 2: load_nchw<2, Traits>(to, args, loaded, tiling.image_pitch); break;
-      default: load_nchw<1, Traits>(to, args, loaded, tiling.image_pitch);
+      default: load_nchw<2, Traits>(to, args, loaded, tiling.image_pitch);
     }
     if (part != 1) commit_copies();
     if (part == 0) load_weights<Traits>(pairs, args, block);  // which do not queue behind all rows
   }
   const int behind = Traits::kImageChunks * kChunk - args.w;
-  if (behind > 0 && block.in_rows > 0)
+  if (in_parts && behind > 0 && block.in_rows > 0)
     for (Walk at(threadIdx.x, Traits::kThreads, behind, block.in_rows); at.outer < block.images; at.advance())
       tile[at.outer * tiling.image_pitch + at.middle * Traits::kPitch * kChunk + args.w + at.inner] = T{};
   if (tiling.all_early)
@@ -356,7 +367,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
 
   const float bias = args.bias ? load(static_cast<const T*>(args.bias) + block.channel) : 0.f;
   const unsigned* const band = pairs + kChunk - 1 + 2 * (lane % 4) - lane / 4;
-  const int begin = tiling.begin[warp], end = tiling.begin[warp + 1];
+  // The blocks that come second to their multiprocessor have their partitions the other way round, so that those which have
+  // a unit more are not the same.
+  const int worker = warp ^ (blockIdx.x / tiling.round % 2 * (kPartitions / 2));
+  const int begin = tiling.begin[worker], end = tiling.begin[worker + 1];
 #pragma unroll 1
   for (int k = begin; k < max(end, begin + 2); ++k) {
     if (k == begin + 1) wait_for_all_copies();  // every warp comes here
@@ -416,6 +430,7 @@ int launch_band_images(const DirectArgs& args, int, cudaStream_t stream) {
   BandImagesTiling tiling{};
   tiling.in_vector = copy_width(args.input, args.w);
   tiling.pairs = copy_width(args.out, args.out_w) > 1;
+  tiling.round = device.multiprocessors;
   const auto cut = [&](int groups, int rows) {  // returns bytes of shared memory
     tiling.groups = groups, tiling.rows = rows;
     tiling.tiles_h = divide_up(args.out_h, rows);
@@ -427,12 +442,25 @@ int launch_band_images(const DirectArgs& args, int, cudaStream_t stream) {
   const auto blocks = [&] { return args.out_c * divide_up(images, tiling.groups * kBandImages) * tiling.tiles_h; };
   const auto units = [&] { return tiling.groups * divide_up(tiling.rows, Traits::kRows) * Traits::kColumnGroups; };
 
-  // All rows of sixteen images, or as many as leave room for another block; fewer where multiprocessors would be idle.
+  // All rows of sixteen images, or as many as leave room for another block.
   constexpr int kMaxRows = BandImagesTiling::kMaxUnits / Traits::kColumnGroups * Traits::kRows;
-  int rows = min_int(kMaxRows, divide_up(args.out_h, Traits::kRows) * Traits::kRows);
+  const auto whole_units = [](int count) { return divide_up(count, Traits::kRows) * Traits::kRows; };
+  int rows = min_int(kMaxRows, whole_units(args.out_h));
   int bytes = cut(1, rows);
-  while (rows > Traits::kRows && (bytes > roomy || blocks() < device.multiprocessors)) {
-    rows = divide_up(divide_up(rows, 2), Traits::kRows) * Traits::kRows;
+  while (rows > Traits::kRows && bytes > roomy) rows = whole_units(divide_up(rows, 2)), bytes = cut(1, rows);
+  // Where multiprocessors would be idle, fewer: as leave the fewest units to the partition that has most of them. A block
+  // costs about half a unit beside them.
+  if (blocks() < device.multiprocessors) {
+    const auto cost = [&] {
+      const int64_t rounds = divide_up<int64_t>(blocks(), device.multiprocessors);
+      return 2 * divide_up<int64_t>(rounds * units(), kPartitions) + rounds;
+    };
+    int64_t least = cost();
+    for (int most = rows - Traits::kRows; most > 0; most -= Traits::kRows) {
+      const int even = whole_units(divide_up(args.out_h, divide_up(args.out_h, most)));
+      cut(1, even);
+      if (cost() < least) least = cost(), rows = even;
+    }
     bytes = cut(1, rows);
   }
   // Twice as many images, if the blocks then take fewer waves; a wave also loads and stores, which counts as a quarter of

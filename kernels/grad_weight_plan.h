@@ -149,6 +149,52 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   return {best, 0};
 }
 
+// toeplitz_grad_weight. Few channels: as many splits, of as many stages each, as leave least to the multiprocessor that has
+// most. Counted in rows of its stages: a block costs some beside them, more where it is alone on its multiprocessor, and so
+// do the second pass and what it reads. In channels_last, images are cut into bands for splits that have no image
+// otherwise, and a stage is loaded, rows above and below included, before it is multiplied.
+inline GradWeightPlan toeplitz_grad_weight_plan(const Problem& p, const Tile& tile) {
+  constexpr int64_t kMultiprocessors = 132, kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 24;
+  constexpr int64_t kTogether = 20, kAlone = 30, kAloneNhwc = 32;  // a row costs, in twentieths of one
+  constexpr int64_t kSplitCost = 9, kSecondPassCost = 600;         // likewise
+  const bool channels_last = p.layout == Layout::kNhwc, many_taps = p.kernel_h * p.kernel_w > kManyTaps;
+  const int64_t groups = channels_last ? divide_up64(p.out_c, tile.vector) : p.out_c;
+  const GradWeightPlan usual =
+      large_grad_weight_plan(p, groups, channels_last && many_taps ? kToeplitzBlocks / 2 : kToeplitzBlocks);
+  if (p.out_c >= kManyChannels || usual.splits == 1) return usual;
+  const int64_t column_tiles = divide_up64(p.w, tile.columns), images = p.n * column_tiles;
+  const int64_t fewest = p.n * p.out_h * p.out_w / kMostPositions;
+  const int out_h = static_cast<int>(p.out_h);
+  const auto cost = [&](int64_t splits, int bands) {
+    const int64_t rows = divide_up64(out_h, bands);
+    const int64_t split_cost =
+        channels_last ? divide_up64(images * divide_up64(out_h, rows), splits) * (rows + p.kernel_h)
+                      : toeplitz_cut(p.n, column_tiles, out_h, splits, bands, kToeplitzWarps, kToeplitzWarps).cost;
+    const int64_t waves = divide_up64(groups * splits, kMultiprocessors);
+    const int64_t row_cost = waves > 1 ? kTogether : channels_last ? kAloneNhwc : kAlone;
+    return waves * (split_cost + kBlockCost) * row_cost + splits * kSplitCost + (splits > 1 ? kSecondPassCost : 0);
+  };
+  int64_t best = usual.splits, least = 0;
+  const int usual_bands = static_cast<int>(divide_up64(usual.splits, images));
+  for (int bands = 1; toeplitz_cuts_into(bands, out_h); ++bands) {
+    if (channels_last && bands != usual_bands) continue;
+    const int64_t usual_cost = cost(usual.splits, bands);
+    if (least == 0 || usual_cost < least) least = usual_cost;
+  }
+  least -= least / 10;  // others have to be worth it
+  for (int bands = 1; toeplitz_cuts_into(bands, out_h); ++bands) {
+    const int64_t stages = images * divide_up64(out_h, divide_up64(out_h, bands));
+    const int64_t fewest_stages = divide_up64(stages * groups, kMostWaves * kMultiprocessors);
+    const int64_t most_stages = channels_last && bands > 1 ? 1 : fewest_stages + kMostStages;
+    for (int64_t k = fewest_stages; k <= most_stages; ++k) {
+      const int64_t splits = divide_up64(stages, k), split_cost = cost(splits, bands);
+      if (splits >= fewest && split_cost < least && bounded_splits(p, splits) == splits)
+        least = split_cost, best = splits;
+    }
+  }
+  return {best, 0};
+}
+
 // images_grad_weight: blocks wanted, as many as are at once on an H100's 132 multiprocessors.
 constexpr int64_t kImagesBlocksNchw = 528, kImagesBlocksLarge = 132;  // channels_last, and 32 columns
 
@@ -237,11 +283,8 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kGradWeightStreamNhwc:
       return stream_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
-    case Kernel::kToeplitzGradWeight: {
-      if (p.layout == Layout::kNchw) return large_grad_weight_plan(p, p.out_c, kToeplitzBlocks);
-      const bool many_taps = p.kernel_h * p.kernel_w > kManyTaps;
-      return large_grad_weight_plan(p, divide_up64(p.out_c, 8), many_taps ? kToeplitzBlocks / 2 : kToeplitzBlocks);
-    }
+    case Kernel::kToeplitzGradWeight:
+      return toeplitz_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kImagesFmaGradWeight:
       return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kBlockedGradWeight: return blocked_grad_weight_plan(p);

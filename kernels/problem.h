@@ -309,6 +309,37 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
 }
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
+// toeplitz_grad_weight, NCHW: how images are cut into stages, for which a block's `slots` (warps, or pairs of them) take
+// rows: a stage is some images, or a band of rows of one.
+constexpr int kToeplitzWarps = 8, kMostToeplitzBands = 8;
+
+struct ToeplitzCut {
+  int bands, images, slots_per_image;
+  int64_t cost;  // of the split that has most stages: in rows of all slots, and what stages cost beside
+};
+// `bands`: as many as are wanted; `room`: for images of a stage.
+constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, int64_t splits, int bands, int slots,
+                                   int room) {
+  constexpr int kRowsOfSlot = 14, kStageCost = 7;
+  const auto divide_up = [](auto a, auto b) { return (a + b - 1) / b; };
+  const int rows = divide_up(out_h, bands);
+  ToeplitzCut cut{divide_up(out_h, rows), 1, slots, 0};
+  if (cut.bands == 1) {  // as many images as give every slot some rows
+    while (cut.slots_per_image > 1 && cut.slots_per_image * kRowsOfSlot > out_h + kRowsOfSlot) cut.slots_per_image /= 2;
+    const int64_t share = divide_up(n, splits),
+                  most = slots / cut.slots_per_image < room ? slots / cut.slots_per_image : room;
+    const int64_t images = most < 1 ? 1 : most < share ? most : share;
+    cut.images = static_cast<int>(divide_up(share, divide_up(share, images)));
+    while (cut.slots_per_image * cut.images * 2 <= slots) cut.slots_per_image *= 2;
+  }
+  const int64_t stages = divide_up(divide_up(n, static_cast<int64_t>(cut.images)) * cut.bands * column_tiles, splits);
+  cut.cost = stages * (divide_up(rows, cut.slots_per_image) * slots + cut.images * kStageCost);
+  return cut;
+}
+constexpr bool toeplitz_cuts_into(int bands, int out_h) {
+  return bands <= kMostToeplitzBands && (bands - 1) * kToeplitzWarps < out_h;
+}
+
 // Kernels whose lanes are images (images_fma_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
 // lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
 constexpr int kMaxLaneImage = 16;  // rows and columns

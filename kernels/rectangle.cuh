@@ -1,8 +1,10 @@
-// Copies rectangles of planes from global to shared memory: vector by vector as they lie, element by element, or from
+// Copies rectangles of planes from global to shared memory: vector by vector as they lie, by unaligned words, or from
 // channels_last with the channels put planar.
 #pragma once
 
 #include "async_copy.cuh"
+#include "direct.cuh"
+#include "unaligned.cuh"
 
 namespace depthwise {
 
@@ -55,36 +57,74 @@ __device__ __forceinline__ void for_each_vector(const Rectangle<Shared, T>& r, i
 
 template <int kVector, class T>
 __device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int lanes) {
-  const auto in_bounds = [&](const T* row, int column) {
-    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-  };
-  if constexpr (kVector == 1)
-    for_each_vector<1, 2>(
-        r, lanes, [&](T*, const T* row, int column) { return load_or_zero<1>(row + column, in_bounds(row, column)); },
-        [](T* shared, const Vector<T, 1>& value) { *shared = value.value[0]; });
-  else
-    for_each_vector<kVector, 1>(
-        r, lanes,
-        [&](T* shared, const T* row, int column) {
-          const bool valid = in_bounds(row, column);
-          copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
-          return 0;
-        },
-        [](T*, int) {});
+  for_each_vector<kVector, 1>(
+      r, lanes,
+      [&](T* shared, const T* row, int column) {
+        const bool valid = row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+        copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
+        return 0;
+      },
+      [](T*, int) {});
 }
 
+// The eights of a rectangle whose rows lie on any boundary, dealt to the threads one by one: those that low and
+// first_column, multiples of eight, begin, and zeros behind the last column. `tensor`: what the rectangle lies in.
+template <class T>
+struct UnalignedRectangle {
+  const Rectangle<T, T>& r;
+  UnalignedTensor tensor;
+  Walk at;
+  UnalignedEight eight;
+  bool is_loaded = false;
+
+  __device__ __forceinline__ UnalignedRectangle(const Rectangle<T, T>& r, const UnalignedTensor& tensor)
+      : r(r), tensor(tensor), at(threadIdx.x, blockDim.x, (r.high - r.low + kEight - 1) / kEight, r.rows) {}
+  __device__ __forceinline__ bool exists() const { return at.outer < r.images; }
+  __device__ __forceinline__ int column() const { return r.low + at.inner * kEight; }  // from first_column on
+  __device__ __forceinline__ T* shared() const {
+    return r.shared + (at.outer * r.image_pitch + at.middle * r.pitch + column());
+  }
+  // Whether there is something to store.
+  __device__ __forceinline__ bool load() {
+    if (!exists()) return false;
+    const int row = r.first_row + at.middle, from_column = r.first_column + column();
+    eight.clear();
+    if (static_cast<unsigned>(row) >= static_cast<unsigned>(r.height) ||
+        static_cast<unsigned>(from_column) >= static_cast<unsigned>(r.width))
+      return true;
+    const T* const from = r.global + at.outer * r.image_stride + (row * r.width + from_column);
+    if (eight.load(tensor, from)) return true;
+    copy_eight(shared(), from, r.width - from_column);
+    return false;
+  }
+  __device__ __forceinline__ void store() const {
+    if (is_loaded) eight.store(shared(), EightMask(r.width - r.first_column - column()));
+  }
+};
+
+// Several at once, so that their loads are on their way together.
+template <class... Rectangles>
+__device__ __forceinline__ void copy_unaligned_rectangles(Rectangles... rectangles) {
+#pragma unroll 1
+  while ((rectangles.exists() || ...)) {
+    ((rectangles.is_loaded = rectangles.load()), ...);
+    (rectangles.store(), ...);
+    (rectangles.at.advance(), ...);
+  }
+}
+
+// `vector`: elements a copy, more than one.
 template <class T>
 __device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, int lanes) {
   switch (vector) {
     case 8: return copy_rectangle<8>(r, lanes);
     case 4: return copy_rectangle<4>(r, lanes);
-    case 2: return copy_rectangle<2>(r, lanes);
-    default: return copy_rectangle<1>(r, lanes);
+    default: return copy_rectangle<2>(r, lanes);
   }
 }
 
 // channels_last: two pixels of kChannels channels, stored as one word into each channel's plane. `channel_of(k)`: where the
-// k-th channel lies, or -1.
+// k-th channel lies, or -1; the planes of those that do not exist are zeros before, and may be left alone.
 template <int kChannels, int kBatch, class T, class ChannelOf>
 __device__ __forceinline__ void transpose_rectangle(const Rectangle<T, T>& r, bool whole, int lanes, int channels,
                                                     int plane_elements, ChannelOf channel_of) {
@@ -113,12 +153,21 @@ __device__ __forceinline__ void transpose_rectangle(const Rectangle<T, T>& r, bo
     for_each_vector<2, 1>(
         r, lanes,
         [&](T* shared, const T* row, int column) {
+          constexpr int kTogether = 4;  // channels whose loads are on their way together
+          static_assert(kChannels % kTogether == 0);
           const T* const pixel = row + static_cast<int64_t>(column) * channels;
 #pragma unroll 1
-          for (int k = 0; k < kChannels; ++k) {
-            const int channel = channel_of(k);
-            store(shared, k, load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0],
-                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0]);
+          for (int k = 0; k < kChannels && channel_of(k) >= 0; k += kTogether) {
+            T first[kTogether], second[kTogether];
+#pragma unroll
+            for (int e = 0; e < kTogether; ++e) {
+              const int channel = channel_of(k + e);
+              first[e] = load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0];
+              second[e] =
+                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0];
+            }
+#pragma unroll
+            for (int e = 0; e < kTogether; ++e) store(shared, k + e, first[e], second[e]);
           }
           return 0;
         },

@@ -21,291 +21,9 @@
 // Chosen  select.h.
 #pragma once
 
-#include "direct.cuh"
-#include "tensor_core.cuh"
+#include "toeplitz_block.cuh"
 
 namespace depthwise {
-
-constexpr int kChunk = 8;         // columns: one row of an ldmatrix, 16 bytes
-constexpr int kTileRows = 16;     // of a product
-constexpr int kChannelsNhwc = 8;  // of a block: 16 bytes a pixel
-constexpr int kOutside = -(1 << 30);
-
-// kOrigin: chunk of the input that the first chunk of a block's band lies in, for the block of output column 0.
-// kImageChunks: chunks of an image row, where one block spans it and what lies outside is left out at compile time; 0:
-// any width. kTilesW: a block's columns, in eights.
-template <class T_, int kChunks_, int kStrideW_, int kOrigin_, int kImageChunks_, int kTilesW_, int kTilesH_,
-          bool kChannelsLast_>
-struct ToeplitzTraits {
-  using T = T_;
-  static constexpr int kChunks = kChunks_, kStrideW = kStrideW_, kOrigin = kOrigin_, kTilesW = kTilesW_,
-                       kTilesH = kTilesH_;
-  static constexpr bool kChannelsLast = kChannelsLast_, kWholeRows = kImageChunks_ != 0;
-  static constexpr int kColumns = kTilesW * kChunk;                    // of a block
-  static constexpr int kChannels = kChannelsLast ? kChannelsNhwc : 1;  // of a block
-  // Large blocks, as each has to lay out its channel's weights (32x128x56x56, 31x31, fp16, H200: 0.112 ms with eight
-  // warps, 0.129 with four); but two a multiprocessor, and the widest take more than 128 registers a thread.
-  static constexpr int kWarps = kChannelsLast ? kChannelsNhwc : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
-  static constexpr int kThreads = 32 * kWarps;
-  // 512 threads a multiprocessor leave 128 registers each: too few for the largest tiles, which in channels_last are
-  // those under bands that are very wide or narrow, and for large ones at stride 2.
-  static constexpr bool kManyRegisters =
-      kStrideW == 2 ? kTilesW * kTilesH >= 12
-                    : kTilesW * kTilesH >= 16 && (!kChannelsLast || kChunks > 6 || kChunks < 4);
-  static constexpr int kMinBlocks = (kManyRegisters ? 384 : 512) / kThreads;
-  // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
-  static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;
-
-  // Chunks that the block's band touches; [kLow, kHigh) may lie inside the image. Stored are whole pairs of chunks, as
-  // ldmatrix fetches them, and an odd number a row.
-  static constexpr int kChunksIn = (kTilesW - 1) * kStrideW + kChunks;
-  static constexpr int kLow = kWholeRows ? max_int(0, -kOrigin) : 0;
-  static constexpr int kHigh = kWholeRows ? min_int(kChunksIn, kImageChunks_ - kOrigin) : kChunksIn;
-  static_assert(kLow < kHigh);
-  static constexpr int kFirstPair = kLow / 2, kEndPair = (kHigh + 1) / 2;
-  static constexpr int kPitch = 2 * (kEndPair - kFirstPair) + 1;
-  static constexpr int kStagePitch = kTilesW | 1;  // of the outputs
-
-  // The products of output tile n, in steps. A product of K = 16 takes a pair of chunks, which ldmatrix puts into
-  // neighbouring registers; what is left at either end of the band or of the image takes K = 8.
-  static constexpr int kSteps = kChunks / 2 + 1;
-  static constexpr int pair(int n, int step) { return n * kStrideW / 2 + step; }
-  static constexpr bool used(int n, int chunk) {
-    return chunk >= n * kStrideW && chunk < n * kStrideW + kChunks && chunk >= kLow && chunk < kHigh;
-  }
-};
-
-// How a launch is cut into blocks.
-struct ToeplitzTiling {
-  int images, rows;           // of a block; more than one image only where `rows` is the whole image
-  int tiles_h, tiles_w;       // blocks of an image
-  int in_vector, out_vector;  // elements a copy
-};
-
-// What a block computes and reads.
-template <class Traits>
-struct ToeplitzBlock {
-  int image, images, channel, channels, row, rows, column, columns;  // outputs
-  int in_row, in_rows, in_column, in_columns;                        // input inside the image
-  int offset;                                                        // of in_column among the stored columns
-
-  __device__ ToeplitzBlock(const DirectArgs& args, const ToeplitzTiling& tiling) {
-    const unsigned groups = divide_up(static_cast<int>(args.out_c), Traits::kChannels);
-    unsigned block = blockIdx.x;
-    column = block % tiling.tiles_w * Traits::kColumns, block /= tiling.tiles_w;
-    row = block % tiling.tiles_h * tiling.rows, block /= tiling.tiles_h;
-    channel = block % groups * Traits::kChannels;
-    image = block / groups * tiling.images;
-    images = min(tiling.images, static_cast<int>(args.n) - image);
-    channels = min(Traits::kChannels, static_cast<int>(args.out_c) - channel);
-    rows = min(tiling.rows, args.out_h - row);
-    columns = min(Traits::kColumns, args.out_w - column);
-
-    in_row = max(0, row * args.stride_h - args.padding_h);
-    const int in_end = (row + rows - 1) * args.stride_h - args.padding_h + (args.kernel_h - 1) * args.dilation_h + 1;
-    in_rows = max(0, min(args.h, in_end) - in_row);
-    const int origin = column * Traits::kStrideW + kChunk * Traits::kOrigin;
-    const int stored = origin + 2 * kChunk * Traits::kFirstPair;
-    in_column = max(0, stored);
-    in_columns = max(0, min(args.w, origin + 2 * kChunk * Traits::kEndPair) - in_column);
-    offset = in_column - stored;
-  }
-};
-
-// The input of an NCHW block, kVector elements a copy; rows start on a kVector boundary. `image_pitch`: elements from
-// image to image.
-template <int kVector, class Traits, class Block>
-__device__ __forceinline__ void load_nchw(typename Traits::T* tile, const DirectArgs& args, const Block& block,
-                                          int image_pitch) {
-  using T = typename Traits::T;
-  if (block.in_columns == 0 || block.in_rows == 0) return;
-  const int64_t plane = static_cast<int64_t>(args.h) * args.w;
-  const int64_t in_c = args.out_c / args.multiplier;
-  const T* input = static_cast<const T*>(args.input) + (block.image * in_c + block.channel / args.multiplier) * plane +
-                   static_cast<int64_t>(block.in_row) * args.w + block.in_column;
-  tile += block.offset;
-  const auto to = [&](const Walk& at) {
-    return tile + at.outer * image_pitch + at.middle * Traits::kPitch * kChunk + at.inner * kVector;
-  };
-  const auto from = [&](const Walk& at) {
-    return input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kVector;
-  };
-  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, kVector), block.in_rows);
-  if constexpr (kVector > 1) {
-    for (; at.outer < block.images; at.advance()) copy_async<kVector * sizeof(T)>(to(at), from(at));
-  } else {
-    // No asynchronous copy is that narrow: several loads on their way at a time.
-    constexpr int kAhead = 8;
-    while (at.outer < block.images) {
-      T value[kAhead];
-      T* target[kAhead];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k, at.advance()) {
-        target[k] = at.outer < block.images ? to(at) : nullptr;
-        value[k] = load_or_zero<1>(from(at), target[k] != nullptr).value[0];
-      }
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k)
-        if (target[k] != nullptr) *target[k] = value[k];
-    }
-  }
-}
-
-// The input of a channels_last block: a thread turns two neighbouring pixels of eight channels.
-template <class Traits>
-__device__ __forceinline__ void load_nhwc(typename Traits::T* tile, const DirectArgs& args,
-                                          const ToeplitzBlock<Traits>& block, bool vectors) {
-  using T = typename Traits::T;
-  using Pixel = Vector<T, kChannelsNhwc>;
-  if (block.in_columns == 0 || block.in_rows == 0) return;
-  const int64_t pixel = args.out_c, image = static_cast<int64_t>(args.h) * args.w * pixel;
-  const T* input = static_cast<const T*>(args.input) + block.image * image +
-                   (static_cast<int64_t>(block.in_row) * args.w + block.in_column) * pixel + block.channel;
-  tile += block.offset;
-  const int channel_step = block.images * block.in_rows * Traits::kPitch * kChunk;
-  constexpr int kAhead = 2;
-  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, 2), block.in_rows);
-  while (at.outer < block.images) {
-    Pixel left[kAhead], right[kAhead];
-    T* target[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k, at.advance()) {
-      const T* from = input + at.outer * image + (static_cast<int64_t>(at.middle) * args.w + 2 * at.inner) * pixel;
-      const bool exists = at.outer < block.images, both = exists && 2 * at.inner + 1 < block.in_columns;
-      target[k] =
-          exists ? tile + (at.outer * block.in_rows + at.middle) * Traits::kPitch * kChunk + 2 * at.inner : nullptr;
-      if (vectors) {
-        left[k] = load_or_zero<kChannelsNhwc>(from, exists);
-        right[k] = load_or_zero<kChannelsNhwc>(from + pixel, both);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e) {
-          left[k].value[e] = load_or_zero<1>(from + e, exists && e < block.channels).value[0];
-          right[k].value[e] = load_or_zero<1>(from + pixel + e, both && e < block.channels).value[0];
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (target[k] != nullptr)
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e)
-          *reinterpret_cast<unsigned*>(target[k] + e * channel_step) =
-              left[k].value[e].bits | static_cast<unsigned>(right[k].value[e].bits) << 16;
-  }
-}
-
-// One output over its own taps alone.
-template <class Traits>
-__device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, int channel, int row, int column) {
-  using T = typename Traits::T;
-  const int64_t in_c = args.out_c / args.multiplier, in_channel = channel / args.multiplier;
-  const int64_t plane = static_cast<int64_t>(args.h) * args.w;
-  const T* input =
-      static_cast<const T*>(args.input) + image * in_c * plane + in_channel * (Traits::kChannelsLast ? 1 : plane);
-  const int taps = args.kernel_h * args.kernel_w;
-  const T* filter = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  float sum = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
-  for (int tap = 0; tap < taps && sum == sum; ++tap) {
-    const int h = row * args.stride_h - args.padding_h + tap / args.kernel_w * args.dilation_h;
-    const int w = column * Traits::kStrideW - args.padding_w + tap % args.kernel_w * args.dilation_w;
-    if (h < 0 || h >= args.h || w < 0 || w >= args.w) continue;
-    const int64_t pixel = static_cast<int64_t>(h) * args.w + w;
-    sum = fmaf(load(input + pixel * (Traits::kChannelsLast ? in_c : 1)),
-               load(filter + (args.flip ? taps - 1 - tap : tap)), sum);
-  }
-  return sum;
-}
-
-template <class T>
-__device__ __forceinline__ bool is_nan(T value) {
-  const float wide = to_float(value);
-  return wide != wide;
-}
-
-// The block's outputs, staged row by row, to memory; `poisoned`: some may be NaN that should not.
-template <int kVector, class Traits>
-__device__ __forceinline__ void store_nchw(const typename Traits::T* stage, const DirectArgs& args,
-                                           const ToeplitzBlock<Traits>& block, bool poisoned) {
-  using T = typename Traits::T;
-  const int64_t plane = static_cast<int64_t>(args.out_h) * args.out_w;
-  T* out = static_cast<T*>(args.out) + (block.image * args.out_c + block.channel) * plane +
-           static_cast<int64_t>(block.row) * args.out_w + block.column;
-  for (Walk at(threadIdx.x, Traits::kThreads, divide_up(block.columns, kVector), block.rows); at.outer < block.images;
-       at.advance()) {
-    const int column = at.inner * kVector;
-    auto values = *reinterpret_cast<const Vector<T, kVector>*>(
-        stage + (at.outer * block.rows + at.middle) * Traits::kStagePitch * kChunk + column);
-    if (poisoned)
-      for (int k = 0; k < kVector; ++k)
-        if (is_nan(values.value[k]))
-          values.value[k] = from_float<T>(toeplitz_exact<Traits>(args, block.image + at.outer, block.channel,
-                                                                 block.row + at.middle, block.column + column + k));
-    store_streaming(out + at.outer * args.out_c * plane + static_cast<int64_t>(at.middle) * args.out_w + column,
-                    values);
-  }
-}
-
-template <class Traits>
-__device__ __forceinline__ void store_nhwc(const typename Traits::T* stage, const DirectArgs& args,
-                                           const ToeplitzBlock<Traits>& block, bool vectors, bool poisoned) {
-  using T = typename Traits::T;
-  T* out = static_cast<T*>(args.out);
-  for (Walk at(threadIdx.x, Traits::kThreads, block.columns, block.rows); at.outer < block.images; at.advance()) {
-    const int row = block.row + at.middle, column = block.column + at.inner;
-    Vector<T, kChannelsNhwc> values;
-#pragma unroll
-    for (int e = 0; e < kChannelsNhwc; ++e)
-      values.value[e] =
-          stage[((e * block.images + at.outer) * block.rows + at.middle) * Traits::kStagePitch * kChunk + at.inner];
-    if (poisoned)
-#pragma unroll
-      for (int e = 0; e < kChannelsNhwc; ++e)
-        if (e < block.channels && is_nan(values.value[e]))
-          values.value[e] =
-              from_float<T>(toeplitz_exact<Traits>(args, block.image + at.outer, block.channel + e, row, column));
-    T* to = out +
-            ((static_cast<int64_t>(block.image + at.outer) * args.out_h + row) * args.out_w + column) * args.out_c +
-            block.channel;
-    if (vectors) {
-      store_streaming(to, values);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kChannelsNhwc; ++e)
-        if (e < block.channels) to[e] = values.value[e];
-    }
-  }
-}
-
-// The weights of the block's channels as words of neighbours: word y of a kernel row holds the taps at y and y + 1
-// columns from the first that the last of eight outputs meets.
-template <class Traits, class Block>
-__device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
-  using T = typename Traits::T;
-  const int taps = args.kernel_h * args.kernel_w;
-  const int shift = kChunk * Traits::kOrigin + args.padding_w;
-  const int warp = threadIdx.x / 32, channel = Traits::kChannelsLast ? warp : 0;
-  if (channel >= block.channels) return;
-  const T* filter = static_cast<const T*>(args.weight) + static_cast<int64_t>(block.channel + channel) * taps;
-  pairs += channel * args.kernel_h * Traits::kBand;
-  // No branches around the loads: all of an unrolled step are on their way together.
-  const int inverse = (1 << 16) / args.dilation_w + 1;  // exact quotients: offset * dilation_w < 2^16
-#pragma unroll 4
-  for (int i = Traits::kChannelsLast ? 0 : warp; i < args.kernel_h; i += Traits::kChannelsLast ? 1 : Traits::kWarps) {
-    const auto tap_at = [&](int offset) -> unsigned {  // columns from the output's first
-      const int j = max(offset, 0) * inverse >> 16;
-      const bool exists = offset >= 0 && j < args.kernel_w && j * args.dilation_w == offset;
-      const int tap = exists ? i * args.kernel_w + j : 0;
-      const unsigned bits = __ldg(&filter[args.flip ? taps - 1 - tap : tap].bits);
-      return exists ? bits : 0;
-    };
-#pragma unroll
-    for (int k = 0; k < Traits::kBand; k += 32) {
-      const int y = k + threadIdx.x % 32, offset = y - (kChunk - 1) * Traits::kStrideW + shift;
-      if (y < Traits::kBand) pairs[i * Traits::kBand + y] = tap_at(offset) | tap_at(offset + 1) << 16;
-    }
-  }
-}
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
@@ -342,7 +60,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   // Which rows: lane l names row l % 16 of each tile to ldmatrix; the rows outside the image are the row of zeros.
   const int channel = Traits::kChannelsLast ? warp : 0;  // of the block's
-  const int first_tile = Traits::kChannelsLast ? 0 : warp;
+  // NCHW: tiles are dealt to the warps from where those of the block before it on the same multiprocessor end, so that its
+  // partitions have as many.
+  const int block_tiles = divide_up(block.images * block.rows, kTileRows);
+  const unsigned tiles_before = blockIdx.x / static_cast<unsigned>(tiling.round) * block_tiles;
+  const int first_tile = Traits::kChannelsLast ? 0 : static_cast<int>((warp - tiles_before) % Traits::kWarps);
   constexpr int kTileStep = Traits::kChannelsLast ? 1 : Traits::kWarps;
   constexpr int kRowBytes = Traits::kPitch * kChunk * sizeof(T);
   const unsigned base = ptx::shared_address(tile) + lane / kTileRows * 16;
@@ -380,35 +102,45 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 
   const unsigned* lane_pairs = pairs + channel * args.kernel_h * Traits::kBand + (kChunk - 1) * kStrideW +
                                2 * (lane % 4) - kStrideW * (lane / 4);
+  // Small blocks leave warps with fewer tiles than their registers hold: a loop of its own, as branches keep the products
+  // of different tiles apart.
+  const int tiles = divide_up(block_tiles - first_tile, kTileStep);
+  const auto multiply = [&](auto all) {
 #pragma unroll 1
-  for (int i = first_tap; i < end_tap; ++i) {
-    unsigned band[kChunks];
+    for (int i = first_tap; i < end_tap; ++i) {
+      unsigned band[kChunks];
 #pragma unroll
-    for (int s = 0; s < kChunks; ++s) band[s] = lane_pairs[i * Traits::kBand + s * kChunk];
-    const int down = i * args.dilation_h;
+      for (int s = 0; s < kChunks; ++s) band[s] = lane_pairs[i * Traits::kBand + s * kChunk];
+      const int down = i * args.dilation_h;
 #pragma unroll
-    for (int a = 0; a < kTilesH; ++a) {
-      const bool in_bounds = static_cast<unsigned>(in_row[a] + down) < static_cast<unsigned>(args.h);
-      const unsigned from = in_bounds ? address[a] + down * kRowBytes : zeros;
-      unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
+      for (int a = 0; a < kTilesH; ++a) {
+        if (!all.value && a >= tiles) continue;
+        const bool in_bounds = static_cast<unsigned>(in_row[a] + down) < static_cast<unsigned>(args.h);
+        const unsigned from = in_bounds ? address[a] + down * kRowBytes : zeros;
+        unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
 #pragma unroll
-      for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
-        ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
+        for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
+          ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
 #pragma unroll
-      for (int step = 0; step < Traits::kSteps; ++step)
+        for (int step = 0; step < Traits::kSteps; ++step)
 #pragma unroll
-        for (int n = 0; n < kTilesW; ++n) {
-          const int k = Traits::pair(n, step), s = 2 * k - n * kStrideW;
-          const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
-          if (left && right)
-            multiply_k16<T>(sum[a][n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
-          else if (left)
-            multiply_k8<T>(sum[a][n], in[k][0], in[k][1], band[s]);
-          else if (right)
-            multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
-        }
+          for (int n = 0; n < kTilesW; ++n) {
+            const int k = Traits::pair(n, step), s = 2 * k - n * kStrideW;
+            const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
+            if (left && right)
+              multiply_k16<T>(sum[a][n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
+            else if (left)
+              multiply_k8<T>(sum[a][n], in[k][0], in[k][1], band[s]);
+            else if (right)
+              multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
+          }
+      }
     }
-  }
+  };
+  if (tiles >= kTilesH)
+    multiply(std::true_type{});
+  else
+    multiply(std::false_type{});
 
   // Stage the outputs where the input was.
   float probe = 0;
@@ -419,38 +151,51 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #pragma unroll
       for (int e = 0; e < 4; ++e) probe += sum[a][n][e];
   const bool poisoned = __syncthreads_or(probe != probe);
+  const auto for_each_row = [&](auto&& body) {  // body(row among those of the block, pair of the n-th tile)
 #pragma unroll
-  for (int a = 0; a < kTilesH; ++a)
+    for (int a = 0; a < kTilesH; ++a)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int flat = (first_tile + a * kTileStep) * kTileRows + half * 8 + lane / 4;
-      if (flat >= block.images * block.rows) continue;
-      T* stage = tile + (channel * block.images * block.rows + flat) * Traits::kStagePitch * kChunk + 2 * (lane % 4);
+      for (int half = 0; half < 2; ++half) {
+        const int flat = (first_tile + a * kTileStep) * kTileRows + half * 8 + lane / 4;
+        if (flat < block.images * block.rows)
+          body(flat, [&](int n) { return pack<T>(sum[a][n][2 * half], sum[a][n][2 * half + 1]); });
+      }
+  };
+  const auto stage_rows = [&] {
+    for_each_row([&](int flat, auto&& pair) {
+      T* to = tile + (channel * block.images * block.rows + flat) * Traits::kStagePitch * kChunk + 2 * (lane % 4);
 #pragma unroll
-      for (int n = 0; n < kTilesW; ++n)
-        *reinterpret_cast<unsigned*>(stage + n * kChunk) =
-            from_float<T>(sum[a][n][2 * half]).bits | static_cast<unsigned>(from_float<T>(sum[a][n][2 * half + 1]).bits)
-                                                          << 16;
-    }
-  __syncthreads();
+      for (int n = 0; n < kTilesW; ++n) *reinterpret_cast<unsigned*>(to + n * kChunk) = pair(n);
+    });
+    __syncthreads();
+  };
 
   if constexpr (Traits::kChannelsLast) {
+    stage_rows();
     store_nhwc<Traits>(tile, args, block, tiling.out_vector == kChannelsNhwc, poisoned);
   } else {
-    switch (tiling.out_vector) {
-      case 8: store_nchw<8, Traits>(tile, args, block, poisoned); break;
-      case 4: store_nchw<4, Traits>(tile, args, block, poisoned); break;
-      case 2: store_nchw<2, Traits>(tile, args, block, poisoned); break;
-      default: store_nchw<1, Traits>(tile, args, block, poisoned);
+    const ToeplitzOutputs<Traits> stage(args, tiling, block);
+    if (tiling.out_vector == kChunk) {
+      stage_rows();
+      store_aligned<Traits>(tile, stage, args, block, poisoned);
+    } else {
+      const bool by_twos = tiling.out_vector > 1;
+      for_each_row([&](int flat, auto&& pair) {
+        const int image = flat / block.rows, first = 2 * (lane % 4);
+        T* to = tile + stage.offset(image, flat - image * block.rows) + first;
+#pragma unroll
+        for (int n = 0; n < kTilesW; ++n, to += kChunk) {
+          const unsigned two = pair(n);
+          const int columns = block.columns - n * kChunk - first;
+          if (by_twos && columns > 0) *reinterpret_cast<unsigned*>(to) = two;
+          if (!by_twos && columns > 0) to[0].bits = static_cast<unsigned short>(two);
+          if (!by_twos && columns > 1) to[1].bits = static_cast<unsigned short>(two >> 16);
+        }
+      });
+      __syncthreads();
+      store_runs<Traits>(tile, stage, args, block, poisoned);
     }
   }
-}
-
-// Elements a copy may take: a power of two up to 16 bytes that divides the row and the address.
-inline int copy_width(const void* pointer, int64_t row) {
-  int width = 8;
-  while (row % width != 0 || reinterpret_cast<uintptr_t>(pointer) / 2 % width != 0) width /= 2;
-  return width;
 }
 
 template <class Traits>
@@ -458,28 +203,48 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
   constexpr int kFlatRows = (Traits::kChannelsLast ? 1 : Traits::kWarps) * Traits::kTilesH * kTileRows;
   const DeviceLimits& device = device_limits();
   ToeplitzTiling tiling{};
+  tiling.round = device.multiprocessors;
   tiling.tiles_w = divide_up(args.out_w, Traits::kColumns);
   tiling.in_vector = copy_width(args.input, Traits::kChannelsLast ? args.out_c : args.w);
   tiling.out_vector = copy_width(args.out, Traits::kChannelsLast ? args.out_c : args.out_w);
+  const int stage_pitch =
+      Traits::kChannelsLast || tiling.out_vector == kChunk ? Traits::kStagePitch : Traits::kTilesW + 1;
   const auto shared_bytes = [&] {
     const int in_rows = min_int(args.h, (tiling.rows - 1) * args.stride_h + (args.kernel_h - 1) * args.dilation_h + 1);
     const int planes = Traits::kChannels * tiling.images;
     const int pair_bytes = divide_up(Traits::kChannels * args.kernel_h * Traits::kBand, 4) * 16;
-    return pair_bytes +
-           16 * max_int((planes * in_rows + 1) * Traits::kPitch, planes * tiling.rows * Traits::kStagePitch);
+    return pair_bytes + 16 * max_int((planes * in_rows + 1) * Traits::kPitch, planes * tiling.rows * stage_pitch);
   };
 
-  // Several whole images, or as many rows of one as the warps hold and shared memory takes; but blocks enough to give
-  // every multiprocessor two.
+  // Several whole images, or as many rows of one as the warps hold and shared memory takes.
   const int64_t channels = divide_up<int64_t>(args.out_c, Traits::kChannels);
-  const int images = static_cast<int>(args.n);
-  tiling.rows = divide_up(args.out_h, divide_up(args.out_h, kFlatRows));
+  const int images = static_cast<int>(args.n), roomy = device.shared_bytes_for(2);
+  const auto blocks = [&] {
+    return channels * divide_up(images, tiling.images) * tiling.tiles_w * divide_up(args.out_h, tiling.rows);
+  };
+  const auto even = [](int all, int most) { return divide_up(all, divide_up(all, most)); };
+  tiling.rows = even(args.out_h, kFlatRows);
   tiling.images = max_int(1, min_int(images, kFlatRows / args.out_h));
-  const int roomy = device.shared_bytes_for(2);
-  while (tiling.images > 1 && (shared_bytes() > roomy || channels * divide_up(images, tiling.images) * tiling.tiles_w <
-                                                             2 * device.multiprocessors))
-    tiling.images = divide_up(tiling.images, 2);
-  tiling.images = divide_up(images, divide_up(images, tiling.images));
+  while (tiling.images > 1 && shared_bytes() > roomy) tiling.images = divide_up(tiling.images, 2);
+  tiling.images = even(images, tiling.images);
+  // Few blocks: fewer images or rows each, where that leaves less to the partition of a multiprocessor that has most.
+  if (blocks() < 2 * tiling.round) {
+    const auto cost = [&] {  // in thirds of a tile's products; a block costs some, beside its tiles'
+      const int64_t rounds = divide_up<int64_t>(blocks(), tiling.round);
+      const int warps = Traits::kChannelsLast ? Traits::kWarps : 1;  // that take all of the block's tiles
+      const int tiles = warps * divide_up(tiling.images * tiling.rows, kTileRows);
+      return 3 * divide_up<int64_t>(rounds * tiles, kPartitions) + 2 * rounds;
+    };
+    ToeplitzTiling best = tiling;
+    int64_t least = cost();
+    const auto consider = [&] {
+      if (cost() < least) least = cost(), best = tiling;
+    };
+    for (int most = tiling.images - 1; most > 0; --most) tiling.images = even(images, most), consider();
+    for (int most = tiling.rows - kTileRows; most > 0; most -= kTileRows)
+      tiling.rows = even(args.out_h, most), consider();
+    tiling = best;
+  }
   while (tiling.rows > kTileRows && shared_bytes() > roomy) tiling.rows = divide_up(tiling.rows, 2);
   tiling.tiles_h = divide_up(args.out_h, tiling.rows);
 
@@ -487,8 +252,7 @@ int launch_toeplitz(const DirectArgs& args, int, cudaStream_t stream) {
   if (bytes > device.shared_bytes_block) return kTooLittleSharedMemory;
   const auto kernel = toeplitz_kernel<Traits>;
   if (const int error = allow_shared_bytes(kernel, bytes)) return error;
-  const int64_t blocks = channels * divide_up(images, tiling.images) * tiling.tiles_w * tiling.tiles_h;
-  kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes, stream>>>(args, tiling);
+  kernel<<<static_cast<unsigned>(blocks()), Traits::kThreads, bytes, stream>>>(args, tiling);
   return cudaGetLastError();
 }
 

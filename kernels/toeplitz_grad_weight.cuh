@@ -41,7 +41,7 @@ struct ToeplitzGradWeightTraits {
   static_assert(kGroups <= 2);
 
   static constexpr int kChannels = !kChannelsLast ? 1 : kGroups == 1 ? 8 : 4;
-  static constexpr int kWarps = kChannelsLast ? kChannels * kGroups : 8;
+  static constexpr int kWarps = kChannelsLast ? kChannels * kGroups : kToeplitzWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kSlots = kWarps / kGroups;  // NCHW: warps that share the rows; channels_last: the channels
   static constexpr int kStages = kChannelsLast ? 1 : 2;
@@ -65,6 +65,7 @@ struct ToeplitzGradWeightTiling {
   int grad_start;                           // first column of a tile's gradient, from its first input column
   int input_vector, grad_vector;            // elements a copy; channels_last: all channels or 1
   int input_lanes, grad_lanes;              // threads along a row, a power of two
+  const void *input_end, *grad_end;         // of the tensors
 };
 
 struct ToeplitzStage {
@@ -151,22 +152,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     out.high = one_column_tile ? args.out_w - tiling.grad_start : Traits::kGradPitch;
     if constexpr (Traits::kChannelsLast) {
       constexpr int kBatch = Traits::kSums > 32 ? 1 : 2;  // loads in flight, as registers allow
+      const int first = static_cast<int>(first_channel), end = static_cast<int>(args.out_c);
+      const auto out_channel = [&](int k) { return first + k < end ? first + k : -1; };
+      const auto in_channel = [&](int k) {
+        return args.multiplier == 1 || first + k >= end ? out_channel(k) : (first + k) / args.multiplier;
+      };
       transpose_rectangle<Traits::kChannels, kBatch>(in, tiling.input_vector == Traits::kChannels, tiling.input_lanes,
-                                                     static_cast<int>(in_c), plane_elements, [&](int k) {
-                                                       const int64_t c = first_channel + k;
-                                                       return c < args.out_c ? static_cast<int>(c / args.multiplier)
-                                                                             : -1;
-                                                     });
+                                                     static_cast<int>(in_c), plane_elements, in_channel);
       transpose_rectangle<Traits::kChannels, kBatch>(out, tiling.grad_vector == Traits::kChannels, tiling.grad_lanes,
-                                                     static_cast<int>(args.out_c), plane_elements, [&](int k) {
-                                                       const int64_t c = first_channel + k;
-                                                       return c < args.out_c ? static_cast<int>(c) : -1;
-                                                     });
+                                                     static_cast<int>(args.out_c), plane_elements, out_channel);
     } else {
       in.global += first_channel / args.multiplier * args.h * args.w;
       out.global += first_channel * args.out_h * args.out_w;
-      copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
-      copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
+      if (tiling.input_vector == 1 || tiling.grad_vector == 1) {
+        const auto rows = [&] { return UnalignedRectangle<T>(in, {args.input, tiling.input_end}); };
+        const auto grad_rows = [&] { return UnalignedRectangle<T>(out, {args.grad_output, tiling.grad_end}); };
+        if constexpr (Traits::kBlocks < 3)
+          copy_unaligned_rectangles(rows(), grad_rows());
+        else  // registers are too few for both
+          copy_unaligned_rectangles(rows()), copy_unaligned_rectangles(grad_rows());
+      } else {
+        copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
+        copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
+      }
       commit_copies();
     }
   };
@@ -249,14 +257,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       __syncthreads();
     }
   } else {
-    if (begin < end) load_stage(begin, planes);
-    for (int idx = begin; idx < end; ++idx) {
+#pragma unroll 1
+    for (int idx = begin - 1; idx < end; ++idx) {  // one ahead of the stage that is multiplied
       if (idx + 1 < end) {
         load_stage(idx + 1, planes + (idx + 1 - begin) % 2 * plane_elements);
         wait_for_copies<1>();
       } else {
         wait_for_copies<0>();
       }
+      if (idx < begin) continue;
       __syncthreads();
       multiply_stage(idx, planes + (idx - begin) % 2 * plane_elements);
       __syncthreads();
@@ -346,30 +355,39 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   tiling.num_column_tiles = divide_up(args.w, Traits::kTileColumns);
   tiling.tile_columns = divide_up(divide_up(args.w, tiling.num_column_tiles), 16) * 16;
 
-  constexpr int kFewestRows = 8;
-  // As many rows as fit, or as many images as give every warp some rows.
   constexpr int kMoreRows = 8 * Traits::kGroups * Traits::kGroupTiles - 1;  // that a band's last row meets
-  const int rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
-  // Few images: bands, so that every split has a stage.
-  const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, args.n * tiling.num_column_tiles));
-  const int bands = max_int(divide_up(args.out_h, rows), min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
-  tiling.band_rows = divide_up(args.out_h, bands);
-  tiling.num_bands = divide_up(args.out_h, tiling.band_rows);
-  tiling.image_rows = max_int(tiling.band_rows + kMoreRows - args.padding_h, args.padding_h + args.h);
-  tiling.images = 1;
-  tiling.warps_per_image = Traits::kSlots;
-  if (tiling.num_bands == 1) {
-    constexpr int kRowsOfWarp = 14;
-    while (tiling.warps_per_image > 1 && tiling.warps_per_image * kRowsOfWarp > args.out_h + kRowsOfWarp)
-      tiling.warps_per_image /= 2;
-    const int wanted = Traits::kChannelsLast ? divide_up(28, args.out_h) : Traits::kSlots / tiling.warps_per_image;
-    const int more_rows = args.out_h + kMoreRows - tiling.image_rows;  // of the last image
-    const int room = (budget - more_rows * kInputRow) / (tiling.image_rows * kInputRow + args.out_h * kGradRow);
-    const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
-    tiling.images = max_int(1, min_int(min_int(wanted, room), share));
-    tiling.images = divide_up(share, divide_up(share, tiling.images));
-    while (tiling.warps_per_image * tiling.images * 2 <= Traits::kSlots) tiling.warps_per_image *= 2;
+  // Input rows from image to image; images of which all rows fit.
+  const auto image_rows = [&](int rows) { return max_int(rows + kMoreRows - args.padding_h, args.padding_h + args.h); };
+  const int more_rows = args.out_h + kMoreRows - image_rows(args.out_h);  // of the last image
+  const int room = (budget - more_rows * kInputRow) / (image_rows(args.out_h) * kInputRow + args.out_h * kGradRow);
+  // As many rows as fit, but bands, where there are few images, so that every split has a stage. NCHW: as many as leave
+  // least to the split that has most.
+  const int most_rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
+  const int least_bands = divide_up(args.out_h, most_rows);
+  if constexpr (Traits::kChannelsLast) {
+    constexpr int kFewestRows = 8, kEnoughRows = 28;
+    const int64_t images = args.n * tiling.num_column_tiles;
+    const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, images));
+    const int bands = max_int(least_bands, min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
+    tiling.num_bands = divide_up(args.out_h, divide_up(args.out_h, bands));
+    tiling.warps_per_image = Traits::kSlots;
+    tiling.images = 1;
+    if (tiling.num_bands == 1) {
+      const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
+      const int most = max_int(1, min_int(min_int(divide_up(kEnoughRows, args.out_h), room), share));
+      tiling.images = divide_up(share, divide_up(share, most));
+    }
+  } else {
+    ToeplitzCut best{};
+    for (int bands = least_bands; bands == least_bands || toeplitz_cuts_into(bands, args.out_h); ++bands) {
+      const ToeplitzCut cut =
+          toeplitz_cut(args.n, tiling.num_column_tiles, args.out_h, args.splits, bands, Traits::kSlots, room);
+      if (best.bands == 0 || cut.cost < best.cost) best = cut;
+    }
+    tiling.num_bands = best.bands, tiling.images = best.images, tiling.warps_per_image = best.slots_per_image;
   }
+  tiling.band_rows = divide_up(args.out_h, tiling.num_bands);
+  tiling.image_rows = image_rows(tiling.band_rows);
   tiling.input_rows = (tiling.images - 1) * tiling.image_rows + tiling.band_rows + kMoreRows;
   tiling.stages =
       static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
@@ -391,6 +409,9 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
     tiling.grad_vector = toeplitz_vector<T>(args.grad_output, args.out_w);
     tiling.input_lanes = row_lanes(divide_up(min_int(args.w, tiling.tile_columns), tiling.input_vector));
     tiling.grad_lanes = row_lanes(divide_up(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector));
+    const int64_t in_planes = args.n * (args.out_c / args.multiplier), planes = args.n * args.out_c;
+    tiling.input_end = static_cast<const T*>(args.input) + in_planes * args.h * args.w;
+    tiling.grad_end = static_cast<const T*>(args.grad_output) + planes * args.out_h * args.out_w;
   }
   return tiling;
 }

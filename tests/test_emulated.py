@@ -200,6 +200,31 @@ def test_several_groups_of_images_in_a_split(emulator):
     assert messages(*where) == ""
 
 
+ANY_BOUNDARY = [  # odd rows, and even ones that begin on no word; bands of a wide image; fewer elements than words hold
+    Problem((11, 15), (13, 13), padding=(6, 6), batch=3, channels=3),
+    Problem((9, 16), (13, 13), padding=(6, 6), batch=18, channels=2),
+    Problem((21, 71), (13, 13), padding=(6, 6), batch=1, channels=2, multiplier=2),
+    Problem((2, 1), (13, 13), padding=(6, 6), batch=1, channels=1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_on_any_boundary(emulator, layout):
+    """Kernels that read words: of tensors that begin and end within one, nothing outside is read."""
+    kernels = re.compile(r"(weight_)?band\d*(_images\d)?(_nhwc)?")
+    for problem, dtype in zip(ANY_BOUNDARY, (F16, BF16, F16, BF16), strict=True):
+        failures, tensors = Failures(), reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
+        for direction in reference.DIRECTIONS:
+            variants = reference.all_variants(direction, problem, dtype, layout)
+            variants = [variant for variant in variants if kernels.fullmatch(variant)]
+            for variant in variants:
+                emulator.obtain(only(direction, variant, problem, dtype, layout))
+            views = tensors.map(reference.misaligned)
+            reference.check(failures, problem, views, layout, [direction], variants)
+        assert failures.checked
+        assert failures.messages == []
+
+
 TIGHT = [  # grads of weight at the end of shared memory: of the block's own, and of what the device grants
     (None, "weight_band32_nhwc", Problem((3, 3), (50, 50), padding=(24, 24), batch=1, channels=4), F16),
     (T4, "weight_band32_nhwc", Problem((7, 3), (39, 6), padding=(19, 3), batch=20, channels=1), F16),
