@@ -314,16 +314,30 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
         except RuntimeError as error:
             print(f"  PyTorch, {key[0]}, cudnn.benchmark={key[1]}: {first_line(error)}", flush=True)
             del pytorch[key]
+    results = {}
     for row in rows:
         layout = row["layout"]
         try:
             row["variant"] = depthwise_inline._select(problem.direction, dtype, layout == "nhwc", case.sizes())[0]
-            check(problem, layout, watch, row)
             if not any(key[0] == layout for key in pytorch):
                 raise RuntimeError("PyTorch itself fails in this layout")
+            results[layout] = results_of(problem, layout, watch)
         except Exception as error:  # whatever it is, the other rows are still measured
             row["failed"] = first_line(error)
-            del ours[layout]
+    # Together, as the reference takes longer than all of them.
+    errors = problem.errors([result for pair in results.values() for result in pair])
+    checked = dict(zip(results, zip(errors[::2], errors[1::2], strict=True), strict=True))
+    results.clear()
+    for row in rows:
+        if "failed" not in row:
+            row["error"], row["pytorch_error"] = checked[row["layout"]]
+            if not row["error"] <= allowed_error(problem, row["pytorch_error"]):
+                row["failed"] = (
+                    f"RuntimeError: wrong result: error {row['error']:.2e} against float64, "
+                    f"PyTorch's {row['pytorch_error']:.2e}"
+                )
+        if "failed" in row:
+            del ours[row["layout"]]
 
     if ours:
         torch.cuda.empty_cache()
@@ -337,15 +351,12 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
     return rows
 
 
-def check(problem: Problem, layout: str, watch: Stopwatch, row: dict[str, Any]) -> None:
-    """Raises unless our result is as close to float64 as allowed_error says."""
+def results_of(problem: Problem, layout: str, watch: Stopwatch) -> tuple[Tensor, Tensor]:
+    """Our result and PyTorch's; raises where ours lies in memory as it should not."""
     ours = watch.once(Call(lambda: problem.ours(layout)))
     if problem.direction != "grad_weight" and not ours.is_contiguous(memory_format=LAYOUTS[layout]):
         raise RuntimeError(f"wrong layout: the result's strides are {ours.stride()}")
-    error, error_pytorch = problem.errors([ours, pytorch_result(problem, layout, watch)])
-    row["error"], row["pytorch_error"] = error, error_pytorch
-    if not error <= allowed_error(problem, error_pytorch):
-        raise RuntimeError(f"wrong result: error {error:.2e} against float64, PyTorch's {error_pytorch:.2e}")
+    return ours, pytorch_result(problem, layout, watch)
 
 
 def pytorch_result(problem: Problem, layout: str, watch: Stopwatch) -> Tensor:

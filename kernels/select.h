@@ -83,9 +83,14 @@ inline Config select_strips(const Problem& p) {
 }
 
 // Very large filters on the tensor cores, sixteen images a product. 32 images, fp16, H200, ms: 31x31, 128x56x56: 0.068,
-// toeplitz 0.090; 29x29, 256x28x28: seven rows a unit 0.036, four 0.039, toeplitz 0.058. Smaller ones: not measured.
+// toeplitz 0.090; 29x29, 256x28x28: seven rows a unit 0.036, four 0.039, toeplitz 0.058. 13x13, 200x20x20, H100: 0.0196,
+// toeplitz 0.0223. Smaller ones: not measured. Not few channels, which leave multiprocessors without a block (31x31,
+// 64x3x56x56, H100: 0.0152, toeplitz 0.0133; 27x27, 32x40x33x47: 0.0248, 0.0243).
 inline Config select_band_images(const Problem& p) {
-  return p.n >= 12 && p.kernel_h >= 21 ? first_that_serves(p, Kernel::kBandImages) : Config{};
+  constexpr int64_t kFewestImages = 12, kFewestRows = 13, kFewestChannels = 64;
+  return p.n >= kFewestImages && p.kernel_h >= kFewestRows && p.c >= kFewestChannels
+             ? first_that_serves(p, Kernel::kBandImages)
+             : Config{};
 }
 
 // Multiply-adds for many taps: the tile that fills its threads best, whose rows and columns divide the image's. fp32, us,
