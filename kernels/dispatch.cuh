@@ -70,15 +70,16 @@ inline bool launch_specialised(const Problem& p, const void* input, const void* 
   args.weight = weight;
   args.bias = bias;
   args.out = out;
-  const auto launch = [&](const Choice& choice) {
+  for (const bool frugal : {false, true}) {
+    const Choice choice = choose(p, frugal);
     const Launcher launcher = obtain_launcher(p, choice, stream);
-    return launcher == nullptr ? kTooLittleSharedMemory : launcher(&args, choice.config.tile, stream);
-  };
-  int error = launch(choose(p));
-  if (error == kTooLittleSharedMemory) error = launch(choose(p, true));
-  if (error == kTooLittleSharedMemory) return false;
-  check_launch(error);
-  return true;
+    if (launcher == nullptr) return false;
+    const int error = launcher(&args, choice.config.tile, stream);
+    if (error == kTooLittleSharedMemory) continue;
+    check_launch(error);
+    return true;
+  }
+  return false;
 }
 
 }  // namespace depthwise
