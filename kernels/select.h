@@ -7,6 +7,8 @@
 
 namespace depthwise {
 
+constexpr int64_t k3x3 = 9, k3x5 = 15, k5x5 = 25, k9x9 = 81;  // taps
+
 // tiled_nhwc: the tile that wastes the fewest channels; of equals 12 lanes, whose blocks are smaller (7x7 on 32x192x28x28,
 // fp32 / fp16, H200: 0.039 / 0.036 ms, 16 lanes 0.040 / 0.038).
 inline int tiled_nhwc_tile(int64_t channels) {
@@ -45,7 +47,7 @@ inline Config select_images(const Problem& p) {
   }
   // channels_last: 3x3, 960x7x7: 0.0079, stream 0.0083; 7x7, 384x14x14: 0.011, strips 0.018; 27x27, 512x14x14: 0.015,
   // toeplitz 0.043; not few taps on larger images (3x3, 384x14x14: 0.0106, stream 0.0097; 5x5, 672x14x14: 0.0185, 0.0180).
-  const bool few = p.kernel_h * p.kernel_w <= 25 && args.h * args.w > 64;
+  const bool few = p.kernel_h * p.kernel_w <= k5x5 && args.h * args.w > 64;
   return !few && can_serve(p, Kernel::kImagesNhwc, 0) ? Config{Kernel::kImagesNhwc, 0} : Config{};
 }
 
@@ -58,7 +60,7 @@ inline Config select_images_fma(const Problem& p) {
   // planes: 7x7, 768x7x7: 0.0097, by rows 0.0104, planes 0.015; 13x13, 512x7x7: 0.013, by rows 0.014, blocked 0.030.
   // channels_last: 7x7, 384x14x14: 0.017, tiled 0.024; 27x27, 512x14x14: 0.045, blocked 0.109; not 5x5, 672x14x14: 0.022,
   // stream 0.020.
-  if (!nchw && taps <= 25) return {};
+  if (!nchw && taps <= k5x5) return {};
   return can_serve(p, Kernel::kImagesFma, 1) ? Config{Kernel::kImagesFma, 1} : first_that_serves(p, Kernel::kImagesFma);
 }
 
@@ -66,13 +68,13 @@ inline Config select_images_fma(const Problem& p) {
 inline Config select_strips(const Problem& p) {
   const DirectArgs args = direct_args(p);
   const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  if (p.kernel_h * p.kernel_w < 25 || p.n * divide_up(args.out_h, 7) * divide_up(args.out_w, 8) < kFewestStrips)
+  if (p.kernel_h * p.kernel_w < k5x5 || p.n * divide_up(args.out_h, 7) * divide_up(args.out_w, 8) < kFewestStrips)
     return {};
   if (p.layout == Layout::kNhwc) {
     // Strips of seven rows, but eleven where halos are large: 7x7, 96x56x56: 0.026, eleven 0.033, tiled 0.049; 192x28x28:
     // 0.017, 0.021, 0.032; 5x5, 240x28x28: 0.019, 0.020, stream 0.022; 9x9, 768x32x32: 0.078, 0.061, toeplitz 0.170.
     // Not 5x5 on small images: 672x14x14: 0.0187, stream 0.0178.
-    if (p.kernel_h * p.kernel_w == 25 && args.out_h * args.out_w <= 16 * 16) return {};
+    if (p.kernel_h * p.kernel_w == k5x5 && args.out_h * args.out_w <= 16 * 16) return {};
     const int tile = p.kernel_h > 7 ? 1 : 0;
     return can_serve(p, Kernel::kStripsNhwc, tile) ? Config{Kernel::kStripsNhwc, tile} : Config{};
   }
@@ -166,8 +168,8 @@ inline Config select_large(const Problem& p, bool frugal) {
   }
   const Config images = select_images_fma(p);
   if (images.kernel != Kernel::kGeneral) return images;
-  // fp32 9x9 on 32x768x32x32, H200: NCHW 0.345 ms, planes 0.163; channels_last 0.325.
-  const int64_t few = nchw && !dilated ? 81 : kMaxRegisterTaps;
+  // fp32 9x9 on 32x768x32x32, H100: NCHW 0.279 ms, planes 0.168; channels_last 0.274.
+  const int64_t few = nchw && !dilated ? k9x9 : kMaxRegisterTaps;
   return taps > few ? select_blocked(p) : Config{};
 }
 
@@ -190,12 +192,13 @@ inline Config select_direct_nchw(const Problem& p) {
   // 0.277, 0.285 with eight). In 16 bits four also where outputs are not aligned, whose windows are wide (3x3,
   // 16x64x512x512: 0.279, 0.305 with eight; 3x7: 0.196, 0.204), and narrow vectors for 5x5 at stride 2 (32x144x56x56:
   // 0.022, 0.024 with wide ones).
-  const bool few_rows = p.kernel_h == 1 || p.dilation_h > 1 || (strided && taps <= 9) || (!wide && args.out_w % 8 != 0);
+  const bool few_rows =
+      p.kernel_h == 1 || p.dilation_h > 1 || (strided && taps <= k3x3) || (!wide && args.out_w % 8 != 0);
   const int columns = wide ? 4 : 8;
   Config best;
-  if (wide && !strided && !few_rows && taps > 9 && taps < 25 && args.w % 4 == 0 && args.out_h >= 64)
+  if (wide && !strided && !few_rows && taps > k3x3 && taps < k5x5 && args.w % 4 == 0 && args.out_h >= 64)
     best = tile_of(16, 4);
-  if (!wide && strided && taps > 9) best = tile_of(8, 4);
+  if (!wide && strided && taps > k3x3) best = tile_of(8, 4);
   if (best.kernel == Kernel::kGeneral) best = tile_of(few_rows ? 4 : 8, columns);
   if (best.kernel == Kernel::kGeneral) best = tile_of(8, columns);
   return best.kernel != Kernel::kGeneral ? best : tile_of(8, 4);
@@ -208,7 +211,7 @@ inline Config select_nchw(const Problem& p) {
   // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.014 / 0.012; 5x5,
   // 672x14x14, fp16: 0.021, 0.024). In fp32 large filters repay that detour later (5x5, 672x14x14: 0.026, direct 0.022;
   // 7x7, 96x56x56: 0.049, 0.039; 192x28x28: 0.031, 0.026; 768x7x7: 0.015, 0.023).
-  const int64_t small = p.dtype == DType::kFloat32 && taps >= 25 ? 12 * 12 : 32 * 32;
+  const int64_t small = p.dtype == DType::kFloat32 && taps >= k5x5 ? 12 * 12 : 32 * 32;
   if (p.dilation_h == 1 && p.dilation_w == 1 && args.h * args.w <= small) {
     const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
     if (planes.kernel != Kernel::kGeneral) return planes;
@@ -234,7 +237,7 @@ inline Config select_stream_nhwc(const Problem& p) {
   int channels = padded(32) < padded(64) ? 32 : 64;
   if (p.stride_w > 1 ? padded(96) <= padded(64) : wide && padded(96) < padded(64) && padded(96) <= padded(32))
     channels = 96;
-  if (p.kernel_h * p.kernel_w > 25 || p.c <= 8)
+  if (p.kernel_h * p.kernel_w > k5x5 || p.c <= 8)
     channels = 8;
   else if (p.c <= 16)
     channels = 16;
@@ -275,7 +278,7 @@ inline Config select_images_grad_weight(const Problem& p) {
     const Kernel kernel = nchw ? Kernel::kImagesGradWeightNchw : Kernel::kImagesGradWeightNhwc;
     for (int tile = tile_table(kernel, p.dtype).size - 1; tile >= 0; --tile) {
       const int columns = tile_table(kernel, p.dtype)[tile].columns;
-      const bool few = columns == 32 ? taps <= 81 : !nchw && columns == 16 && taps < 25;
+      const bool few = columns == 32 ? taps <= k9x9 : !nchw && columns == 16 && taps < k5x5;
       if (!few && can_serve(p, kernel, tile)) return {kernel, tile};
     }
     return {};
@@ -284,7 +287,7 @@ inline Config select_images_grad_weight(const Problem& p) {
   // 0.272; whole planes: 7x7, 768x7x7: 0.0114, by rows 0.0121, staged 0.016; 13x13, 512x7x7: 0.015, 0.017, blocked 0.077.
   // channels_last: 7x7, 384x14x14: 0.026, marching 0.034; 768x7x7: 0.015, 0.027; 27x27, 512x14x14: 0.064, blocked 0.272;
   // not 5x5, 672x14x14: 0.039, marching 0.028.
-  if (p.n < kImagesFmaBatch || (!nchw && taps <= 25)) return {};
+  if (p.n < kImagesFmaBatch || (!nchw && taps <= k5x5)) return {};
   return can_serve(p, Kernel::kImagesFmaGradWeight, 1) ? Config{Kernel::kImagesFmaGradWeight, 1}
                                                        : first_that_serves(p, Kernel::kImagesFmaGradWeight);
 }
@@ -296,7 +299,7 @@ inline Config select_marching_nchw(const Problem& p) {
   // Rows to come wait in shared memory where there is much to do for each, fp32 (5x5, 240x28x28: 0.028, in registers 0.035;
   // 7x7, 96x56x56: 0.044, 0.068; not 3x3, 144x56x56: 0.055, 0.049), or where they are long, fp16 (3x3 at stride 2,
   // 96x112x112: 0.043, 0.046; dilation 12, 8x256x64x64: 0.0216, 0.0225; not 144x56x56: 0.043, 0.030).
-  const bool queued = wide ? p.kernel_h * p.kernel_w >= 25 : p.stride_w > 1 || p.dilation_w > 1;
+  const bool queued = wide ? p.kernel_h * p.kernel_w >= k5x5 : p.stride_w > 1 || p.dilation_w > 1;
   if (queued)
     for (int tile = 0; tile < table.size; ++tile)
       if (table[tile].queued && can_serve(p, kernel, tile)) return {kernel, tile};
@@ -304,7 +307,7 @@ inline Config select_marching_nchw(const Problem& p) {
 }
 
 // channels_last, fp32: kernels of so many taps queue their rows.
-constexpr int64_t kQueuedTaps = 15;
+constexpr int64_t kQueuedTaps = k3x5;
 
 inline Config select_marching_nhwc(const Problem& p) {
   const bool wide = p.dtype == DType::kFloat32, dilated = p.dilation_h > 1 || p.dilation_w > 1;
@@ -322,15 +325,15 @@ inline Config select_marching_nhwc(const Problem& p) {
   // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073). fp16, 64 channels: 144x56x56: 0.036, 0.042;
   // 3x7, 128x128x256: 0.230, 0.281; 1x11: 0.036, 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2
   // (144x56x56: 0.032, 64 channels 0.043, 0.044).
-  if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < kQueuedTaps : taps <= 25)) {
-    const int tile = wide || taps == 25 ? 1 : 0;
+  if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < kQueuedTaps : taps <= k5x5)) {
+    const int tile = wide || taps == k5x5 ? 1 : 0;
     if (can_serve(p, Kernel::kGradWeightStreamNhwc, tile)) return {Kernel::kGradWeightStreamNhwc, tile};
   }
   // fp32: rows to come wait in shared memory where there is much to do for each, of two channels as far as registers hold
   // their sums (H100: 3x7, 128x128x256: 0.398, stream 0.420; 5x5, 240x28x28: 0.039, stream 0.041, marching 0.050; 7x7,
   // 96x56x56: 0.073, marching 0.085, stream 0.095; 192x28x28: 0.041, 0.055, 0.058; 9x9, 768x32x32: 0.202, 0.218).
-  if (wide && taps >= kQueuedTaps && p.stride_w == 1 && !dilated && (!small || taps > 25)) {
-    const Config queue = tile_of(taps <= 25 ? 2 : 1, true);
+  if (wide && taps >= kQueuedTaps && p.stride_w == 1 && !dilated && (!small || taps > k5x5)) {
+    const Config queue = tile_of(taps <= k5x5 ? 2 : 1, true);
     if (queue.kernel != Kernel::kGeneral) return queue;
   }
   // Four channels a thread, where registers hold them, but one in small images, of which there would be too few threads
@@ -348,7 +351,7 @@ inline Config select_marching_nhwc(const Problem& p) {
 // 0.230).
 inline Config select_strips_grad_weight(const Problem& p) {
   const bool nchw = p.layout == Layout::kNchw;
-  if (p.kernel_h * p.kernel_w < (nchw ? 15 : 25)) return {};
+  if (p.kernel_h * p.kernel_w < (nchw ? k3x5 : k5x5)) return {};
   return first_that_serves(p, nchw ? Kernel::kStripsGradWeightNchw : Kernel::kStripsGradWeightNhwc);
 }
 
