@@ -1,6 +1,6 @@
 """Speed of depthwise_inline beside PyTorch, on the GPU of this machine.
 
-    python bench.py                     headline problem, then the quick cases
+    python bench.py                     headline problem, then the quick cases in float32 and float16
     python bench.py --all --record      every case; writes results/bench_<gpu>.json
     python bench.py --case kb82 --dtype float16 --layout nhwc --direction forward
     python bench.py --model all         training steps of whole networks
@@ -50,6 +50,7 @@ from bench_report import DIRECTIONS, LOSS, Case
 
 DTYPES = {name: getattr(torch, name) for name in report.DTYPES}
 LAYOUTS = dict(zip(report.LAYOUTS, (torch.contiguous_format, torch.channels_last), strict=True))
+QUICK_DTYPES = ("float32", "float16")  # PyTorch's best ones: in bfloat16 it is slower than in float16
 IMAGE_SIZE = 224  # of the networks' images
 
 FLUSH_BYTES = 256 << 20  # at least twice the L2 cache of every GPU so far (H100: 50 MB)
@@ -759,7 +760,7 @@ def parser(cases: Iterable[str]) -> argparse.ArgumentParser:
     which.add_argument("--quick", action="store_true", help="the headline problem and a case a family (the default)")
     which.add_argument("--all", action="store_true", help="every case")
     which.add_argument("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}")
-    add("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="default: all")
+    add("--dtype", nargs="+", choices=DTYPES, help=f"default: all; of a quick run {' and '.join(QUICK_DTYPES)}")
     add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="default: all")
     add("--model", nargs="+", choices=[*NETWORKS, "all"], help="training steps of these networks, not the table")
@@ -783,6 +784,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command_line.error("--variants measures what is not selected: not with --record, --plot or --model")
     if args.model and "all" in args.model:
         args.model = list(NETWORKS)
+    args.dtype = args.dtype or list(DTYPES if args.all or args.case else QUICK_DTYPES)
     if args.case:
         chosen = [cases[name] for name in args.case]
     else:
