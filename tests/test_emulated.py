@@ -170,6 +170,21 @@ def test_general(emulator, everything, layout, dtype):
     gpu.test_empty_batch(layout, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", reference.DIRECTIONS)
+def test_the_general_variant_runs_where_it_is_forced(emulator, monkeypatch, direction, layout):
+    """It needs no specialisation; what is selected does, and finds none."""
+    monkeypatch.setattr(emulator, "obtain", lambda sources: built.extend(sources))
+    problem, built = reference.Problem((9, 11), (2, 3), channels=8), []
+    tensors = reference.make_tensors(problem, F32, layout, reference.fresh_generator())
+    with reference.forced("general"):
+        reference.run(direction, problem, tensors, layout)
+    assert not built
+    with pytest.raises(RuntimeError):
+        reference.run(direction, problem, tensors, layout)
+    assert built
+
+
 def only(direction, variant, problem, dtype, layout):
     """The specialisation of one variant."""
     with reference.forced(variant):
