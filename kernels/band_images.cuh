@@ -46,6 +46,7 @@ struct BandImagesTraits {
   static constexpr int kWarps = kBandImagesWarps, kThreads = 32 * kWarps;
   static constexpr int kPitch = kImageChunks;  // chunks of a row in shared memory
   static constexpr int kPairs = (kImageChunks + 1) / 2;
+  static constexpr int kPairBytes = 2 * kChunk * sizeof(T);  // of shared memory, from pair to pair
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + kChunk - 2;
 
@@ -142,10 +143,10 @@ __device__ __forceinline__ void fetch_band(unsigned (&band)[Traits::kChunks], co
 template <class Traits>
 __device__ __forceinline__ void fetch_input(unsigned (&in)[4], unsigned address, int k) {
   if (2 * k + 1 < Traits::kImageChunks) {
-    ptx::load_matrices(in, address + k * 32);
+    ptx::load_matrices(in, address + k * Traits::kPairBytes);
   } else {
     unsigned first[2];
-    ptx::load_matrices(first, address + k * 32);
+    ptx::load_matrices(first, address + k * Traits::kPairBytes);
     in[0] = first[0], in[1] = first[1];
   }
 }
@@ -220,7 +221,75 @@ __device__ __noinline__ void repair_unit(const DirectArgs& args, const BandImage
   }
 }
 
-// `band`: this lane's words of kernel row 0; `tile`: this lane's row of a matrix, of the unit's images, of input row 0.
+// Input rows that meet some of a unit's rows of outputs. Row r meets the unit's row q by kernel row r - first - q: rows
+// [full, full_end) meet all of them.
+template <class Traits>
+struct BandRows {
+  int first, begin, end, full, full_end;
+
+  // `row`: of outputs, the unit's first; `rows`: those that exist.
+  __device__ __forceinline__ BandRows(const DirectArgs& args, int row, int rows) {
+    first = row - args.padding_h;
+    begin = max(0, first), end = min(args.h, first + args.kernel_h + rows - 1);
+    full = min(end, max(begin, first + Traits::kRows - 1)), full_end = max(full, min(end, first + args.kernel_h));
+  }
+};
+
+// Walks down a unit's input rows. `band_rows`: this lane's words of kernel row 0; next_row() gives this lane's row of a
+// matrix, of the unit's images, of one input row after the other.
+template <int kGroup, class Traits, class NextRow>
+__device__ __forceinline__ void walk_rows(float (&sum)[Traits::kRows][Traits::tiles(kGroup)][4],
+                                          const BandRows<Traits>& rows, int kernel_h, const unsigned* band_rows,
+                                          NextRow&& next_row) {
+  constexpr int kRows = Traits::kRows;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    // Either end of the walk: the band is fetched for each row that is met.
+#pragma unroll 1
+    for (int r = pass == 0 ? rows.begin : rows.full_end; r < (pass == 0 ? rows.full : rows.end); ++r) {
+      const unsigned address = next_row();
+      unsigned in[Traits::kPairs][4];
+#pragma unroll
+      for (int k = 0; k < Traits::kPairs; ++k)
+        if (Traits::fetches(kGroup, k)) fetch_input<Traits>(in[k], address, k);
+#pragma unroll
+      for (int q = 0; q < kRows; ++q) {
+        const int i = r - rows.first - q;
+        if (static_cast<unsigned>(i) >= static_cast<unsigned>(kernel_h)) continue;
+        unsigned band[Traits::kChunks];
+        fetch_band<kGroup, Traits>(band, band_rows + i * Traits::kBand);
+#pragma unroll
+        for (int k = 0; k < Traits::kPairs; ++k) multiply_pair<kGroup, Traits>(sum[q], in[k], band, k);
+      }
+    }
+    if (pass > 0 || rows.full >= rows.full_end) continue;
+    // Between them. Kernel row i is in place (i - full + first) % kRows of the ring.
+    unsigned band[kRows][Traits::kChunks];
+    const unsigned* row = band_rows + (rows.full - rows.first - kRows + 1) * Traits::kBand;
+#pragma unroll
+    for (int q = 1; q < kRows; ++q, row += Traits::kBand) fetch_band<kGroup, Traits>(band[q], row);
+#pragma unroll 1
+    for (int r = rows.full; r < rows.full_end; r += kRows)
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        if (r + j >= rows.full_end) break;
+        const unsigned address = next_row();
+        fetch_band<kGroup, Traits>(band[j], row);
+#pragma unroll
+        for (int k = 0; k < Traits::kPairs; ++k) {
+          if (!Traits::fetches(kGroup, k)) continue;
+          unsigned in[4];
+          fetch_input<Traits>(in, address, k);
+#pragma unroll
+          for (int q = kRows - 1; q >= 0; --q)  // the newest kernel row last
+            multiply_pair<kGroup, Traits>(sum[q], in, band[(j - q + kRows) % kRows], k);
+        }
+        row += Traits::kBand;
+      }
+  }
+}
+
+// `band_rows`: as above; `tile`: this lane's row of a matrix, of the unit's images, of input row 0.
 template <int kGroup, class Traits>
 __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandImagesTiling& tiling, int number,
                                              const unsigned* band_rows, unsigned tile, float bias) {
@@ -236,57 +305,14 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[q][t][e] = bias;
 
-  // Input row r meets the unit's row q by kernel row r - first - q: rows [full, full_end) meet all of them.
   const BandImagesBlock block(args, tiling);
-  const int first = block.row + unit.row - args.padding_h, rows = min(kRows, block.rows - unit.row);
-  const int begin = max(0, first), end = min(args.h, first + args.kernel_h + rows - 1);
-  const int full = min(end, max(begin, first + kRows - 1)), full_end = max(full, min(end, first + args.kernel_h));
-
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    // Either end of the walk: the band is fetched for each row that is met.
-#pragma unroll 1
-    for (int r = pass == 0 ? begin : full_end; r < (pass == 0 ? full : end); ++r) {
-      unsigned in[Traits::kPairs][4];
-#pragma unroll
-      for (int k = 0; k < Traits::kPairs; ++k)
-        if (Traits::fetches(kGroup, k)) fetch_input<Traits>(in[k], tile + r * kRowBytes, k);
-#pragma unroll
-      for (int q = 0; q < kRows; ++q) {
-        const int i = r - first - q;
-        if (static_cast<unsigned>(i) >= static_cast<unsigned>(args.kernel_h)) continue;
-        unsigned band[Traits::kChunks];
-        fetch_band<kGroup, Traits>(band, band_rows + i * Traits::kBand);
-#pragma unroll
-        for (int k = 0; k < Traits::kPairs; ++k) multiply_pair<kGroup, Traits>(sum[q], in[k], band, k);
-      }
-    }
-    if (pass > 0 || full >= full_end) continue;
-    // Between them. Kernel row i is in place (i - full + first) % kRows of the ring.
-    unsigned band[kRows][Traits::kChunks];
-    const unsigned* row = band_rows + (full - first - kRows + 1) * Traits::kBand;
-#pragma unroll
-    for (int q = 1; q < kRows; ++q, row += Traits::kBand) fetch_band<kGroup, Traits>(band[q], row);
-    unsigned address = tile + full * kRowBytes;
-#pragma unroll 1
-    for (int r = full; r < full_end; r += kRows)
-#pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        if (r + j >= full_end) break;
-        fetch_band<kGroup, Traits>(band[j], row);
-#pragma unroll
-        for (int k = 0; k < Traits::kPairs; ++k) {
-          if (!Traits::fetches(kGroup, k)) continue;
-          unsigned in[4];
-          fetch_input<Traits>(in, address, k);
-#pragma unroll
-          for (int q = kRows - 1; q >= 0; --q)  // the newest kernel row last
-            multiply_pair<kGroup, Traits>(sum[q], in, band[(j - q + kRows) % kRows], k);
-        }
-        row += Traits::kBand;
-        address += kRowBytes;
-      }
-  }
+  const BandRows<Traits> rows(args, block.row + unit.row, min(kRows, block.rows - unit.row));
+  unsigned next = tile + rows.begin * kRowBytes;
+  walk_rows<kGroup, Traits>(sum, rows, args.kernel_h, band_rows, [&] {
+    const unsigned address = next;
+    next += kRowBytes;
+    return address;
+  });
 
   float probe = 0;
 #pragma unroll

@@ -22,7 +22,8 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   const Tile& t = tile_table(kernel, p.dtype)[tile];
   switch (kernel) {
     case Kernel::kToeplitz: return can_serve_toeplitz(p);
-    case Kernel::kBandImages: return can_serve_band_images(p, t);
+    case Kernel::kBandImages:
+    case Kernel::kBandImagesNhwc: return can_serve_band_images(p, kernel, t);
     case Kernel::kBlocked: return can_serve_blocked(p, t);
     case Kernel::kToeplitzGradWeight:
     case Kernel::kBlockedGradWeight: return can_serve_large_grad_weight(p, kernel, tile);

@@ -76,7 +76,7 @@ inline bool can_serve_toeplitz(const Problem& p) {
 }
 
 // band_images: the ring of kernel rows lies in registers, and what sixteen images of a unit read in shared memory.
-constexpr int kMaxBandImagesChunks = 7;
+constexpr int kMaxBandImagesChunks = 7, kMaxBandImagesNhwcChunks = 5;  // channels_last: of 128 registers
 
 inline Band band_images_of(const Problem& p) {
   const DirectArgs args = direct_args(p);
@@ -88,8 +88,11 @@ inline Band band_images_of(const Problem& p) {
   return band;
 }
 
-inline bool can_serve_band_images(const Problem& p, const Tile& tile) {
-  if (p.layout != Layout::kNchw || (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)) return false;
+inline bool can_serve_band_images(const Problem& p, Kernel kernel, const Tile& tile) {
+  const bool channels_last = kernel == Kernel::kBandImagesNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) ||
+      (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16))
+    return false;
   if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 512 || p.kernel_w > 8 * kMaxBandImagesChunks)
     return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
@@ -99,6 +102,14 @@ inline bool can_serve_band_images(const Problem& p, const Tile& tile) {
   if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
   const Band band = band_images_of(p);
   if (band.chunks > kMaxBandImagesChunks) return false;
+  if (channels_last) {
+    if (p.multiplier != 1 || p.c % 8 != 0 || !p.aligned || band.chunks > kMaxBandImagesNhwcChunks) return false;
+    // Weights of eight channels; three input rows of sixteen images, or the outputs.
+    const int64_t in_chunks = 3 * band.image_chunks, out_chunks = tile.rows * band.tiles_w;
+    return (in_chunks > out_chunks ? in_chunks : out_chunks) * 16 * 8 * 16 +
+               p.kernel_h * (8 * band.chunks + 6) * 4 * 8 <=
+           kMaxBandBytes;
+  }
   const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = tile.rows - 1 + p.kernel_h;
   return (rows < in_h ? rows : in_h) * (band.image_chunks + 1) * 16 * 16 + p.kernel_h * (8 * band.chunks + 8) * 4 <=
          kMaxBandBytes;

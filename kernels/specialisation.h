@@ -23,7 +23,7 @@ struct Specialisation {
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
   ImageShape image;      // images, which takes the kernel's width at run time
-  Band band;             // toeplitz and band_images, which take the kernel's size at run time
+  Band band;             // toeplitz and band_images*, which take the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
@@ -39,7 +39,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.band = band_of(p);
     return s;
   }
-  if (kernel == Kernel::kBandImages) {
+  if (is_band_images(kernel)) {
     s.band = band_images_of(p);
     s.tile = config.tile;
     return s;
@@ -141,7 +141,7 @@ inline std::string specialisation_name(const Specialisation& s) {
                   s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
     return name;
   }
-  if (s.kernel == Kernel::kBandImages) {
+  if (is_band_images(s.kernel)) {
     std::snprintf(name, sizeof(name), "band_images_%s_b%d_o%s%d_i%d_t%d_%s", dtype_name(s.dtype), s.band.chunks,
                   s.band.origin < 0 ? "m" : "", std::abs(s.band.origin), s.band.image_chunks, s.band.tiles_w,
                   tile_table(s.kernel, s.dtype)[s.tile].name);
@@ -242,11 +242,12 @@ inline std::string specialisation_source(const Specialisation& s) {
                   s.channels_last ? "true" : "false");
     traits = std::string("ToeplitzTraits<") + arguments;
   }
-  if (s.kernel == Kernel::kBandImages) {
+  if (is_band_images(s.kernel)) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
                   s.band.chunks, s.band.origin, s.band.image_chunks, s.band.tiles_w,
                   tile_table(s.kernel, s.dtype)[s.tile].rows);
-    traits = std::string("BandImagesTraits<") + arguments;
+    traits =
+        std::string(s.kernel == Kernel::kBandImagesNhwc ? "BandImagesNhwcTraits<" : "BandImagesTraits<") + arguments;
   }
   if (is_images(s.kernel)) {
     const ImageShape& i = s.image;

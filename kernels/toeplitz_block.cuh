@@ -340,14 +340,16 @@ __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& 
   using T = typename Traits::T;
   const int taps = args.kernel_h * args.kernel_w;
   const int shift = kChunk * Traits::kOrigin + args.padding_w;
-  const int warp = threadIdx.x / 32, channel = Traits::kChannelsLast ? warp : 0;
+  // Channels_last: a channel's rows are some warps' work, eight apart.
+  constexpr int kChannels = Traits::kChannelsLast ? kChannelsNhwc : 1, kRowStep = Traits::kWarps / kChannels;
+  const int warp = threadIdx.x / 32, channel = warp % kChannels;
   if (channel >= block.channels) return;
   const T* filter = static_cast<const T*>(args.weight) + static_cast<int64_t>(block.channel + channel) * taps;
   pairs += channel * args.kernel_h * Traits::kBand;
   // No branches around the loads: all of an unrolled step are on their way together.
   const int inverse = (1 << 16) / args.dilation_w + 1;  // exact quotients: offset * dilation_w < 2^16
 #pragma unroll 4
-  for (int i = Traits::kChannelsLast ? 0 : warp; i < args.kernel_h; i += Traits::kChannelsLast ? 1 : Traits::kWarps) {
+  for (int i = warp / kChannels; i < args.kernel_h; i += kRowStep) {
     const auto tap_at = [&](int offset) -> unsigned {  // columns from the output's first
       const int j = max(offset, 0) * inverse >> 16;
       const bool exists = offset >= 0 && j < args.kernel_w && j * args.dilation_w == offset;

@@ -20,6 +20,7 @@ enum class Kernel : int {
   kGradWeightStreamNhwc,
   kToeplitz,
   kBandImages,
+  kBandImagesNhwc,
   kImagesNchw,
   kImagesNhwc,
   kBlocked,
@@ -47,6 +48,7 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kGradWeightStreamNhwc,
                                           Kernel::kToeplitz,
                                           Kernel::kBandImages,
+                                          Kernel::kBandImagesNhwc,
                                           Kernel::kImagesNchw,
                                           Kernel::kImagesNhwc,
                                           Kernel::kBlocked,
@@ -82,12 +84,13 @@ inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
 }
 inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || kernel == Kernel::kImagesNhwc; }
+inline bool is_band_images(Kernel kernel) { return kernel == Kernel::kBandImages || kernel == Kernel::kBandImagesNhwc; }
 inline bool is_strips(Kernel kernel) { return kernel == Kernel::kStripsNchw || kernel == Kernel::kStripsNhwc; }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
-         is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
+         is_images_fma(kernel) || is_band_images(kernel) || kernel == Kernel::kBlocked ||
          kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
@@ -150,6 +153,7 @@ constexpr Tile kGradWeightStreamNhwcTiles[] = {{"weight_stream64", 4, 0, 64}, {"
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 // Columns of the images, at most; rows of outputs that a warp takes at a time: those that divide the image's are best.
 constexpr Tile kBandImagesTiles[] = {{"band_images7", 32, 7, 8}, {"band_images4", 64, 4, 8}};
+constexpr Tile kBandImagesNhwcTiles[] = {{"band_images7_nhwc", 32, 7, 8}, {"band_images4_nhwc", 64, 4, 8}};
 // Columns of the images, at most; channels of a block.
 constexpr Tile kImagesNchwTiles[] = {{"images_c4", 16, 0, 4}, {"images_c8", 16, 0, 8}};
 constexpr Tile kImagesNhwcTiles[] = {{"images_c16_nhwc", 16, 0, 16}};
@@ -201,6 +205,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradWeightStreamNhwc: return kGradWeightStreamNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
     case Kernel::kBandImages: return kBandImagesTiles;
+    case Kernel::kBandImagesNhwc: return kBandImagesNhwcTiles;
     case Kernel::kImagesNchw: return kImagesNchwTiles;
     case Kernel::kImagesNhwc: return kImagesNhwcTiles;
     case Kernel::kBlocked: return kBlockedTiles;
@@ -233,6 +238,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "grad_weight_stream_nhwc",
                                     "toeplitz",
                                     "band_images",
+                                    "band_images_nhwc",
                                     "images_nchw",
                                     "images_nhwc",
                                     "blocked",
