@@ -25,10 +25,10 @@
 
 namespace depthwise {
 
-constexpr int kBandStages = 3;                          // of a ring
-constexpr int kCellBytes = kChunk * kChannelsNhwc * 2;  // eight pixels of eight channels
-constexpr int kWarpImages = 32 / kChunk;                // that a warp copies, and turns around, at a time
-static_assert(kBandImages % kWarpImages == 0);
+constexpr int kBandStages = 3;                 // of a ring
+constexpr int kCell = kChunk * kChannelsNhwc;  // elements: eight pixels of eight channels
+constexpr int kCellBytes = 2 * kCell;
+constexpr int kWarpImages = 32 / kChunk, kImageGroups = kBandImages / kWarpImages;  // of a warp; groups of so many
 
 template <class T_, int kChunks_, int kOrigin_, int kImageChunks_, int kTiles_, int kRows_>
 struct BandImagesNhwcTraits : BandImagesTraits<T_, kChunks_, kOrigin_, kImageChunks_, kTiles_, kRows_> {
@@ -40,8 +40,6 @@ struct BandImagesNhwcTraits : BandImagesTraits<T_, kChunks_, kOrigin_, kImageChu
   // A row of sixteen images: of input, and of outputs.
   static constexpr int kRowBytes = kBandImages * kImageChunks_ * kCellBytes;
   static constexpr int kOutRowBytes = kBandImages * kTiles_ * kCellBytes;
-  static constexpr int kRowUnits = kBandImages / kWarpImages * kImageChunks_;  // that warps take
-  static constexpr int kOutRowUnits = kBandImages / kWarpImages * kTiles_;
 };
 
 struct BandImagesNhwcTiling {
@@ -67,83 +65,103 @@ struct BandImagesNhwcBlock {
   }
 };
 
+// Where a channel's row of pixels begins in a cell of an image.
+__device__ __forceinline__ unsigned cell_offset(unsigned channel, unsigned image) {
+  return (channel ^ image % kChannelsNhwc) * kChunk;
+}
+
+// A warp copies, turns around and stores the cells of four images: of every row those of the same chunks. Lane l is at
+// pixel l % 8 of image l / 8, in global memory and in cells that have not been turned around yet.
+struct WarpCells {
+  unsigned image, chunk;  // of the first cell
+  unsigned lane, pixel, lane_image;
+
+  __device__ __forceinline__ WarpCells() {
+    const unsigned thread = ptx::thread_index();
+    image = thread / 32 % kImageGroups * kWarpImages, chunk = thread / 32 / kImageGroups;
+    lane = thread % 32, pixel = lane % kChunk, lane_image = image + lane / kChunk;
+  }
+  __device__ __forceinline__ int column() const { return chunk * kChunk + pixel; }
+};
+
 // The input rows of a strip in shared memory, stage by stage. A row is cells, image by image and chunk by chunk.
 template <class Traits>
 struct BandRing {
   using T = typename Traits::T;
   static constexpr int kRow = Traits::kRowBytes / static_cast<int>(sizeof(T));
-  static constexpr int kCell = kCellBytes / static_cast<int>(sizeof(T));
+  static constexpr int kImage = Traits::kImageChunks * kCell;
+  // Chunks of a row that a warp takes, at most.
+  static constexpr int kWarpChunks = Traits::kWarps / kImageGroups;
+  static constexpr int kSteps = divide_up(Traits::kImageChunks, kWarpChunks);
+
   const DirectArgs& args;
   const BandImagesNhwcTiling& tiling;
   T* ring;
-  int end;                     // of all rows
-  int copied, turned;          // the first rows of the next stage to copy, and to turn around
-  int copy_slot, slot;         // places of those stages
-  int left;                    // rows of the present stage
-  unsigned lane_row, address;  // this lane's row of a matrix: of the ring's first row, of the next row
+  int end;           // of all rows
+  int next, slot;    // the first row of the next stage, and that stage's place
+  int left;          // rows of the present stage that are not multiplied yet
+  unsigned address;  // this lane's row of a matrix, of the next row
+  const T* from;     // this lane's pixel, of the next row to copy
+  bool image_exists;
 
-  __device__ __forceinline__ BandRing(const DirectArgs& args, const BandImagesNhwcTiling& tiling, T* ring, int begin,
-                                      int end)
-      : args(args), tiling(tiling), ring(ring), end(end), copied(begin), turned(begin), copy_slot(0), slot(0), left(0) {
-    // Lane l names image l % 16 to ldmatrix, and chunk l / 16 of a pair.
-    const int lane = threadIdx.x % 32, image = lane % kBandImages, channel = threadIdx.x / 32 % kChannelsNhwc;
-    lane_row = ptx::shared_address(ring) + (image * Traits::kImageChunks + lane / kBandImages) * kCellBytes +
-               cell_offset(channel, image) * static_cast<int>(sizeof(T));
-    address = lane_row;
+  __device__ __forceinline__ BandRing(const DirectArgs& args, const BandImagesNhwcTiling& tiling,
+                                      const BandImagesNhwcBlock<Traits>& block, T* ring, const BandRows<Traits>& rows)
+      : args(args), tiling(tiling), ring(ring), end(rows.end), next(rows.begin), slot(0), left(0), address(0) {
+    const WarpCells cells;
+    image_exists = static_cast<int>(cells.lane_image) < block.images;
+    from = static_cast<const T*>(args.input) + block.channel +
+           (((block.image + cells.lane_image) * static_cast<int64_t>(args.h) + next) * args.w + cells.column()) *
+               args.out_c;
 #pragma unroll 1
-    for (int stage = 0; stage < kBandStages - 1; ++stage) copy_stage();
-  }
-  // Where a channel's row begins in a cell.
-  __device__ __forceinline__ static int cell_offset(int channel, int image) {
-    return (channel ^ image % kChannelsNhwc) * kChunk;
+    for (int stage = 0; stage < kBandStages - 1; ++stage) copy_stage(next + stage * tiling.stage_rows, stage);
   }
 
-  // What a warp does at a time is a chunk of four images. Calls body(row of the stage, first image, chunk, its first cell)
-  // for what is this warp's of the stage that begins with row `first`.
-  template <class Body>
-  __device__ __forceinline__ void for_each_unit(int first, int slot, Body&& body) const {
-    const int rows = min(tiling.stage_rows, end - first);
-    T* const stage = ring + slot * tiling.stage_rows * kRow;
-#pragma unroll 1
-    for (int unit = threadIdx.x / 32; unit < rows * Traits::kRowUnits; unit += Traits::kWarps) {
-      const int row = unit / Traits::kRowUnits, in_row = unit - row * Traits::kRowUnits;
-      const int group = in_row / Traits::kImageChunks, chunk = in_row - group * Traits::kImageChunks;
-      const int image = group * kWarpImages;
-      body(row, image, chunk, stage + row * kRow + (image * Traits::kImageChunks + chunk) * kCell);
-    }
-  }
+  __device__ __forceinline__ T* stage_at(int slot) const { return ring + slot * tiling.stage_rows * kRow; }
 
   // Zeros where there is no column or image.
-  __device__ __forceinline__ void copy_stage() {
-    const BandImagesNhwcBlock<Traits> block(args, tiling);
-    const int lane = ptx::opaque(threadIdx.x % 32), pixel = lane % kChunk, lane_image = lane / kChunk;
-    const int64_t in_image = static_cast<int64_t>(args.h) * args.w;
-    const T* const input =
-        static_cast<const T*>(args.input) + (block.image + lane_image) * in_image * args.out_c + block.channel;
-    for_each_unit(copied, copy_slot, [&](int row, int image, int chunk, T* cell) {
-      const int column = chunk * kChunk + pixel;
-      const int64_t at = image * in_image + ((copied + row) * args.w + column);
-      copy_async<16>(cell + lane_image * Traits::kImageChunks * kCell + pixel * kChannelsNhwc, input + at * args.out_c,
-                     image + lane_image < block.images && column < args.w);
-    });
+  __device__ __forceinline__ void copy_stage(int row, int slot) {
+    const WarpCells cells;
+    const int column = cells.column(), row_end = min(row + tiling.stage_rows, end);
+    T* to = stage_at(slot) + cells.lane_image * kImage + cells.chunk * kCell + cells.pixel * kChannelsNhwc;
+    const int64_t step = args.out_c * (kWarpChunks * kChunk), row_step = args.out_c * args.w;
+#pragma unroll 1
+    for (; row < row_end; ++row, to += kRow, from += row_step)
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+        if (cells.chunk + k * kWarpChunks < Traits::kImageChunks)
+          copy_async<16>(to + k * kWarpChunks * kCell, from + k * step,
+                         image_exists && column + k * kWarpChunks * kChunk < args.w);
     commit_copies();
-    copied += tiling.stage_rows;
-    copy_slot = copy_slot + 1 == kBandStages ? 0 : copy_slot + 1;
   }
 
   // Makes rows of pixels of what this warp has copied.
   __device__ __forceinline__ void turn_stage() const {
-    const int lane = ptx::opaque(threadIdx.x % 32);
-    for_each_unit(turned, slot, [&](int, int image, int, T* cell) {
-      unsigned words[kWarpImages];
-      ptx::load_matrices_transposed(words, ptx::shared_address(cell + lane / kChunk * Traits::kImageChunks * kCell +
-                                                               lane % kChunk * kChannelsNhwc));
+    const WarpCells cells;
+    const int rows = min(tiling.stage_rows, end - next);
+    T* const stage = stage_at(slot) + cells.chunk * kCell;
+    unsigned from_address = ptx::shared_address(stage + cells.lane_image * kImage + cells.pixel * kChannelsNhwc);
+    T* to[kWarpImages];  // lane 4 * g + t gets pixels 2 * t and on of channel g
+#pragma unroll
+    for (int i = 0; i < kWarpImages; ++i)
+      to[i] = stage + (cells.image + i) * kImage + cell_offset(cells.lane / 4, cells.image + i) + cells.lane % 4 * 2;
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row) {
+      unsigned words[kSteps][kWarpImages];
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+        if (cells.chunk + k * kWarpChunks < Traits::kImageChunks)
+          ptx::load_matrices_transposed(words[k], from_address + k * kWarpChunks * kCellBytes);
       __syncwarp();
 #pragma unroll
-      for (int k = 0; k < kWarpImages; ++k)
-        *reinterpret_cast<unsigned*>(cell + k * Traits::kImageChunks * kCell + cell_offset(lane / 4, image + k) +
-                                     lane % 4 * 2) = words[k];
-    });
+      for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+        for (int i = 0; i < kWarpImages; ++i)
+          if (cells.chunk + k * kWarpChunks < Traits::kImageChunks)
+            *reinterpret_cast<unsigned*>(to[i] + k * kWarpChunks * kCell) = words[k][i];
+      from_address += Traits::kRowBytes;
+#pragma unroll
+      for (int i = 0; i < kWarpImages; ++i) to[i] += kRow;
+    }
   }
 
   // All warps of the block come here, and to next_row(), as often.
@@ -152,10 +170,14 @@ struct BandRing {
     __syncwarp();
     turn_stage();
     __syncthreads();  // the stage before this one has been multiplied, too
-    copy_stage();
-    address = lane_row + slot * tiling.stage_rows * Traits::kRowBytes;
+    copy_stage(next + (kBandStages - 1) * tiling.stage_rows, slot == 0 ? kBandStages - 1 : slot - 1);
+    // Lane l names image l % 16 to ldmatrix, and chunk l / 16 of a pair.
+    const unsigned thread = ptx::thread_index(), lane = thread % 32, image = lane % kBandImages;
+    const unsigned channel = thread / 32 % kChannelsNhwc;
+    address =
+        ptx::shared_address(stage_at(slot) + image * kImage + lane / kBandImages * kCell + cell_offset(channel, image));
     left = tiling.stage_rows;
-    turned += tiling.stage_rows;
+    next += tiling.stage_rows;
     slot = slot + 1 == kBandStages ? 0 : slot + 1;
   }
 
@@ -174,8 +196,8 @@ template <int kGroup, class Traits>
 __device__ __forceinline__ bool stage_sums(typename Traits::T* staged,
                                            const float (&sum)[Traits::kRows][Traits::tiles(kGroup)][4]) {
   using T = typename Traits::T;
-  constexpr int kCell = kCellBytes / static_cast<int>(sizeof(T));
-  const int lane = ptx::opaque(threadIdx.x % 32), channel = threadIdx.x / 32 % kChannelsNhwc, image = lane / 4;
+  const unsigned thread = ptx::thread_index(), lane = thread % 32, channel = thread / 32 % kChannelsNhwc;
+  const unsigned image = lane / 4;
   // Images g and g + 8 have their channels in the same places.
   T* const to = staged + image * Traits::kTiles * kCell + (channel ^ image) * kChunk + lane % 4 * 2;
   float probe = 0;
@@ -192,42 +214,57 @@ __device__ __forceinline__ bool stage_sums(typename Traits::T* staged,
   return probe != probe;
 }
 
-// The staged outputs to memory: a warp takes a tile of four images at a time, and lane 4 * g + t channels 2 * t and on of
-// pixel g of each.
+// Computes those of the staged outputs that are NaN again, one by one.
+template <class Traits>
+__device__ __noinline__ void mend_staged(typename Traits::T* staged, const DirectArgs& args,
+                                         const BandImagesNhwcTiling& tiling) {
+  using T = typename Traits::T;
+  const BandImagesNhwcBlock<Traits> block(args, tiling);
+  for (int k = threadIdx.x; k < block.rows * kBandImages * Traits::kTiles * kCell; k += Traits::kThreads) {
+    const int pixel = k % kChunk, channel = k / kChunk % kChannelsNhwc, tile = k / kCell % Traits::kTiles;
+    const int image = k / kCell / Traits::kTiles % kBandImages, row = k / kCell / Traits::kTiles / kBandImages;
+    const int column = tile * kChunk + pixel;
+    T& value = staged[k / kCell * kCell + cell_offset(channel, image) + pixel];
+    if (image < block.images && column < args.out_w && is_nan(value))
+      value = from_float<T>(
+          toeplitz_exact<Traits>(args, block.image + image, block.channel + channel, block.row + row, column));
+  }
+}
+
+// The staged outputs to memory: lane 4 * g + t stores channels 2 * t and on of pixel g of a cell.
 template <class Traits>
 __device__ __forceinline__ void store_staged(const typename Traits::T* staged, const DirectArgs& args,
-                                             const BandImagesNhwcBlock<Traits>& block, bool poisoned) {
+                                             const BandImagesNhwcTiling& tiling) {
   using T = typename Traits::T;
-  constexpr int kCell = kCellBytes / static_cast<int>(sizeof(T)), kRowUnits = Traits::kOutRowUnits;
-  const int lane = threadIdx.x % 32, from_image = lane / kChunk, from_channel = lane % kChunk;
-  const int channel = block.channel + lane % 4 * 2;
-  const int64_t out_image = static_cast<int64_t>(args.out_h) * args.out_w * args.out_c;
+  constexpr int kImage = Traits::kTiles * kCell, kWarpChunks = Traits::kWarps / kImageGroups;
+  const BandImagesNhwcBlock<Traits> block(args, tiling);
+  const WarpCells cells;
+  const int images = block.images - static_cast<int>(cells.image);
+  unsigned address = ptx::shared_address(staged + cells.lane_image * kImage + cells.chunk * kCell +
+                                         cell_offset(cells.lane % kChannelsNhwc, cells.lane_image));
+  const int column = cells.chunk * kChunk + cells.lane / 4;
+  const int64_t image_step = static_cast<int64_t>(args.out_h) * args.out_w * args.out_c;
+  T* out = static_cast<T*>(args.out) + (block.image + cells.image) * image_step +
+           (static_cast<int64_t>(block.row) * args.out_w + column) * args.out_c + block.channel + cells.lane % 4 * 2;
 #pragma unroll 1
-  for (int unit = threadIdx.x / 32; unit < block.rows * kRowUnits; unit += Traits::kWarps) {
-    const int row = unit / kRowUnits, in_row = unit - row * kRowUnits;
-    const int group = in_row / Traits::kTiles, tile = in_row - group * Traits::kTiles, image = group * kWarpImages;
-    const T* const cell = staged + ((row * kBandImages + image + from_image) * Traits::kTiles + tile) * kCell;
-    unsigned words[kWarpImages];
-    ptx::load_matrices_transposed(
-        words, ptx::shared_address(cell + BandRing<Traits>::cell_offset(from_channel, image + from_image)));
-    const int column = tile * kChunk + lane / 4;
-    T* to = static_cast<T*>(args.out) + (block.image + image) * out_image +
-            (static_cast<int64_t>(block.row + row) * args.out_w + column) * args.out_c + channel;
+  for (int row = 0; row < block.rows; ++row) {
 #pragma unroll
-    for (int k = 0; k < kWarpImages; ++k, to += out_image) {
-      if (image + k >= block.images || column >= args.out_w) continue;
-      union {
-        unsigned word;
-        Vector<T, 2> vector;
-      } values{words[k]};
-      if (poisoned)
+    for (int k = 0; k < divide_up(Traits::kTiles, kWarpChunks); ++k) {
+      if (cells.chunk + k * kWarpChunks >= Traits::kTiles) continue;
+      unsigned words[kWarpImages];
+      ptx::load_matrices_transposed(words, address + k * kWarpChunks * kCellBytes);
+      T* to = out + k * (kWarpChunks * kChunk) * args.out_c;
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (is_nan(values.vector.value[e]))
-            values.vector.value[e] = from_float<T>(
-                toeplitz_exact<Traits>(args, block.image + image + k, channel + e, block.row + row, column));
-      store_streaming(to, values.vector);
+      for (int i = 0; i < kWarpImages; ++i, to += image_step) {
+        union {
+          unsigned word;
+          Vector<T, 2> vector;
+        } values{words[i]};
+        if (i < images && column + k * kWarpChunks * kChunk < args.out_w) store_streaming(to, values.vector);
+      }
     }
+    address += Traits::kOutRowBytes;
+    out += args.out_w * args.out_c;
   }
 }
 
@@ -237,14 +274,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
                             const __grid_constant__ BandImagesNhwcTiling tiling) {
   using T = typename Traits::T;
   const BandImagesNhwcBlock<Traits> block(args, tiling);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = warp % kChannelsNhwc;
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = warp % kChannelsNhwc;
 
   // Shared memory: weights, the ring, where outputs go as well.
   extern __shared__ __align__(16) unsigned char shared_memory[];
   unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* const tile = reinterpret_cast<T*>(pairs + kChannelsNhwc * args.kernel_h * Traits::kBand);
   const BandRows<Traits> rows(args, block.row, block.rows);
-  BandRing<Traits> ring(args, tiling, tile, rows.begin, rows.end);
+  BandRing<Traits> ring(args, tiling, block, tile, rows);
   load_weights<Traits>(pairs, args, block);
   ring.next_stage();  // the first, and the weights
 
@@ -265,8 +302,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     __syncthreads();
     poisoned = stage_sums<kGroup, Traits>(tile, sum);
   });
-  poisoned = __syncthreads_or(poisoned);
-  store_staged<Traits>(tile, args, BandImagesNhwcBlock<Traits>(args, tiling), poisoned);
+  if (__syncthreads_or(poisoned)) {
+    mend_staged<Traits>(tile, args, tiling);
+    __syncthreads();
+  }
+  store_staged<Traits>(tile, args, tiling);
 }
 
 // Stages of as many rows as there is room for, up to kMostStageRows: more make the first stage late.
