@@ -228,15 +228,16 @@ struct BandRows {
   int first, begin, end, full, full_end;
 
   // `row`: of outputs, the unit's first; `rows`: those that exist.
-  __device__ __forceinline__ BandRows(const DirectArgs& args, int row, int rows) {
+  __host__ __device__ __forceinline__ BandRows(const DirectArgs& args, int row, int rows) {
     first = row - args.padding_h;
-    begin = max(0, first), end = min(args.h, first + args.kernel_h + rows - 1);
-    full = min(end, max(begin, first + Traits::kRows - 1)), full_end = max(full, min(end, first + args.kernel_h));
+    begin = max_int(0, first), end = min_int(args.h, first + args.kernel_h + rows - 1);
+    full = min_int(end, max_int(begin, first + Traits::kRows - 1));
+    full_end = max_int(full, min_int(end, first + args.kernel_h));
   }
 };
 
-// Walks down a unit's input rows. `band_rows`: this lane's words of kernel row 0; next_row() gives this lane's row of a
-// matrix, of the unit's images, of one input row after the other.
+// Walks down a unit's input rows. `band_rows`: this lane's words of kernel row 0; next_row(r) gives this lane's row of a
+// matrix, of the unit's images, of one input row r after the other.
 template <int kGroup, class Traits, class NextRow>
 __device__ __forceinline__ void walk_rows(float (&sum)[Traits::kRows][Traits::tiles(kGroup)][4],
                                           const BandRows<Traits>& rows, int kernel_h, const unsigned* band_rows,
@@ -247,7 +248,7 @@ __device__ __forceinline__ void walk_rows(float (&sum)[Traits::kRows][Traits::ti
     // Either end of the walk: the band is fetched for each row that is met.
 #pragma unroll 1
     for (int r = pass == 0 ? rows.begin : rows.full_end; r < (pass == 0 ? rows.full : rows.end); ++r) {
-      const unsigned address = next_row();
+      const unsigned address = next_row(r);
       unsigned in[Traits::kPairs][4];
 #pragma unroll
       for (int k = 0; k < Traits::kPairs; ++k)
@@ -273,7 +274,7 @@ __device__ __forceinline__ void walk_rows(float (&sum)[Traits::kRows][Traits::ti
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         if (r + j >= rows.full_end) break;
-        const unsigned address = next_row();
+        const unsigned address = next_row(r + j);
         fetch_band<kGroup, Traits>(band[j], row);
 #pragma unroll
         for (int k = 0; k < Traits::kPairs; ++k) {
@@ -308,7 +309,7 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
   const BandImagesBlock block(args, tiling);
   const BandRows<Traits> rows(args, block.row + unit.row, min(kRows, block.rows - unit.row));
   unsigned next = tile + rows.begin * kRowBytes;
-  walk_rows<kGroup, Traits>(sum, rows, args.kernel_h, band_rows, [&] {
+  walk_rows<kGroup, Traits>(sum, rows, args.kernel_h, band_rows, [&](int) {
     const unsigned address = next;
     next += kRowBytes;
     return address;

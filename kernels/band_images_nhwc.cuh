@@ -37,33 +37,38 @@ struct BandImagesNhwcTraits : BandImagesTraits<T_, kChunks_, kOrigin_, kImageChu
   static constexpr int kWarps = kChannelsNhwc * Base::kColumnGroups, kThreads = 32 * kWarps;
   static constexpr int kPairBytes = 2 * kCellBytes;
   static constexpr int kBoundBlocks = 2 / Base::kColumnGroups;  // 128 registers a thread
+  static constexpr int kWarpChunks = kWarps / kImageGroups;     // of a row, that warps take at a time
   // A row of sixteen images: of input, and of outputs.
   static constexpr int kRowBytes = kBandImages * kImageChunks_ * kCellBytes;
   static constexpr int kOutRowBytes = kBandImages * kTiles_ * kCellBytes;
 };
 
+// How a launch is cut.
 struct BandImagesNhwcTiling {
-  int strips, groups;  // of an image; of eight channels
-  int stage_rows;
+  static constexpr int kMaxParts = 64;
+
+  int stage_rows, stage;     // of a stage, at most; elements of shared memory from stage to stage
+  int out_rows;              // of outputs that have room where a stage was
+  int begin[kMaxParts + 1];  // strips of each part of an image
 };
 
-// What a block computes.
-template <class Traits>
+// What a block computes: some strips, one after the other.
 struct BandImagesNhwcBlock {
-  int image, images, channel, row, rows;
+  int image, images, channel;
   static constexpr int channels = kChannelsNhwc;
 
-  __device__ BandImagesNhwcBlock(const DirectArgs& args, const BandImagesNhwcTiling& tiling) {
-    unsigned block = ptx::opaque(blockIdx.x);  // not kept in registers through the walk
-    channel = block % tiling.groups * kChannelsNhwc, block /= tiling.groups;
-    const unsigned all_images = divide_up(static_cast<unsigned>(args.n), unsigned{kBandImages});
-    image = block % all_images * kBandImages, block /= all_images;
+  __device__ BandImagesNhwcBlock(const DirectArgs& args) {
+    channel = blockIdx.x * kChannelsNhwc;
+    image = blockIdx.y * kBandImages;
     images = min(kBandImages, static_cast<int>(args.n) - image);
-    const int place = static_cast<int>(block), middle = tiling.strips / 2;  // from the middle strip outwards
-    row = (place % 2 == 0 ? middle + place / 2 : middle - divide_up(place, 2)) * Traits::kRows;
-    rows = min(Traits::kRows, args.out_h - row);
   }
 };
+
+template <class Traits>
+__host__ __device__ BandRows<Traits> rows_of_strip(const DirectArgs& args, int strip) {
+  const int row = strip * Traits::kRows;
+  return BandRows<Traits>(args, row, args.out_h - row < Traits::kRows ? args.out_h - row : Traits::kRows);
+}
 
 // Where a channel's row of pixels begins in a cell of an image.
 __device__ __forceinline__ unsigned cell_offset(unsigned channel, unsigned image) {
@@ -84,60 +89,78 @@ struct WarpCells {
   __device__ __forceinline__ int column() const { return chunk * kChunk + pixel; }
 };
 
-// The input rows of a strip in shared memory, stage by stage. A row is cells, image by image and chunk by chunk.
+// The input rows of a block's strips in shared memory, stage by stage, each of one strip alone. A row is cells, image by
+// image and chunk by chunk.
 template <class Traits>
 struct BandRing {
   using T = typename Traits::T;
   static constexpr int kRow = Traits::kRowBytes / static_cast<int>(sizeof(T));
   static constexpr int kImage = Traits::kImageChunks * kCell;
-  // Chunks of a row that a warp takes, at most.
-  static constexpr int kWarpChunks = Traits::kWarps / kImageGroups;
-  static constexpr int kSteps = divide_up(Traits::kImageChunks, kWarpChunks);
+  static constexpr int kSteps = divide_up(Traits::kImageChunks, Traits::kWarpChunks);  // of a warp, a row
 
   const DirectArgs& args;
   const BandImagesNhwcTiling& tiling;
   T* ring;
-  int end;           // of all rows
-  int next, slot;    // the first row of the next stage, and that stage's place
+
+  int slot;          // of the next stage
   int left;          // rows of the present stage that are not multiplied yet
   unsigned address;  // this lane's row of a matrix, of the next row
-  const T* from;     // this lane's pixel, of the next row to copy
-  bool image_exists;
 
-  __device__ __forceinline__ BandRing(const DirectArgs& args, const BandImagesNhwcTiling& tiling,
-                                      const BandImagesNhwcBlock<Traits>& block, T* ring, const BandRows<Traits>& rows)
-      : args(args), tiling(tiling), ring(ring), end(rows.end), next(rows.begin), slot(0), left(0), address(0) {
-    const WarpCells cells;
-    image_exists = static_cast<int>(cells.lane_image) < block.images;
-    from = static_cast<const T*>(args.input) + block.channel +
-           (((block.image + cells.lane_image) * static_cast<int64_t>(args.h) + next) * args.w + cells.column()) *
-               args.out_c;
+  __device__ __forceinline__ BandRing(const DirectArgs& args, const BandImagesNhwcTiling& tiling, T* ring)
+      : args(args), tiling(tiling), ring(ring), slot(0), left(0), address(0) {
+    int strip = tiling.begin[blockIdx.z] - 1, row = 0;
+    find_strip(strip, row);
 #pragma unroll 1
-    for (int stage = 0; stage < kBandStages - 1; ++stage) copy_stage(next + stage * tiling.stage_rows, stage);
+    for (int stage = 0; stage < kBandStages - 1; ++stage) {
+      copy_stage(strip, row, stage);
+      find_stage(strip, row);
+    }
   }
 
-  __device__ __forceinline__ T* stage_at(int slot) const { return ring + slot * tiling.stage_rows * kRow; }
+  __device__ __forceinline__ T* stage_at(int slot) const { return ring + slot * tiling.stage; }
+  // That of the last stage that was multiplied.
+  __device__ __forceinline__ int free_slot() const { return slot == 0 ? kBandStages - 1 : slot - 1; }
+
+  // Where the next strip begins that reads anything, and the next stage.
+  __device__ __forceinline__ void find_strip(int& strip, int& row) const {
+    while (++strip < tiling.begin[blockIdx.z + 1]) {
+      const BandRows<Traits> rows = rows_of_strip<Traits>(args, strip);
+      row = rows.begin;
+      if (rows.begin < rows.end) return;
+    }
+  }
+  __device__ __forceinline__ void find_stage(int& strip, int& row) const {
+    row += tiling.stage_rows;
+    if (strip < tiling.begin[blockIdx.z + 1] && row >= rows_of_strip<Traits>(args, strip).end) find_strip(strip, row);
+  }
 
   // Zeros where there is no column or image.
-  __device__ __forceinline__ void copy_stage(int row, int slot) {
-    const WarpCells cells;
-    const int column = cells.column(), row_end = min(row + tiling.stage_rows, end);
-    T* to = stage_at(slot) + cells.lane_image * kImage + cells.chunk * kCell + cells.pixel * kChannelsNhwc;
-    const int64_t step = args.out_c * (kWarpChunks * kChunk), row_step = args.out_c * args.w;
+  __device__ __forceinline__ void copy_stage(int strip, int row, int slot) const {
+    if (strip < tiling.begin[blockIdx.z + 1]) {
+      const BandImagesNhwcBlock block(args);
+      const WarpCells cells;
+      const bool image_exists = static_cast<int>(cells.lane_image) < block.images;
+      const int column = cells.column();
+      const int row_end = min(row + tiling.stage_rows, rows_of_strip<Traits>(args, strip).end);
+      const int64_t step = args.out_c * (Traits::kWarpChunks * kChunk), row_step = args.out_c * args.w;
+      T* to = stage_at(slot) + cells.lane_image * kImage + cells.chunk * kCell + cells.pixel * kChannelsNhwc;
+      const T* from =
+          static_cast<const T*>(args.input) + block.channel +
+          (((block.image + cells.lane_image) * static_cast<int64_t>(args.h) + row) * args.w + column) * args.out_c;
 #pragma unroll 1
-    for (; row < row_end; ++row, to += kRow, from += row_step)
+      for (; row < row_end; ++row, to += kRow, from += row_step)
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k)
-        if (cells.chunk + k * kWarpChunks < Traits::kImageChunks)
-          copy_async<16>(to + k * kWarpChunks * kCell, from + k * step,
-                         image_exists && column + k * kWarpChunks * kChunk < args.w);
+        for (int k = 0; k < kSteps; ++k)
+          if (cells.chunk + k * Traits::kWarpChunks < Traits::kImageChunks)
+            copy_async<16>(to + k * Traits::kWarpChunks * kCell, from + k * step,
+                           image_exists && column + k * Traits::kWarpChunks * kChunk < args.w);
+    }
     commit_copies();
   }
 
   // Makes rows of pixels of what this warp has copied.
-  __device__ __forceinline__ void turn_stage() const {
+  __device__ __forceinline__ void turn_stage(int rows) const {
     const WarpCells cells;
-    const int rows = min(tiling.stage_rows, end - next);
     T* const stage = stage_at(slot) + cells.chunk * kCell;
     unsigned from_address = ptx::shared_address(stage + cells.lane_image * kImage + cells.pixel * kChannelsNhwc);
     T* to[kWarpImages];  // lane 4 * g + t gets pixels 2 * t and on of channel g
@@ -146,98 +169,92 @@ struct BandRing {
       to[i] = stage + (cells.image + i) * kImage + cell_offset(cells.lane / 4, cells.image + i) + cells.lane % 4 * 2;
 #pragma unroll 1
     for (int row = 0; row < rows; ++row) {
-      unsigned words[kSteps][kWarpImages];
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k)
-        if (cells.chunk + k * kWarpChunks < Traits::kImageChunks)
-          ptx::load_matrices_transposed(words[k], from_address + k * kWarpChunks * kCellBytes);
-      __syncwarp();
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k)
+      for (int k = 0; k < kSteps; ++k) {
+        if (cells.chunk + k * Traits::kWarpChunks >= Traits::kImageChunks) continue;
+        unsigned words[kWarpImages];
+        ptx::load_matrices_transposed(words, from_address + k * Traits::kWarpChunks * kCellBytes);
+        __syncwarp();
 #pragma unroll
         for (int i = 0; i < kWarpImages; ++i)
-          if (cells.chunk + k * kWarpChunks < Traits::kImageChunks)
-            *reinterpret_cast<unsigned*>(to[i] + k * kWarpChunks * kCell) = words[k][i];
+          *reinterpret_cast<unsigned*>(to[i] + k * Traits::kWarpChunks * kCell) = words[i];
+      }
       from_address += Traits::kRowBytes;
 #pragma unroll
       for (int i = 0; i < kWarpImages; ++i) to[i] += kRow;
     }
   }
 
-  // All warps of the block come here, and to next_row(), as often.
-  __device__ __forceinline__ void next_stage() {
-    wait_for_copies<kBandStages - 2>();
-    __syncwarp();
-    turn_stage();
-    __syncthreads();  // the stage before this one has been multiplied, too
-    copy_stage(next + (kBandStages - 1) * tiling.stage_rows, slot == 0 ? kBandStages - 1 : slot - 1);
-    // Lane l names image l % 16 to ldmatrix, and chunk l / 16 of a pair.
-    const unsigned thread = ptx::thread_index(), lane = thread % 32, image = lane % kBandImages;
-    const unsigned channel = thread / 32 % kChannelsNhwc;
-    address =
-        ptx::shared_address(stage_at(slot) + image * kImage + lane / kBandImages * kCell + cell_offset(channel, image));
-    left = tiling.stage_rows;
-    next += tiling.stage_rows;
-    slot = slot + 1 == kBandStages ? 0 : slot + 1;
-  }
-
-  // This lane's row of a matrix, of the next row.
-  __device__ __forceinline__ unsigned next_row() {
-    if (left == 0) next_stage();
+  // This lane's row of a matrix, of the next row, which is `row` of a strip's. All warps of the block come here as often.
+  __device__ __forceinline__ unsigned next_row(int row, int strip) {
+    if (left == 0) {
+      left = min(tiling.stage_rows, rows_of_strip<Traits>(args, ptx::opaque(strip)).end - row);
+      wait_for_copies<kBandStages - 2>();
+      __syncwarp();
+      turn_stage(left);
+      __syncthreads();  // the stage before this one has been multiplied, too
+#pragma unroll 1
+      for (int stage = 0; stage < kBandStages - 1; ++stage) find_stage(strip, row);
+      copy_stage(strip, row, free_slot());
+      // Lane l names image l % 16 to ldmatrix, and chunk l / 16 of a pair.
+      const unsigned thread = ptx::thread_index(), lane = thread % 32, image = lane % kBandImages;
+      address = ptx::shared_address(stage_at(slot) + image * kImage + lane / kBandImages * kCell +
+                                    cell_offset(thread / 32 % kChannelsNhwc, image));
+      slot = slot + 1 == kBandStages ? 0 : slot + 1;
+    }
     --left;
-    const unsigned row = address;
+    const unsigned present = address;
     address += Traits::kRowBytes;
-    return row;
+    return present;
   }
 };
 
-// A warp's sums to where the input was: cells, row by row, image by image and tile by tile. Returns whether one is NaN.
+// A warp's sums of rows [first, end) to where a stage was: cells, row by row, image by image and tile by tile.
 template <int kGroup, class Traits>
-__device__ __forceinline__ bool stage_sums(typename Traits::T* staged,
-                                           const float (&sum)[Traits::kRows][Traits::tiles(kGroup)][4]) {
+__device__ __forceinline__ void stage_sums(typename Traits::T* staged,
+                                           const float (&sum)[Traits::kRows][Traits::tiles(kGroup)][4], int first,
+                                           int end) {
   using T = typename Traits::T;
+  constexpr int kRow = Traits::kOutRowBytes / static_cast<int>(sizeof(T));
   const unsigned thread = ptx::thread_index(), lane = thread % 32, channel = thread / 32 % kChannelsNhwc;
-  const unsigned image = lane / 4;
-  // Images g and g + 8 have their channels in the same places.
-  T* const to = staged + image * Traits::kTiles * kCell + (channel ^ image) * kChunk + lane % 4 * 2;
-  float probe = 0;
+  const unsigned image = lane / 4;  // and the eighth one after it, whose channels are in the same places
+  T* to =
+      staged + (image * Traits::kTiles + kGroup) * kCell + cell_offset(channel, image) + lane % 4 * 2 - first * kRow;
 #pragma unroll
   for (int q = 0; q < Traits::kRows; ++q)
+    if (q >= first && q < end)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int t = 0; t < Traits::tiles(kGroup); ++t) {
-        const int cell = (q * kBandImages + half * kBandImages / 2) * Traits::kTiles + kGroup + t * Traits::kStep;
-        *reinterpret_cast<unsigned*>(to + cell * kCell) = pack<T>(sum[q][t][2 * half], sum[q][t][2 * half + 1]);
-        probe += sum[q][t][2 * half] + sum[q][t][2 * half + 1];
-      }
-  return probe != probe;
+        for (int t = 0; t < Traits::tiles(kGroup); ++t)
+          *reinterpret_cast<unsigned*>(to + q * kRow +
+                                       (half * kBandImages / 2 * Traits::kTiles + t * Traits::kStep) * kCell) =
+              pack<T>(sum[q][t][2 * half], sum[q][t][2 * half + 1]);
 }
 
 // Computes those of the staged outputs that are NaN again, one by one.
 template <class Traits>
-__device__ __noinline__ void mend_staged(typename Traits::T* staged, const DirectArgs& args,
-                                         const BandImagesNhwcTiling& tiling) {
+__device__ __noinline__ void mend_staged(typename Traits::T* staged, const DirectArgs& args, int first_row, int rows) {
   using T = typename Traits::T;
-  const BandImagesNhwcBlock<Traits> block(args, tiling);
-  for (int k = threadIdx.x; k < block.rows * kBandImages * Traits::kTiles * kCell; k += Traits::kThreads) {
+  const BandImagesNhwcBlock block(args);
+  for (int k = threadIdx.x; k < rows * kBandImages * Traits::kTiles * kCell; k += Traits::kThreads) {
     const int pixel = k % kChunk, channel = k / kChunk % kChannelsNhwc, tile = k / kCell % Traits::kTiles;
     const int image = k / kCell / Traits::kTiles % kBandImages, row = k / kCell / Traits::kTiles / kBandImages;
     const int column = tile * kChunk + pixel;
     T& value = staged[k / kCell * kCell + cell_offset(channel, image) + pixel];
     if (image < block.images && column < args.out_w && is_nan(value))
       value = from_float<T>(
-          toeplitz_exact<Traits>(args, block.image + image, block.channel + channel, block.row + row, column));
+          toeplitz_exact<Traits>(args, block.image + image, block.channel + channel, first_row + row, column));
   }
 }
 
-// The staged outputs to memory: lane 4 * g + t stores channels 2 * t and on of pixel g of a cell.
+// Staged outputs to memory, `rows` of them: lane 4 * g + t stores channels 2 * t and on of pixel g of a cell.
 template <class Traits>
-__device__ __forceinline__ void store_staged(const typename Traits::T* staged, const DirectArgs& args,
-                                             const BandImagesNhwcTiling& tiling) {
+__device__ __forceinline__ void store_staged(const typename Traits::T* staged, const DirectArgs& args, int first_row,
+                                             int rows) {
   using T = typename Traits::T;
-  constexpr int kImage = Traits::kTiles * kCell, kWarpChunks = Traits::kWarps / kImageGroups;
-  const BandImagesNhwcBlock<Traits> block(args, tiling);
+  constexpr int kImage = Traits::kTiles * kCell;
+  const BandImagesNhwcBlock block(args);
   const WarpCells cells;
   const int images = block.images - static_cast<int>(cells.image);
   unsigned address = ptx::shared_address(staged + cells.lane_image * kImage + cells.chunk * kCell +
@@ -245,26 +262,69 @@ __device__ __forceinline__ void store_staged(const typename Traits::T* staged, c
   const int column = cells.chunk * kChunk + cells.lane / 4;
   const int64_t image_step = static_cast<int64_t>(args.out_h) * args.out_w * args.out_c;
   T* out = static_cast<T*>(args.out) + (block.image + cells.image) * image_step +
-           (static_cast<int64_t>(block.row) * args.out_w + column) * args.out_c + block.channel + cells.lane % 4 * 2;
+           (static_cast<int64_t>(first_row) * args.out_w + column) * args.out_c + block.channel + cells.lane % 4 * 2;
 #pragma unroll 1
-  for (int row = 0; row < block.rows; ++row) {
+  for (int row = 0; row < rows; ++row) {
 #pragma unroll
-    for (int k = 0; k < divide_up(Traits::kTiles, kWarpChunks); ++k) {
-      if (cells.chunk + k * kWarpChunks >= Traits::kTiles) continue;
+    for (int k = 0; k < divide_up(Traits::kTiles, Traits::kWarpChunks); ++k) {
+      if (cells.chunk + k * Traits::kWarpChunks >= Traits::kTiles) continue;
       unsigned words[kWarpImages];
-      ptx::load_matrices_transposed(words, address + k * kWarpChunks * kCellBytes);
-      T* to = out + k * (kWarpChunks * kChunk) * args.out_c;
+      ptx::load_matrices_transposed(words, address + k * Traits::kWarpChunks * kCellBytes);
+      T* to = out + k * (Traits::kWarpChunks * kChunk) * args.out_c;
 #pragma unroll
       for (int i = 0; i < kWarpImages; ++i, to += image_step) {
         union {
           unsigned word;
           Vector<T, 2> vector;
         } values{words[i]};
-        if (i < images && column + k * kWarpChunks * kChunk < args.out_w) store_streaming(to, values.vector);
+        if (i < images && column + k * Traits::kWarpChunks * kChunk < args.out_w) store_streaming(to, values.vector);
       }
     }
     address += Traits::kOutRowBytes;
     out += args.out_w * args.out_c;
+  }
+}
+
+// All of the block's strips, for a warp of a column group.
+template <int kGroup, class Traits>
+__device__ __forceinline__ void compute_strips(const DirectArgs& args, const BandImagesNhwcTiling& tiling,
+                                               BandRing<Traits>& ring, const unsigned* band_rows) {
+  using T = typename Traits::T;
+  constexpr int kRows = Traits::kRows, kTiles = Traits::tiles(kGroup);
+#pragma unroll 1
+  for (int strip = tiling.begin[blockIdx.z]; strip < tiling.begin[blockIdx.z + 1]; ++strip) {
+    float sum[kRows][kTiles][4];
+    const int channel = BandImagesNhwcBlock(args).channel + ptx::thread_index() / 32 % kChannelsNhwc;
+    const float bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+#pragma unroll
+    for (int q = 0; q < kRows; ++q)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[q][t][e] = bias;
+    const BandRows<Traits> rows = rows_of_strip<Traits>(args, strip);
+    walk_rows<kGroup, Traits>(sum, rows, args.kernel_h, band_rows, [&](int row) { return ring.next_row(row, strip); });
+
+    float probe = 0;
+#pragma unroll
+    for (int q = 0; q < kRows; ++q)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) probe += sum[q][t][e];
+    const int first_row = strip * kRows, end = min(kRows, args.out_h - first_row);
+    auto* const staged = ring.stage_at(ring.free_slot());
+#pragma unroll 1
+    for (int q = 0; q < end; q += tiling.out_rows) {
+      __syncthreads();  // what was here has been multiplied, or stored
+      stage_sums<kGroup, Traits>(staged, sum, q, q + tiling.out_rows);
+      const int count = min(tiling.out_rows, end - q);
+      if (__syncthreads_or(probe != probe)) {
+        mend_staged<Traits>(staged, args, first_row + q, count);
+        __syncthreads();
+      }
+      store_staged<Traits>(staged, args, first_row + q, count);
+    }
   }
 }
 
@@ -273,62 +333,87 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     band_images_nhwc_kernel(const __grid_constant__ DirectArgs args,
                             const __grid_constant__ BandImagesNhwcTiling tiling) {
   using T = typename Traits::T;
-  const BandImagesNhwcBlock<Traits> block(args, tiling);
+  const BandImagesNhwcBlock block(args);
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = warp % kChannelsNhwc;
 
-  // Shared memory: weights, the ring, where outputs go as well.
+  // Shared memory: weights, the ring.
   extern __shared__ __align__(16) unsigned char shared_memory[];
   unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
-  T* const tile = reinterpret_cast<T*>(pairs + kChannelsNhwc * args.kernel_h * Traits::kBand);
-  const BandRows<Traits> rows(args, block.row, block.rows);
-  BandRing<Traits> ring(args, tiling, block, tile, rows);
+  BandRing<Traits> ring(args, tiling, reinterpret_cast<T*>(pairs + kChannelsNhwc * args.kernel_h * Traits::kBand));
   load_weights<Traits>(pairs, args, block);
-  ring.next_stage();  // the first, and the weights
+  __syncthreads();
 
-  const float bias = args.bias ? load(static_cast<const T*>(args.bias) + block.channel + channel) : 0.f;
   const unsigned* const band = pairs + channel * args.kernel_h * Traits::kBand + kChunk - 1 + 2 * (lane % 4) - lane / 4;
-  bool poisoned = false;
   for_each_index<Traits::kColumnGroups>([&](auto group) {
-    constexpr int kGroup = group.value, kTiles = Traits::tiles(kGroup);
-    if (warp / kChannelsNhwc != kGroup) return;
-    float sum[Traits::kRows][kTiles][4];
-#pragma unroll
-    for (int q = 0; q < Traits::kRows; ++q)
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sum[q][t][e] = bias;
-    walk_rows<kGroup, Traits>(sum, rows, args.kernel_h, band, [&] { return ring.next_row(); });
-    __syncthreads();
-    poisoned = stage_sums<kGroup, Traits>(tile, sum);
+    if (warp / kChannelsNhwc == group.value) compute_strips<group.value, Traits>(args, tiling, ring, band);
   });
-  if (__syncthreads_or(poisoned)) {
-    mend_staged<Traits>(tile, args, tiling);
-    __syncthreads();
-  }
-  store_staged<Traits>(tile, args, tiling);
 }
 
-// Stages of as many rows as there is room for, up to kMostStageRows: more make the first stage late.
+// Cuts an image's strips into parts that read as many rows, and as many parts as make all blocks end first. A strip's
+// outputs cost about two rows, and a block's beginning four.
+template <class Traits>
+int cut_strips(BandImagesNhwcTiling& tiling, const DirectArgs& args, int64_t groups, int concurrent) {
+  constexpr int kStripCost = 2, kBlockCost = 4;
+  const int strips = divide_up(args.out_h, Traits::kRows);
+  const auto cost = [&](int strip) {
+    const BandRows<Traits> rows = rows_of_strip<Traits>(args, strip);
+    return kStripCost + max_int(0, rows.end - rows.begin);
+  };
+  int64_t all = 0;
+  for (int strip = 0; strip < strips; ++strip) all += cost(strip);
+  // Part p ends where the strips' cost comes closest to p + 1 of all parts'. Returns the most that a part costs.
+  const auto cut = [&](int parts) {
+    int64_t before = 0, begun = 0, most = 0;
+    int part = 0;
+    tiling.begin[0] = 0;
+    for (int strip = 0; strip < strips; ++strip) {
+      const int64_t strip_cost = cost(strip);
+      if (part + 1 < parts && (2 * before + strip_cost) * parts > 2 * all * (part + 1))
+        tiling.begin[++part] = strip, begun = before;
+      before += strip_cost;
+      if (before - begun > most) most = before - begun;
+    }
+    tiling.begin[part + 1] = strips;
+    return part + 1 == parts ? most : INT64_MAX / 2;
+  };
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int parts = 1; parts <= min_int(strips, BandImagesNhwcTiling::kMaxParts); ++parts) {
+    const int64_t most = cut(parts);
+    if (most == INT64_MAX / 2) continue;
+    const int64_t all_blocks = divide_up<int64_t>(groups * parts, concurrent) * (most + kBlockCost);
+    if (all_blocks < least) least = all_blocks, best = parts;
+  }
+  cut(best);
+  return best;
+}
+
 template <class Traits>
 int launch_band_images_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
-  constexpr int kMostStageRows = 2;
+  using T = typename Traits::T;
+  constexpr int kMostStageRows = 4;
   const DeviceLimits& device = device_limits();
   BandImagesNhwcTiling tiling{};
-  tiling.strips = divide_up(args.out_h, Traits::kRows);
-  tiling.groups = static_cast<int>(args.out_c) / kChannelsNhwc;
-  const auto bytes = [&](int stage_rows) {
-    return kChannelsNhwc * args.kernel_h * Traits::kBand * 4 +
-           max_int(kBandStages * stage_rows * Traits::kRowBytes, Traits::kRows * Traits::kOutRowBytes);
+  const auto stage_bytes = [](int rows) { return max_int(rows * Traits::kRowBytes, Traits::kOutRowBytes); };
+  const auto bytes = [&](int rows) {
+    return kChannelsNhwc * args.kernel_h * Traits::kBand * 4 + kBandStages * stage_bytes(rows);
   };
   tiling.stage_rows = kMostStageRows;
-  while (tiling.stage_rows > 1 && bytes(tiling.stage_rows) > device.shared_bytes_block) --tiling.stage_rows;
-  if (bytes(tiling.stage_rows) > device.shared_bytes_block) return kTooLittleSharedMemory;
+  while (tiling.stage_rows > 1 && bytes(tiling.stage_rows) > device.shared_bytes_for(Traits::kBoundBlocks))
+    --tiling.stage_rows;
+  const int all_bytes = bytes(tiling.stage_rows);
+  if (all_bytes > device.shared_bytes_block) return kTooLittleSharedMemory;
+  tiling.stage = stage_bytes(tiling.stage_rows) / static_cast<int>(sizeof(T));
+  tiling.out_rows = stage_bytes(tiling.stage_rows) / Traits::kOutRowBytes;
+  const int channels = static_cast<int>(args.out_c) / kChannelsNhwc;
+  const int images = static_cast<int>(divide_up<int64_t>(args.n, kBandImages));
+  const int parts =
+      cut_strips<Traits>(tiling, args, int64_t{channels} * images, Traits::kBoundBlocks * device.multiprocessors);
 
   const auto kernel = band_images_nhwc_kernel<Traits>;
-  if (const int error = allow_shared_bytes(kernel, bytes(tiling.stage_rows))) return error;
-  const int64_t blocks = divide_up<int64_t>(args.n, kBandImages) * tiling.groups * tiling.strips;
-  kernel<<<static_cast<unsigned>(blocks), Traits::kThreads, bytes(tiling.stage_rows), stream>>>(args, tiling);
+  if (const int error = allow_shared_bytes(kernel, all_bytes)) return error;
+  const dim3 blocks(channels, images, parts);
+  kernel<<<blocks, Traits::kThreads, all_bytes, stream>>>(args, tiling);
   return cudaGetLastError();
 }
 

@@ -77,6 +77,7 @@ inline bool can_serve_toeplitz(const Problem& p) {
 
 // band_images: the ring of kernel rows lies in registers, and what sixteen images of a unit read in shared memory.
 constexpr int kMaxBandImagesChunks = 7, kMaxBandImagesNhwcChunks = 5;  // channels_last: of 128 registers
+constexpr int kMaxBandImagesNhwcRows = 512;                            // whose strips the launcher deals one by one
 
 inline Band band_images_of(const Problem& p) {
   const DirectArgs args = direct_args(p);
@@ -104,11 +105,10 @@ inline bool can_serve_band_images(const Problem& p, Kernel kernel, const Tile& t
   if (band.chunks > kMaxBandImagesChunks) return false;
   if (channels_last) {
     if (p.multiplier != 1 || p.c % 8 != 0 || !p.aligned || band.chunks > kMaxBandImagesNhwcChunks) return false;
-    // Weights of eight channels; three input rows of sixteen images, or the outputs.
-    const int64_t in_chunks = 3 * band.image_chunks, out_chunks = tile.rows * band.tiles_w;
-    return (in_chunks > out_chunks ? in_chunks : out_chunks) * 16 * 8 * 16 +
-               p.kernel_h * (8 * band.chunks + 6) * 4 * 8 <=
-           kMaxBandBytes;
+    // Weights of eight channels; three times a row of input or of outputs.
+    const int64_t chunks = band.image_chunks > band.tiles_w ? band.image_chunks : band.tiles_w;
+    return p.n <= 16 * 65535 && p.h <= kMaxBandImagesNhwcRows && p.out_h <= kMaxBandImagesNhwcRows &&
+           3 * chunks * 16 * 8 * 16 + p.kernel_h * (8 * band.chunks + 6) * 4 * 8 <= kMaxBandBytes;
   }
   const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = tile.rows - 1 + p.kernel_h;
   return (rows < in_h ? rows : in_h) * (band.image_chunks + 1) * 16 * 16 + p.kernel_h * (8 * band.chunks + 8) * 4 <=
