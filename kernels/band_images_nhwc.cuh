@@ -119,7 +119,10 @@ struct BandRing {
 
   __device__ __forceinline__ T* stage_at(int slot) const { return ring + slot * tiling.stage; }
   // That of the last stage that was multiplied.
-  __device__ __forceinline__ int free_slot() const { return slot == 0 ? kBandStages - 1 : slot - 1; }
+  __device__ __forceinline__ int free_slot() const {
+    const int next = ptx::opaque(slot);
+    return next == 0 ? kBandStages - 1 : next - 1;
+  }
 
   // Where the next strip begins that reads anything, and the next stage.
   __device__ __forceinline__ void find_strip(int& strip, int& row) const {
@@ -312,18 +315,20 @@ __device__ __forceinline__ void compute_strips(const DirectArgs& args, const Ban
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int e = 0; e < 4; ++e) probe += sum[q][t][e];
-    const int first_row = strip * kRows, end = min(kRows, args.out_h - first_row);
-    auto* const staged = ring.stage_at(ring.free_slot());
+
+    const int all_rows = min(kRows, args.out_h - strip * kRows);
 #pragma unroll 1
-    for (int q = 0; q < end; q += tiling.out_rows) {
+    for (int q = 0; q < all_rows; q += tiling.out_rows) {
+      // Opaque: what follows from them is not kept in registers beside the sums.
+      T* const staged = ring.stage_at(ring.free_slot());
+      const int row = ptx::opaque(strip) * kRows + q, count = min(tiling.out_rows, all_rows - q);
       __syncthreads();  // what was here has been multiplied, or stored
       stage_sums<kGroup, Traits>(staged, sum, q, q + tiling.out_rows);
-      const int count = min(tiling.out_rows, end - q);
       if (__syncthreads_or(probe != probe)) {
-        mend_staged<Traits>(staged, args, first_row + q, count);
+        mend_staged<Traits>(staged, args, row, count);
         __syncthreads();
       }
-      store_staged<Traits>(staged, args, first_row + q, count);
+      store_staged<Traits>(staged, args, row, count);
     }
   }
 }
@@ -336,10 +341,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   const BandImagesNhwcBlock block(args);
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, channel = warp % kChannelsNhwc;
 
-  // Shared memory: weights, the ring.
+  // Shared memory: the ring, weights.
   extern __shared__ __align__(16) unsigned char shared_memory[];
-  unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
-  BandRing<Traits> ring(args, tiling, reinterpret_cast<T*>(pairs + kChannelsNhwc * args.kernel_h * Traits::kBand));
+  T* const stages = reinterpret_cast<T*>(shared_memory);
+  unsigned* const pairs = reinterpret_cast<unsigned*>(stages + kBandStages * tiling.stage);
+  BandRing<Traits> ring(args, tiling, stages);
   load_weights<Traits>(pairs, args, block);
   __syncthreads();
 
