@@ -145,17 +145,17 @@ struct BandRing {
       const bool image_exists = static_cast<int>(cells.lane_image) < block.images;
       const int column = cells.column();
       const int row_end = min(row + tiling.stage_rows, rows_of_strip<Traits>(args, strip).end);
-      const int64_t step = args.out_c * (Traits::kWarpChunks * kChunk), row_step = args.out_c * args.w;
+      const int pixel = ptx::opaque(static_cast<int>(args.out_c)), row_step = pixel * args.w;
       T* to = stage_at(slot) + cells.lane_image * kImage + cells.chunk * kCell + cells.pixel * kChannelsNhwc;
       const T* from =
           static_cast<const T*>(args.input) + block.channel +
-          (((block.image + cells.lane_image) * static_cast<int64_t>(args.h) + row) * args.w + column) * args.out_c;
+          (((block.image + cells.lane_image) * static_cast<int64_t>(args.h) + row) * args.w + column) * pixel;
 #pragma unroll 1
       for (; row < row_end; ++row, to += kRow, from += row_step)
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)
           if (cells.chunk + k * Traits::kWarpChunks < Traits::kImageChunks)
-            copy_async<16>(to + k * Traits::kWarpChunks * kCell, from + k * step,
+            copy_async<16>(to + k * Traits::kWarpChunks * kCell, from + k * Traits::kWarpChunks * kChunk * pixel,
                            image_exists && column + k * Traits::kWarpChunks * kChunk < args.w);
     }
     commit_copies();
@@ -259,32 +259,34 @@ __device__ __forceinline__ void store_staged(const typename Traits::T* staged, c
   constexpr int kImage = Traits::kTiles * kCell;
   const BandImagesNhwcBlock block(args);
   const WarpCells cells;
-  const int images = block.images - static_cast<int>(cells.image);
-  unsigned address = ptx::shared_address(staged + cells.lane_image * kImage + cells.chunk * kCell +
-                                         cell_offset(cells.lane % kChannelsNhwc, cells.lane_image));
-  const int column = cells.chunk * kChunk + cells.lane / 4;
-  const int64_t image_step = static_cast<int64_t>(args.out_h) * args.out_w * args.out_c;
+  const int images = block.images - static_cast<int>(cells.image), pixel = ptx::opaque(static_cast<int>(args.out_c));
+  const int64_t image_step = static_cast<int64_t>(args.out_h * args.out_w) * pixel;
+  unsigned row_address = ptx::shared_address(staged + cells.lane_image * kImage + cells.chunk * kCell +
+                                             cell_offset(cells.lane % kChannelsNhwc, cells.lane_image));
+  const int first_column = cells.chunk * kChunk + cells.lane / 4;
   T* out = static_cast<T*>(args.out) + (block.image + cells.image) * image_step +
-           (static_cast<int64_t>(first_row) * args.out_w + column) * args.out_c + block.channel + cells.lane % 4 * 2;
+           static_cast<int64_t>(first_row * args.out_w) * pixel + block.channel + cells.lane % 4 * 2;
 #pragma unroll 1
   for (int row = 0; row < rows; ++row) {
-#pragma unroll
-    for (int k = 0; k < divide_up(Traits::kTiles, Traits::kWarpChunks); ++k) {
-      if (cells.chunk + k * Traits::kWarpChunks >= Traits::kTiles) continue;
+    unsigned address = row_address;
+    // Not unrolled: sums of rows yet to come are in most registers.
+#pragma unroll 1
+    for (int column = first_column; column < Traits::kTiles * kChunk; column += Traits::kWarpChunks * kChunk) {
       unsigned words[kWarpImages];
-      ptx::load_matrices_transposed(words, address + k * Traits::kWarpChunks * kCellBytes);
-      T* to = out + k * (Traits::kWarpChunks * kChunk) * args.out_c;
+      ptx::load_matrices_transposed(words, address);
+      T* to = out + column * pixel;
 #pragma unroll
       for (int i = 0; i < kWarpImages; ++i, to += image_step) {
         union {
           unsigned word;
           Vector<T, 2> vector;
         } values{words[i]};
-        if (i < images && column + k * Traits::kWarpChunks * kChunk < args.out_w) store_streaming(to, values.vector);
+        if (i < images && column < args.out_w) store_streaming(to, values.vector);
       }
+      address += Traits::kWarpChunks * kCellBytes;
     }
-    address += Traits::kOutRowBytes;
-    out += args.out_w * args.out_c;
+    row_address += Traits::kOutRowBytes;
+    out += args.out_w * pixel;
   }
 }
 
