@@ -235,22 +235,6 @@ __device__ __forceinline__ void stage_sums(typename Traits::T* staged,
               pack<T>(sum[q][t][2 * half], sum[q][t][2 * half + 1]);
 }
 
-// Computes those of the staged outputs that are NaN again, one by one.
-template <class Traits>
-__device__ __noinline__ void mend_staged(typename Traits::T* staged, const DirectArgs& args, int first_row, int rows) {
-  using T = typename Traits::T;
-  const BandImagesNhwcBlock block(args);
-  for (int k = threadIdx.x; k < rows * kBandImages * Traits::kTiles * kCell; k += Traits::kThreads) {
-    const int pixel = k % kChunk, channel = k / kChunk % kChannelsNhwc, tile = k / kCell % Traits::kTiles;
-    const int image = k / kCell / Traits::kTiles % kBandImages, row = k / kCell / Traits::kTiles / kBandImages;
-    const int column = tile * kChunk + pixel;
-    T& value = staged[k / kCell * kCell + cell_offset(channel, image) + pixel];
-    if (image < block.images && column < args.out_w && is_nan(value))
-      value = from_float<T>(
-          toeplitz_exact<Traits>(args, block.image + image, block.channel + channel, first_row + row, column));
-  }
-}
-
 // Staged outputs to memory, `rows` of them: lane 4 * g + t stores channels 2 * t and on of pixel g of a cell.
 template <class Traits>
 __device__ __forceinline__ void store_staged(const typename Traits::T* staged, const DirectArgs& args, int first_row,
@@ -290,6 +274,21 @@ __device__ __forceinline__ void store_staged(const typename Traits::T* staged, c
   }
 }
 
+// Computes those of a strip's outputs that are NaN again, one by one.
+template <class Traits>
+__device__ __noinline__ void mend_strip(const DirectArgs& args, int strip) {
+  using T = typename Traits::T;
+  const BandImagesNhwcBlock block(args);
+  const int first_row = strip * Traits::kRows, rows = min(Traits::kRows, args.out_h - first_row);
+  for (int k = threadIdx.x; k < block.images * rows * args.out_w * kChannelsNhwc; k += Traits::kThreads) {
+    const int channel = block.channel + k % kChannelsNhwc, column = k / kChannelsNhwc % args.out_w;
+    const int in_column = k / kChannelsNhwc / args.out_w, row = first_row + in_column % rows;
+    const int64_t image = block.image + in_column / rows;
+    T* const at = static_cast<T*>(args.out) + ((image * args.out_h + row) * args.out_w + column) * args.out_c + channel;
+    if (is_nan(*at)) *at = from_float<T>(toeplitz_exact<Traits>(args, static_cast<int>(image), channel, row, column));
+  }
+}
+
 // All of the block's strips, for a warp of a column group.
 template <int kGroup, class Traits>
 __device__ __forceinline__ void compute_strips(const DirectArgs& args, const BandImagesNhwcTiling& tiling,
@@ -326,12 +325,10 @@ __device__ __forceinline__ void compute_strips(const DirectArgs& args, const Ban
       const int row = ptx::opaque(strip) * kRows + q, count = min(tiling.out_rows, all_rows - q);
       __syncthreads();  // what was here has been multiplied, or stored
       stage_sums<kGroup, Traits>(staged, sum, q, q + tiling.out_rows);
-      if (__syncthreads_or(probe != probe)) {
-        mend_staged<Traits>(staged, args, row, count);
-        __syncthreads();
-      }
+      __syncthreads();
       store_staged<Traits>(staged, args, row, count);
     }
+    if (__syncthreads_or(probe != probe)) mend_strip<Traits>(args, strip);
   }
 }
 
