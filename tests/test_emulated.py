@@ -258,6 +258,8 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "band", LARGE, BF16, "nchw"),
     ("forward", "band_images4", LARGE, F16, "nchw"),
     ("forward", "band_images7", LARGE, BF16, "nchw"),
+    ("forward", "band_images4_nhwc", LARGE, F16, "nhwc"),
+    ("forward", "band_images7_nhwc", LARGE, BF16, "nhwc"),
     ("forward", "images_c4", SMALL, BF16, "nchw"),
     ("forward", "strips7", SMALL, F16, "nchw"),
     ("forward", "strips7_nhwc", SMALL, BF16, "nhwc"),
