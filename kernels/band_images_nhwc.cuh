@@ -3,22 +3,23 @@
 //
 // Serves  stride and dilation 1, any kernel height, number of images and padding of rows at run time; channels in eights,
 //         aligned tensors. Compile-time are the type, the chunks of band, image and outputs, and kRows.
-// Owns    a block computes a strip of kRows rows of outputs of eight channels (16 bytes a pixel) of sixteen images. A warp
-//         takes a channel and a column group, with all its sums in registers: all warps walk down the same input rows, and
-//         only those have to be in shared memory that are multiplied or on their way. Strips whose rows meet the most input
-//         come first. Blocks of neighbouring channels, which share sectors of 32 bytes, follow each other.
-// Reads   an input row comes as often as strips meet it, mostly from L2 (31x31 on 56x56, four rows: 7.2 times). A stage is
-//         some rows, and three stages make the ring: one that is multiplied, two on their way. The pixels of a chunk of
-//         eight columns and eight channels fill 128 bytes, of which ldmatrix and stores make rows of eight pixels of a
-//         channel in place. The warp does it that copied them, before the only barrier of a stage.
-// Banks   In the 128 bytes of image i, channel c lies at 16 * (c ^ i % 8): the eight images of a matrix lie in different
-//         banks, as do the words that a warp stores.
-// Writes  sums go where the input was, as rows of pixels of a channel; ldmatrix turns them around, so that four lanes hold
-//         the eight channels of a pixel.
-// Memory  per channel and kernel row 8 * kChunks + 6 words of weights; 2 KB for each chunk of an input row, or of an output
-//         row where the outputs take more. 31x31 on 56x56: 45.6 KB + stages of two rows 86 KB.
-// NaN     as in band_images.cuh; the outputs are computed again as they are stored.
-// Chosen  select.h.
+// Owns    a block computes some strips, one after the other, of eight channels (16 bytes a pixel) of sixteen images. A
+//         strip is kRows rows of outputs. A warp takes a channel and a column group, with all its sums in registers: all
+//         warps walk down the same input rows, and only those have to be in shared memory that are multiplied or on their
+//         way; the rows of the next strip follow at once.
+// Reads   an input row comes as often as strips meet it, mostly from L2, and of each sector of 32 bytes one half (31x31 on
+//         56x56, four rows: 7.2 times). A stage is some rows of a strip, and three stages make the ring: one that is
+//         multiplied, two on their way. The pixels of a chunk of eight columns and eight channels fill a cell of 128 bytes,
+//         of which ldmatrix and stores make rows of eight pixels of a channel in place. The warp does it that copied them,
+//         before the only barrier of a stage.
+// Banks   In a cell of image i, channel c lies at 16 * (c ^ i % 8): the eight images of a matrix lie in different banks,
+//         as do the words that a warp stores.
+// Writes  sums go where the stage was that was multiplied last, as rows of pixels of a channel; ldmatrix turns them around,
+//         so that four lanes hold the eight channels of a pixel.
+// Memory  per channel and kernel row 8 * kChunks + 6 words of weights; a stage takes 2 KB for each chunk of its rows, and
+//         has room for a row of outputs. 31x31 on 56x56: 45.6 KB + 3 * 57.3 KB, stages of four rows.
+// NaN     as in band_images.cuh; a strip's outputs are computed again when all of them are stored.
+// Chosen  by name alone (variants.h).
 #pragma once
 
 #include "band_images.cuh"
@@ -101,7 +102,6 @@ struct BandRing {
   const DirectArgs& args;
   const BandImagesNhwcTiling& tiling;
   T* ring;
-
   int slot;          // of the next stage
   int left;          // rows of the present stage that are not multiplied yet
   unsigned address;  // this lane's row of a matrix, of the next row

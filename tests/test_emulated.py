@@ -225,6 +225,17 @@ def test_rows_on_any_boundary(emulator, layout):
         assert failures.messages == []
 
 
+@pytest.mark.parametrize("shared_bytes", [227 << 10, 48 << 10])
+def test_several_strips_of_a_block(emulator, shared_bytes):
+    """Of band_images_nhwc: all of an image's, some without input; outputs that are staged at once, and in parts."""
+    problem = Problem((15, 24), (13, 13), padding=(20, 6), batch=2, channels=8)
+    for variant in ("band_images4_nhwc", "band_images7_nhwc"):
+        where = ("forward", variant, problem, F16, "nhwc")
+        emulator.obtain(only(*where))
+        with emulator.device(1, shared_bytes + (1 << 10), shared_bytes):
+            assert messages(*where) == ""
+
+
 TIGHT = [  # grads of weight at the end of shared memory: of the block's own, and of what the device grants
     (None, "weight_band32_nhwc", Problem((3, 3), (50, 50), padding=(24, 24), batch=1, channels=4), F16),
     (T4, "weight_band32_nhwc", Problem((7, 3), (39, 6), padding=(19, 3), batch=20, channels=1), F16),
