@@ -168,8 +168,9 @@ inline GradWeightPlan toeplitz_grad_weight_plan(const Problem& p, const Tile& ti
   const auto cost = [&](int64_t splits, int bands) {
     const int64_t rows = divide_up64(out_h, bands);
     const int64_t split_cost =
-        channels_last ? divide_up64(images * divide_up64(out_h, rows), splits) * (rows + p.kernel_h)
-                      : toeplitz_cut(p.n, column_tiles, out_h, splits, bands, kToeplitzWarps, kToeplitzWarps).cost;
+        channels_last
+            ? divide_up64(images * divide_up64(out_h, rows), splits) * (rows + p.kernel_h)
+            : toeplitz_cut(p.n, column_tiles, out_h, splits, bands, kToeplitzWarps, kToeplitzWarps, tile.rows > 0).cost;
     const int64_t waves = divide_up64(groups * splits, kMultiprocessors);
     const int64_t row_cost = waves > 1 ? kTogether : channels_last ? kAloneNhwc : kAlone;
     return waves * (split_cost + kBlockCost) * row_cost + splits * kSplitCost + (splits > 1 ? kSecondPassCost : 0);

@@ -312,6 +312,7 @@ constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 |
 // toeplitz_grad_weight, NCHW: how images are cut into stages, for which a block's `slots` (warps, or pairs of them) take
 // rows: a stage is some images, or a band of rows of one.
 constexpr int kToeplitzWarps = 8, kMostToeplitzBands = 8;
+constexpr int kRollingRows = 8;  // from one of a warp's rows to the next, where they roll
 
 struct ToeplitzCut {
   int bands, images, slots_per_image;
@@ -319,21 +320,26 @@ struct ToeplitzCut {
 };
 // `bands`: as many as are wanted; `room`: for images of a stage.
 constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, int64_t splits, int bands, int slots,
-                                   int room) {
-  constexpr int kRowsOfSlot = 14, kStageCost = 7;
+                                   int room, bool rolls) {
+  constexpr int kRowsOfSlot = 14, kStageCost = 7, kRollingImages = 2;
   const auto divide_up = [](auto a, auto b) { return (a + b - 1) / b; };
   const int rows = divide_up(out_h, bands);
   ToeplitzCut cut{divide_up(out_h, rows), 1, slots, 0};
   if (cut.bands == 1) {  // as many images as give every slot some rows
-    while (cut.slots_per_image > 1 && cut.slots_per_image * kRowsOfSlot > out_h + kRowsOfSlot) cut.slots_per_image /= 2;
-    const int64_t share = divide_up(n, splits),
-                  most = slots / cut.slots_per_image < room ? slots / cut.slots_per_image : room;
+    if (!rolls)
+      while (cut.slots_per_image > 1 && cut.slots_per_image * kRowsOfSlot > out_h + kRowsOfSlot)
+        cut.slots_per_image /= 2;
+    const int64_t wanted = rolls ? kRollingImages : slots / cut.slots_per_image;
+    const int64_t share = divide_up(n, splits), most = wanted < room ? wanted : room;
     const int64_t images = most < 1 ? 1 : most < share ? most : share;
     cut.images = static_cast<int>(divide_up(share, divide_up(share, images)));
     while (cut.slots_per_image * cut.images * 2 <= slots) cut.slots_per_image *= 2;
   }
   const int64_t stages = divide_up(divide_up(n, static_cast<int64_t>(cut.images)) * cut.bands * column_tiles, splits);
-  cut.cost = stages * (divide_up(rows, cut.slots_per_image) * slots + cut.images * kStageCost);
+  const int64_t rolling_rows =
+      cut.images * (rows / kRollingRows) + divide_up(cut.images * (rows % kRollingRows), kRollingRows);
+  const int64_t slots_rows = rolls ? rolling_rows * kRollingRows : divide_up(rows, cut.slots_per_image) * slots;
+  cut.cost = stages * (slots_rows + cut.images * kStageCost);
   return cut;
 }
 constexpr bool toeplitz_cuts_into(int bands, int out_h) {

@@ -8,6 +8,10 @@
 //         wasted on the rounding of w, i and j alone (31x31 on 56 columns: 1 - 56/64 * 31/32 * 31/32 = 18%). A Toeplitz
 //         fragment depends on w - j only: 2 * chunks + 2 * tiles - 1 registers hold all of a row's fragments. Pairs at
 //         odd offsets are put together from two words.
+// Rolls   A variant. A warp takes every eighth row of grad_output: each tile of eight input rows, once in registers, meets
+//         one of its rows after the other, as ever lower kernel rows. So a row's products take one new tile from shared
+//         memory instead of kGroupTiles: 22 words of gradient and 2 ldmatrix for the 32 products of 31x31 on 64 columns,
+//         instead of 22 and 8. All columns of a tile are multiplied, without conditions.
 // Owns    NCHW: a block takes one channel and a share of the stages (a stage: some images, or a band of rows and a tile
 //         of columns of one), its warps rows of grad_output. channels_last: eight channels, one for each warp. Very
 //         large kernels have two warps share the kernel's rows, and four channels. Sums stay in fp32 registers to the
@@ -27,12 +31,12 @@
 namespace depthwise {
 
 // Compiled for the kernel's size in eights of rows and of columns.
-template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_>
+template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_, bool kRolls_>
 struct ToeplitzGradWeightTraits {
   using T = T_;
-  static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr bool kChannelsLast = kChannelsLast_, kRolls = kRolls_;
   static constexpr int kChunks = kChunks_;  // of 16 input columns
-  static constexpr int kTileColumns = 16 * kChunks;
+  static constexpr int kTileColumns = 16 * kChunks, kChunkPairs = divide_up(kChunks, 2);
   static constexpr int kTilesI = kRowEights, kTilesJ = divide_up(kColumnEights, 2);
   static constexpr bool kLastTileHalf = kColumnEights % 2 == 1;
   static constexpr int kMaxSums = 64;                                         // a thread
@@ -45,9 +49,12 @@ struct ToeplitzGradWeightTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kSlots = kWarps / kGroups;  // NCHW: warps that share the rows; channels_last: the channels
   static constexpr int kStages = kChannelsLast ? 1 : 2;
-  // Blocks of a multiprocessor that registers must leave room for: 80, 128 or 255 a thread.
+  // Blocks of a multiprocessor that registers must leave room for: 80, 128 or 255 a thread. Those that roll hold tiles of
+  // input rows and a row's Toeplitz fragments beside the sums.
+  static constexpr int kMostHeld = 90;
   static constexpr int kSums = 4 * kTilesJ * kGroupTiles;
-  static constexpr int kBlocks = kSums > 32 ? 1 : kSums > 8 || kChannelsLast ? 2 : 3;
+  static constexpr int kHeld = kRolls ? 2 * kChunks * kGroupTiles + 4 * (kChunks + kTilesJ - 1) : 0;
+  static constexpr int kBlocks = kSums > 32 || kSums + kHeld > kMostHeld ? 1 : kSums > 8 || kChannelsLast ? 2 : 3;
 
   // Elements from row to row. Input: an odd number of 16-byte words, so that ldmatrix meets no bank twice.
   // Gradient: the columns a tile of input columns meets, and room to start at a multiple of eight.
@@ -196,45 +203,104 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   // All tiles of kernel rows, of which some lie outside the image: without branches, their loads and products overlap
   // (31x31 on 32x128x56x56, fp16, H200: 0.113 ms, skipping them 0.147).
-  const auto multiply_row = [&](const unsigned* grad, unsigned input, int columns) {
-    unsigned toeplitz[kFragments];
+  const auto load_toeplitz = [&](unsigned (&toeplitz)[kFragments], const unsigned* grad) {
 #pragma unroll
     for (int v = 0; v < kFragments; ++v) toeplitz[v] = __funnelshift_r(grad[4 * v], grad[4 * v + 1], shift);
-    constexpr int kAtOnce = kChunks == 1 ? 1 : 2;  // chunks that one ldmatrix brings
+  };
+  // Chunks `first` and, if it exists, `first` + 1 of eight input rows.
+  const auto load_chunks = [&](unsigned (&x)[4], unsigned input, int first) {
+    if (first + 1 < kChunks) return ptx::load_matrices(x, input + first * 32);
+    unsigned one[2];
+    ptx::load_matrices(one, input + first * 32);
+    x[0] = one[0], x[1] = one[1];
+  };
+  const auto multiply = [&](int n, int chunk, const unsigned (&toeplitz)[kFragments], unsigned x0, unsigned x1) {
 #pragma unroll
-    for (int first = 0; first < kChunks; first += kAtOnce) {
+    for (int m = 0; m < kTilesJ; ++m) {
+      const bool half = Traits::kLastTileHalf && m == kTilesJ - 1;  // its upper eight rows are beyond the kernel
+      const int v = 2 * (chunk - m) + kFragmentOfZero;
+      multiply_k16<T>(sum[m][n], toeplitz[v], half ? 0 : toeplitz[v - 1], toeplitz[v + 1], half ? 0 : toeplitz[v], x0,
+                      x1);
+    }
+  };
+  constexpr int kEightRows = 8 * Traits::kInputPitch * 2;  // bytes
+  const auto multiply_row = [&](const unsigned* grad, unsigned input, int columns) {
+    unsigned toeplitz[kFragments];
+    load_toeplitz(toeplitz, grad);
+#pragma unroll
+    for (int first = 0; first < kChunks; first += 2) {
 #pragma unroll
       for (int n = 0; n < kGroupTiles; ++n) {
-        unsigned x[2 * kAtOnce];
-        ptx::load_matrices(x, input + n * 8 * Traits::kInputPitch * 2 + first * 32);
+        unsigned x[4];
+        load_chunks(x, input + n * kEightRows, first);
 #pragma unroll
-        for (int q = 0; q < kAtOnce; ++q) {
-          if (first + q > 0 && 16 * (first + q) >= columns) continue;
+        for (int chunk = first; chunk < first + 2 && chunk < kChunks; ++chunk)
+          if (chunk == 0 || 16 * chunk < columns)
+            multiply(n, chunk, toeplitz, x[(chunk - first) * 2], x[(chunk - first) * 2 + 1]);
+      }
+    }
+  };
+
+  // Rows of grad_output, each kRollingRows below the one before it. Products in a row go to different sums.
+  const auto multiply_rolling = [&](const unsigned* grad, unsigned input, int rows) {
+    unsigned window[kGroupTiles][Traits::kChunkPairs][4];
+    const auto load_tile = [&](int tile, int n) {
 #pragma unroll
-          for (int m = 0; m < kTilesJ; ++m) {
-            const bool half = Traits::kLastTileHalf && m == kTilesJ - 1;  // its upper eight rows are beyond the kernel
-            const int v = 2 * (first + q - m) + kFragmentOfZero;
-            multiply_k16<T>(sum[m][n], toeplitz[v], half ? 0 : toeplitz[v - 1], toeplitz[v + 1], half ? 0 : toeplitz[v],
-                            x[2 * q], x[2 * q + 1]);
+      for (int k = 0; k < Traits::kChunkPairs; ++k) load_chunks(window[tile][k], input + n * kEightRows, 2 * k);
+    };
+#pragma unroll
+    for (int n = 0; n < kGroupTiles - 1; ++n) load_tile(n, n);
+#pragma unroll 1
+    for (; rows > 0; rows -= kGroupTiles) {
+#pragma unroll
+      for (int u = 0; u < kGroupTiles; ++u) {
+        if (u >= rows) break;
+        load_tile((u + kGroupTiles - 1) % kGroupTiles, kGroupTiles - 1);
+        unsigned toeplitz[kFragments];
+        load_toeplitz(toeplitz, grad);
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+          for (int n = 0; n < kGroupTiles; ++n) {
+            const unsigned (&x)[4] = window[(u + n) % kGroupTiles][chunk / 2];
+            multiply(n, chunk, toeplitz, x[chunk % 2 * 2], x[chunk % 2 * 2 + 1]);
           }
-        }
+        grad += kRollingRows * Traits::kGradPitch / 2;
+        input += kEightRows;
       }
     }
   };
 
   const auto multiply_stage = [&](int idx, const T* shared) {
     const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
-    for (int image = first_image; image < stage.images; image += image_step) {
-      const T* const grad_row = shared + input_elements + (image * stage.rows + first_h) * Traits::kGradPitch;
-      const auto* grad = reinterpret_cast<const unsigned*>(grad_row) + (first_pair >> 1);
-      unsigned input =
-          ptx::shared_address(shared + (image * tiling.image_rows + first_h + kernel_row) * Traits::kInputPitch) +
-          matrix;
+    const auto grad_at = [&](int image, int h) {
+      const T* const row = shared + input_elements + (image * stage.rows + h) * Traits::kGradPitch;
+      return reinterpret_cast<const unsigned*>(row) + (first_pair >> 1);
+    };
+    const auto input_at = [&](int image, int h) {
+      const T* const row = shared + (image * tiling.image_rows + h + kernel_row) * Traits::kInputPitch;
+      return ptx::shared_address(row) + matrix;
+    };
+    if constexpr (Traits::kRolls) {
+      // All first rows of all images, dealt to the warps; those of every other image to others, so that who has a row more
+      // there has none more here.
+      constexpr int kWarpsOfRows = Traits::kChannelsLast ? 1 : Traits::kSlots;
 #pragma unroll 1
-      for (int h = first_h; h < stage.rows; h += step) {
-        multiply_row(grad, input, stage.columns);
-        grad += step * (Traits::kGradPitch / 2);
-        input += step * (Traits::kInputPitch * 2);
+      for (int k = Traits::kChannelsLast ? 0 : slot; k < stage.images * kRollingRows; k += kWarpsOfRows) {
+        const int image = k / kRollingRows, h = (k + image * (kRollingRows / 2)) % kRollingRows;
+        const int rows = (stage.rows - h + kRollingRows - 1) / kRollingRows;
+        if (h < stage.rows) multiply_rolling(grad_at(image, h), input_at(image, h), rows);
+      }
+    } else {
+      for (int image = first_image; image < stage.images; image += image_step) {
+        const unsigned* grad = grad_at(image, first_h);
+        unsigned input = input_at(image, first_h);
+#pragma unroll 1
+        for (int h = first_h; h < stage.rows; h += step) {
+          multiply_row(grad, input, stage.columns);
+          grad += step * (Traits::kGradPitch / 2);
+          input += step * (Traits::kInputPitch * 2);
+        }
       }
     }
     if (!has_bias || group != 0) return;
@@ -380,8 +446,8 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   } else {
     ToeplitzCut best{};
     for (int bands = least_bands; bands == least_bands || toeplitz_cuts_into(bands, args.out_h); ++bands) {
-      const ToeplitzCut cut =
-          toeplitz_cut(args.n, tiling.num_column_tiles, args.out_h, args.splits, bands, Traits::kSlots, room);
+      const ToeplitzCut cut = toeplitz_cut(args.n, tiling.num_column_tiles, args.out_h, args.splits, bands,
+                                           Traits::kSlots, room, Traits::kRolls);
       if (best.bands == 0 || cut.cost < best.cost) best = cut;
     }
     tiling.num_bands = best.bands, tiling.images = best.images, tiling.warps_per_image = best.slots_per_image;

@@ -159,9 +159,13 @@ constexpr Tile kBlockedTiles[] = {
 // Rows of a strip: those that divide the images' are best.
 constexpr Tile kStripsNchwTiles[] = {{"strips7", 8, 7, 8}, {"strips8", 8, 8, 8}};
 constexpr Tile kStripsNhwcTiles[] = {{"strips7_nhwc", 8, 7, 8}, {"strips11_nhwc", 8, 11, 8}};
-// Columns of input that a stage holds; `vector`: channels of a block.
+// Columns of input that a stage holds; rows: of those that roll, from one of a warp's rows to the next; `vector`: channels
+// of a block. The first three are chosen from.
+constexpr int kSelectedToeplitzGradWeightTiles = 3;
 constexpr Tile kToeplitzGradWeightTiles[] = {
-    {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band32_nhwc", 32, 0, 8}};
+    {"weight_band64", 64, 0, 1},    {"weight_band32", 32, 0, 1},         {"weight_band32_nhwc", 32, 0, 8},
+    {"weight_band48", 48, 0, 1},    {"weight_rolling64", 64, 8, 1},      {"weight_rolling48", 48, 8, 1},
+    {"weight_rolling32", 32, 8, 1}, {"weight_rolling48_nhwc", 48, 8, 8}, {"weight_rolling32_nhwc", 32, 8, 8}};
 // One for each layout.
 constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
 // Columns of the images, at most.
