@@ -214,14 +214,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     ptx::load_matrices(one, input + first * 32);
     x[0] = one[0], x[1] = one[1];
   };
-  const auto multiply = [&](int n, int chunk, const unsigned (&toeplitz)[kFragments], unsigned x0, unsigned x1) {
-#pragma unroll
-    for (int m = 0; m < kTilesJ; ++m) {
-      const bool half = Traits::kLastTileHalf && m == kTilesJ - 1;  // its upper eight rows are beyond the kernel
-      const int v = 2 * (chunk - m) + kFragmentOfZero;
-      multiply_k16<T>(sum[m][n], toeplitz[v], half ? 0 : toeplitz[v - 1], toeplitz[v + 1], half ? 0 : toeplitz[v], x0,
-                      x1);
-    }
+  const auto multiply = [&](int m, int n, int chunk, const unsigned (&toeplitz)[kFragments], unsigned x0, unsigned x1) {
+    const bool half = Traits::kLastTileHalf && m == kTilesJ - 1;  // its upper eight rows are beyond the kernel
+    const int v = 2 * (chunk - m) + kFragmentOfZero;
+    multiply_k16<T>(sum[m][n], toeplitz[v], half ? 0 : toeplitz[v - 1], toeplitz[v + 1], half ? 0 : toeplitz[v], x0,
+                    x1);
   };
   constexpr int kEightRows = 8 * Traits::kInputPitch * 2;  // bytes
   const auto multiply_row = [&](const unsigned* grad, unsigned input, int columns) {
@@ -235,13 +232,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         load_chunks(x, input + n * kEightRows, first);
 #pragma unroll
         for (int chunk = first; chunk < first + 2 && chunk < kChunks; ++chunk)
-          if (chunk == 0 || 16 * chunk < columns)
-            multiply(n, chunk, toeplitz, x[(chunk - first) * 2], x[(chunk - first) * 2 + 1]);
+          if (chunk == 0 || 16 * chunk < columns) {
+#pragma unroll
+            for (int m = 0; m < kTilesJ; ++m)
+              multiply(m, n, chunk, toeplitz, x[(chunk - first) * 2], x[(chunk - first) * 2 + 1]);
+          }
       }
     }
   };
 
-  // Rows of grad_output, each kRollingRows below the one before it. Products in a row go to different sums.
+  // Rows of grad_output, each kRollingRows below the one before it. One Toeplitz matrix after the other: its
+  // products go to different sums.
   const auto multiply_rolling = [&](const unsigned* grad, unsigned input, int rows) {
     unsigned window[kGroupTiles][Traits::kChunkPairs][4];
     const auto load_tile = [&](int tile, int n) {
@@ -259,12 +260,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         unsigned toeplitz[kFragments];
         load_toeplitz(toeplitz, grad);
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk)
+        for (int offset = 1 - kTilesJ; offset < kChunks; ++offset)
 #pragma unroll
-          for (int n = 0; n < kGroupTiles; ++n) {
-            const unsigned (&x)[4] = window[(u + n) % kGroupTiles][chunk / 2];
-            multiply(n, chunk, toeplitz, x[chunk % 2 * 2], x[chunk % 2 * 2 + 1]);
-          }
+          for (int n = 0; n < kGroupTiles; ++n)
+#pragma unroll
+            for (int m = 0; m < kTilesJ; ++m) {
+              const int chunk = offset + m;
+              if (chunk < 0 || chunk >= kChunks) continue;
+              const unsigned (&x)[4] = window[(u + n) % kGroupTiles][chunk / 2];
+              multiply(m, n, chunk, toeplitz, x[chunk % 2 * 2], x[chunk % 2 * 2 + 1]);
+            }
         grad += kRollingRows * Traits::kGradPitch / 2;
         input += kEightRows;
       }
