@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     out.low = one_column_tile ? -tiling.grad_start : 0;
     out.high = one_column_tile ? args.out_w - tiling.grad_start : Traits::kGradPitch;
     if constexpr (Traits::kChannelsLast) {
-      constexpr int kBatch = Traits::kSums > 32 ? 1 : 2;  // loads in flight, as registers allow
+      constexpr int kBatch =
+          Traits::kSums > 32 || Traits::kSums + Traits::kHeld > 64 ? 1 : 2;  // loads in flight, as registers allow
       const int first = static_cast<int>(first_channel), end = static_cast<int>(args.out_c);
       const auto out_channel = [&](int k) { return first + k < end ? first + k : -1; };
       const auto in_channel = [&](int k) {
