@@ -211,7 +211,7 @@ ANY_BOUNDARY = [  # odd rows, and even ones that begin on no word; bands of a wi
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_on_any_boundary(emulator, layout):
     """Kernels that read words: of tensors that begin and end within one, nothing outside is read."""
-    kernels = re.compile(r"(weight_)?band\d*(_images\d)?(_nhwc)?")
+    kernels = re.compile(r"(weight_)?(band|rolling)\d*(_images\d)?(_nhwc)?")
     for problem, dtype in zip(ANY_BOUNDARY, (F16, BF16, F16, BF16), strict=True):
         failures, tensors = Failures(), reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
         for direction in reference.DIRECTIONS:
@@ -262,6 +262,7 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "strips7", SMALL, F16, "nchw"),
     ("forward", "strips7_nhwc", SMALL, BF16, "nhwc"),
     ("grad_weight", "weight_band32", LARGE, BF16, "nchw"),
+    ("grad_weight", "weight_rolling48", LARGE, F16, "nchw"),
     ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
     ("grad_weight", "weight_images16", SMALL, BF16, "nchw"),
     ("grad_weight", "weight_images16_nhwc", SMALL, F16, "nhwc"),
