@@ -32,6 +32,7 @@ struct Tile {
   int grad_vector = 0;  // grad of weight, NCHW: elements a load of grad_output
   bool staged = false;  // grad of weight, NCHW: whole planes through shared memory
   bool queued = false;  // grad of weight: the rows to come in shared memory
+  bool skips = false;   // toeplitz_grad_weight: products with rows outside the image
 };
 
 constexpr int64_t kInt32Max = 0x7fffffff;

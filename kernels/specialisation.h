@@ -201,9 +201,9 @@ inline std::string specialisation_source(const Specialisation& s) {
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
   if (s.kernel == Kernel::kToeplitzGradWeight) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s, %s", kTypes[static_cast<int>(s.dtype)],
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s, %s, %s", kTypes[static_cast<int>(s.dtype)],
                   s.kernel_h / 8, s.kernel_w / 8, tile.columns / 16, tile.vector > 1 ? "true" : "false",
-                  tile.rows > 0 ? "true" : "false");
+                  tile.rows > 0 ? "true" : "false", tile.skips ? "true" : "false");
     traits = std::string("ToeplitzGradWeightTraits<") + arguments;
   }
   if (is_images_grad_weight(s.kernel)) {

@@ -11,7 +11,8 @@
 // Rolls   A variant. A warp takes every eighth row of grad_output: each tile of eight input rows, once in registers, meets
 //         one of its rows after the other, as ever lower kernel rows. So a row's products take one new tile from shared
 //         memory instead of kGroupTiles: 22 words of gradient and 2 ldmatrix for the 32 products of 31x31 on 64 columns,
-//         instead of 22 and 8. All columns of a tile are multiplied, without conditions.
+//         instead of 22 and 8. All columns of a tile are multiplied, without conditions. Another variant skips the first tile
+//         of a warp's first row and the last of its last where they lie outside the image: 10% of 29x29 on 48x48.
 // Owns    NCHW: a block takes one channel and a share of the stages (a stage: some images, or a band of rows and a tile
 //         of columns of one), its warps rows of grad_output. channels_last: eight channels, one for each warp. Very
 //         large kernels have two warps share the kernel's rows, and four channels. Sums stay in fp32 registers to the
@@ -31,10 +32,10 @@
 namespace depthwise {
 
 // Compiled for the kernel's size in eights of rows and of columns.
-template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_, bool kRolls_>
+template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_, bool kRolls_, bool kSkips_>
 struct ToeplitzGradWeightTraits {
   using T = T_;
-  static constexpr bool kChannelsLast = kChannelsLast_, kRolls = kRolls_;
+  static constexpr bool kChannelsLast = kChannelsLast_, kRolls = kRolls_, kSkips = kSkips_;
   static constexpr int kChunks = kChunks_;  // of 16 input columns
   static constexpr int kTileColumns = 16 * kChunks, kChunkPairs = divide_up(kChunks, 2);
   static constexpr int kTilesI = kRowEights, kTilesJ = divide_up(kColumnEights, 2);
@@ -244,11 +245,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   // Rows of grad_output, each kRollingRows below the one before it. One Toeplitz matrix after the other: its
   // products go to different sums.
-  const auto multiply_rolling = [&](const unsigned* grad, unsigned input, int rows) {
-    unsigned window[kGroupTiles][Traits::kChunkPairs][4];
+  const auto multiply_rolling = [&](const unsigned* grad, unsigned input, int rows, bool skips_first, bool skips_last) {
+    unsigned window[kGroupTiles][Traits::kChunkPairs][4], toeplitz[kFragments];
     const auto load_tile = [&](int tile, int n) {
 #pragma unroll
       for (int k = 0; k < Traits::kChunkPairs; ++k) load_chunks(window[tile][k], input + n * kEightRows, 2 * k);
+    };
+    const auto multiply_tiles = [&](int u, int first, int end) {
+#pragma unroll
+      for (int offset = 1 - kTilesJ; offset < kChunks; ++offset)
+#pragma unroll
+        for (int n = first; n < end; ++n)
+#pragma unroll
+          for (int m = 0; m < kTilesJ; ++m) {
+            const int chunk = offset + m;
+            if (chunk < 0 || chunk >= kChunks) continue;
+            const unsigned (&x)[4] = window[(u + n) % kGroupTiles][chunk / 2];
+            multiply(m, n, chunk, toeplitz, x[chunk % 2 * 2], x[chunk % 2 * 2 + 1]);
+          }
     };
 #pragma unroll
     for (int n = 0; n < kGroupTiles - 1; ++n) load_tile(n, n);
@@ -258,22 +272,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       for (int u = 0; u < kGroupTiles; ++u) {
         if (u >= rows) break;
         load_tile((u + kGroupTiles - 1) % kGroupTiles, kGroupTiles - 1);
-        unsigned toeplitz[kFragments];
         load_toeplitz(toeplitz, grad);
-#pragma unroll
-        for (int offset = 1 - kTilesJ; offset < kChunks; ++offset)
-#pragma unroll
-          for (int n = 0; n < kGroupTiles; ++n)
-#pragma unroll
-            for (int m = 0; m < kTilesJ; ++m) {
-              const int chunk = offset + m;
-              if (chunk < 0 || chunk >= kChunks) continue;
-              const unsigned (&x)[4] = window[(u + n) % kGroupTiles][chunk / 2];
-              multiply(m, n, chunk, toeplitz, x[chunk % 2 * 2], x[chunk % 2 * 2 + 1]);
-            }
+        if (Traits::kSkips && u == 0 && skips_first)
+          multiply_tiles(u, 1, kGroupTiles);
+        else if (Traits::kSkips && u + 1 == rows && skips_last)
+          multiply_tiles(u, 0, kGroupTiles - 1);
+        else
+          multiply_tiles(u, 0, kGroupTiles);
         grad += kRollingRows * Traits::kGradPitch / 2;
         input += kEightRows;
       }
+      skips_first = false;
     }
   };
 
@@ -295,7 +304,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       for (int k = Traits::kChannelsLast ? 0 : slot; k < stage.images * kRollingRows; k += kWarpsOfRows) {
         const int image = k / kRollingRows, h = (k + image * (kRollingRows / 2)) % kRollingRows;
         const int rows = (stage.rows - h + kRollingRows - 1) / kRollingRows;
-        if (h < stage.rows) multiply_rolling(grad_at(image, h), input_at(image, h), rows);
+        // The input rows of the first tile of all, and of the last row's last.
+        const int first_row = stage.first_row + h - args.padding_h + group * kGroupTiles * 8;
+        const int last_row = first_row + (rows - 1) * kRollingRows + (kGroupTiles - 1) * 8;
+        if (h < stage.rows)
+          multiply_rolling(grad_at(image, h), input_at(image, h), rows, first_row + 8 <= 0, last_row >= args.h);
       }
     } else {
       for (int image = first_image; image < stage.images; image += image_step) {

@@ -162,10 +162,17 @@ constexpr Tile kStripsNhwcTiles[] = {{"strips7_nhwc", 8, 7, 8}, {"strips11_nhwc"
 // Columns of input that a stage holds; rows: of those that roll, from one of a warp's rows to the next; `vector`: channels
 // of a block. The first three are chosen from.
 constexpr int kSelectedToeplitzGradWeightTiles = 3;
-constexpr Tile kToeplitzGradWeightTiles[] = {
-    {"weight_band64", 64, 0, 1},    {"weight_band32", 32, 0, 1},         {"weight_band32_nhwc", 32, 0, 8},
-    {"weight_band48", 48, 0, 1},    {"weight_rolling64", 64, 8, 1},      {"weight_rolling48", 48, 8, 1},
-    {"weight_rolling32", 32, 8, 1}, {"weight_rolling48_nhwc", 48, 8, 8}, {"weight_rolling32_nhwc", 32, 8, 8}};
+constexpr Tile kToeplitzGradWeightTiles[] = {{"weight_band64", 64, 0, 1},
+                                             {"weight_band32", 32, 0, 1},
+                                             {"weight_band32_nhwc", 32, 0, 8},
+                                             {"weight_band48", 48, 0, 1},
+                                             {"weight_rolling64", 64, 8, 1},
+                                             {"weight_rolling48", 48, 8, 1},
+                                             {"weight_rolling32", 32, 8, 1},
+                                             {"weight_rolling48_nhwc", 48, 8, 8},
+                                             {"weight_rolling32_nhwc", 32, 8, 8},
+                                             {"weight_rolling48_skipping", 48, 8, 1, 0, false, false, true},
+                                             {"weight_rolling32_skipping", 32, 8, 1, 0, false, false, true}};
 // One for each layout.
 constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
 // Columns of the images, at most.

@@ -211,7 +211,7 @@ ANY_BOUNDARY = [  # odd rows, and even ones that begin on no word; bands of a wi
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_on_any_boundary(emulator, layout):
     """Kernels that read words: of tensors that begin and end within one, nothing outside is read."""
-    kernels = re.compile(r"(weight_)?(band|rolling)\d*(_images\d)?(_nhwc)?")
+    kernels = re.compile(r"(weight_)?(band|rolling)\d*(_images\d|_skipping)?(_nhwc)?")
     for problem, dtype in zip(ANY_BOUNDARY, (F16, BF16, F16, BF16), strict=True):
         failures, tensors = Failures(), reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
         for direction in reference.DIRECTIONS:
