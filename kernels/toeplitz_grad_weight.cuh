@@ -54,7 +54,8 @@ struct ToeplitzGradWeightTraits {
   // input rows and a row's Toeplitz fragments beside the sums.
   static constexpr int kMostHeld = 90;
   static constexpr int kSums = 4 * kTilesJ * kGroupTiles;
-  static constexpr int kHeld = kRolls ? 2 * kChunks * kGroupTiles + 4 * (kChunks + kTilesJ - 1) : 0;
+  static constexpr int kSkipping = kSkips ? 6 + 2 * kGroupTiles : 0;  // for what is held across branches
+  static constexpr int kHeld = kRolls ? 2 * kChunks * kGroupTiles + 4 * (kChunks + kTilesJ - 1) + kSkipping : 0;
   static constexpr int kBlocks = kSums > 32 || kSums + kHeld > kMostHeld ? 1 : kSums > 8 || kChannelsLast ? 2 : 3;
 
   // Elements from row to row. Input: an odd number of 16-byte words, so that ldmatrix meets no bank twice.
