@@ -326,7 +326,7 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
         except Exception as error:  # whatever it is, the other rows are still measured
             row["failed"] = first_line(error)
     # Together, as the reference takes longer than all of them.
-    errors = problem.errors([result for pair in results.values() for result in pair])
+    errors = problem.errors([result for pair in results.values() for result in pair]) if results else []
     checked = dict(zip(results, zip(errors[::2], errors[1::2], strict=True), strict=True))
     results.clear()
     for row in rows:
@@ -656,16 +656,13 @@ def groups_that_fit(cases: Sequence[Case], args: argparse.Namespace) -> list[tup
     return groups
 
 
-def compile_all(groups: Sequence[tuple[Case, str, str]], args: argparse.Namespace) -> None:
+def compile_all(groups: Sequence[tuple[Case, str, str]], layouts: Sequence[str], headline: Case) -> None:
     """What the groups need, a process a core; with it what the headline problem and the host's times need."""
-    wanted = [(HOST_PROBLEM, "float32", direction) for direction in DIRECTIONS]
-    wanted.append((report.load_cases()[report.HEADLINE], "float32", "forward"))
+    others = [(headline, "float32", "forward"), *((HOST_PROBLEM, "float32", direction) for direction in DIRECTIONS)]
+    wanted = [*itertools.product(groups, layouts), *((other, "nchw") for other in others)]
     selected = [
         depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
-        for (case, dtype, direction), layout in [
-            *itertools.product(groups, args.layout),
-            *itertools.product(wanted, ["nchw"]),
-        ]
+        for (case, dtype, direction), layout in wanted
     ]
     depthwise_inline._obtain_all({name.rpartition("/")[0]: source for name, source in selected if source})
 
@@ -710,7 +707,7 @@ def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Name
     headline = cases[report.HEADLINE]
     groups = [] if args.model or args.variants is not None else groups_that_fit(chosen, args)
     if args.variants is None:
-        compile_all(groups, args)
+        compile_all(groups, args.layout, headline)
     check_model_new(headline, "cuda", headline.n)
     watch = Stopwatch()
     speeds = {"copy_tbps": copy_bandwidth(watch), "matmul_tflops": matmul_rates(watch), "host_us": host_times()}
