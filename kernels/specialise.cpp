@@ -29,9 +29,12 @@ Launcher find_launcher(const Specialisation& specialisation) {
   return found == launchers().end() ? nullptr : found->second;
 }
 
-Config config_for(const Problem& problem) {
-  if (!is_forced) return select_config(problem);
+Config config_for(const Problem& problem, bool frugal) {
+  if (!is_forced) return select_config(problem, frugal);
   const std::shared_lock lock(mutex);
+  if (frugal)
+    throw std::runtime_error("depthwise_inline: the forced variant '" + forced +
+                             "' needs more shared memory than this GPU has");
   Config config;
   if (!forced_config(problem, forced, &config))
     throw std::runtime_error("depthwise_inline: the forced variant '" + forced + "' cannot serve this problem");
@@ -70,7 +73,7 @@ Choice choose(const Problem& problem, bool frugal) {
   if (remembered.generation == now && remembered.frugal == frugal && same(remembered.problem, problem))
     return remembered.choice;
 
-  const Config config = frugal ? select_config(problem, true) : config_for(problem);
+  const Config config = config_for(problem, frugal);
   const bool general = config.kernel == Kernel::kGeneral;
   const Choice choice{config, general ? nullptr : find_launcher(specialisation_of(problem, config))};
   remembered = {problem, frugal, choice, now};

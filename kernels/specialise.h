@@ -26,7 +26,7 @@ struct Choice {
   Launcher launcher;  // of its specialisation; null: not built yet, or the general kernel
 };
 // What serves a problem; throws where the forced variant cannot. `frugal`: what select_config says for GPUs that have too
-// little shared memory for that.
+// little shared memory for that; throws where a variant is forced.
 Choice choose(const Problem& problem, bool frugal = false);
 
 }  // namespace depthwise

@@ -263,6 +263,7 @@ def test_selected_where_shared_memory_is_too_small(emulator):
         emulator.obtain(only("forward", None, problem, F16, "nhwc") | only("forward", "band", problem, F16, "nhwc"))
         assert "strips" in reference.select("forward", problem, F16, "nhwc")[0]
         assert messages("forward", None, problem, F16, "nhwc") == ""
+        assert "'strips11_nhwc' needs more shared memory" in messages("forward", "strips11_nhwc", problem, F16, "nhwc")
 
 
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
