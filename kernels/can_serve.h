@@ -34,6 +34,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     case Kernel::kImagesNhwc: return can_serve_images(p, kernel, t);
     case Kernel::kImagesGradWeightNchw:
     case Kernel::kImagesGradWeightNhwc: return can_serve_images_grad_weight(p, kernel, t);
+    case Kernel::kImageRowsGradWeight: return can_serve_image_rows_grad_weight(p);
     case Kernel::kImagesFma: return can_serve_images_fma(p, t);
     case Kernel::kImagesFmaGradWeight: return can_serve_images_fma_grad_weight(p, t);
     case Kernel::kGradWeightNchw:

@@ -209,6 +209,22 @@ inline GradWeightPlan images_grad_weight_plan(const Problem& p, const Tile& tile
   return {bounded_splits(p, wanted < stages ? wanted : stages), 0};
 }
 
+// image_rows_grad_weight: a block for each of an H100's multiprocessors at a time. A block costs as much as some images
+// beside its own.
+inline GradWeightPlan image_rows_grad_weight_plan(const Problem& p) {
+  constexpr int64_t kMultiprocessors = 132, kMostWaves = 2, kBlockCost = 3;
+  const int64_t groups = divide_up64(p.out_c, kImageRowsChannels);
+  const int64_t fewest = divide_up64(p.n * p.out_h * p.out_w, kMostPositions);
+  int64_t least = 0, best = fewest;
+  for (int64_t splits = fewest; splits <= p.n; ++splits) {
+    const int64_t waves = divide_up64(groups * splits, kMultiprocessors);
+    if (waves > kMostWaves && splits > fewest) break;
+    const int64_t cost = waves * (divide_up64(p.n, splits) + kBlockCost);
+    if (least == 0 || cost < least) least = cost, best = splits;
+  }
+  return {bounded_splits(p, best), 0};
+}
+
 // Blocks of images_fma_grad_weight: four rounds of what an H100's multiprocessors hold.
 constexpr int64_t kImagesFmaBlocks = 1056;
 
@@ -285,6 +301,7 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
       return stream_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kToeplitzGradWeight:
       return toeplitz_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kImageRowsGradWeight: return image_rows_grad_weight_plan(p);
     case Kernel::kImagesFmaGradWeight:
       return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kBlockedGradWeight: return blocked_grad_weight_plan(p);

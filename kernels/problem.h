@@ -307,6 +307,8 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
   if (columns == 32) return (live + 1) / 2;
   return channels_last ? (live <= 14 ? 2 : 4) : live <= 16 ? 2 : 8;
 }
+// image_rows_grad_weight: rows and columns of its images, rows of its kernels, channels of a block.
+constexpr int kImageRowsSize = 16, kMaxImageRowsKernel = 7, kImageRowsChannels = 16;
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
 // toeplitz_grad_weight, NCHW: how images are cut into stages, for which a block's `slots` (warps, or pairs of them) take

@@ -72,7 +72,8 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     }
     return s;
   }
-  if (is_strips_grad_weight(kernel)) {  // compiled for the kernel's rows; nine columns stand for all
+  // Compiled for the kernel's rows; nine columns stand for all.
+  if (is_strips_grad_weight(kernel) || kernel == Kernel::kImageRowsGradWeight) {
     s.kernel_h = static_cast<int>(p.kernel_h);
     s.kernel_w = kMaxSmallGradWeight;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
@@ -210,6 +211,10 @@ inline std::string specialisation_source(const Specialisation& s) {
                   tile_table(s.kernel, s.dtype)[s.tile].columns, s.kernel_h,
                   s.kernel == Kernel::kImagesGradWeightNhwc ? "true" : "false", s.width, s.out_width, -s.padding_h);
     traits = std::string("ImagesGradWeightTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kImageRowsGradWeight) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h);
+    traits = std::string("ImageRowsGradWeightTraits<") + arguments;
   }
   if (s.kernel == Kernel::kStripsGradWeightNchw) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h);

@@ -29,6 +29,7 @@ enum class Kernel : int {
   kBlockedGradWeight,
   kImagesGradWeightNchw,
   kImagesGradWeightNhwc,
+  kImageRowsGradWeight,
   kImagesFma,
   kImagesFmaGradWeight,
   kStripsGradWeightNchw,
@@ -56,6 +57,7 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kBlockedGradWeight,
                                           Kernel::kImagesGradWeightNchw,
                                           Kernel::kImagesGradWeightNhwc,
+                                          Kernel::kImageRowsGradWeight,
                                           Kernel::kImagesFma,
                                           Kernel::kImagesFmaGradWeight,
                                           Kernel::kStripsGradWeightNchw,
@@ -76,7 +78,8 @@ inline bool is_strips_grad_weight(Kernel kernel) {
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return is_marching_grad_weight(kernel) || kernel == Kernel::kToeplitzGradWeight ||
          kernel == Kernel::kBlockedGradWeight || kernel == Kernel::kGradWeightStreamNhwc ||
-         is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight;
+         is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight ||
+         kernel == Kernel::kImageRowsGradWeight;
 }
 inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
@@ -88,7 +91,8 @@ inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
          is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
-         kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel);
+         kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel) ||
+         kernel == Kernel::kImageRowsGradWeight;
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -168,6 +172,7 @@ constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weigh
 constexpr Tile kImagesGradWeightNchwTiles[] = {
     {"weight_images32", 32, 0, 1}, {"weight_images16", 16, 0, 1}, {"weight_images8", 8, 0, 1}};
 constexpr Tile kImagesGradWeightNhwcTiles[] = {{"weight_images16_nhwc", 16, 0, 8}, {"weight_images8_nhwc", 8, 0, 8}};
+constexpr Tile kImageRowsGradWeightTiles[] = {{"weight_image_rows", 16, 0, 8}};
 // Rows of outputs a thread; columns 0: of any plane, 1: of planes known at compile time.
 constexpr Tile kImagesFmaTiles[] = {{"images_fma", 0, 2, 1}, {"images_fma_plane", 1, 8, 1}};
 // The same; rows 0.
@@ -210,6 +215,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kBlockedGradWeight: return kBlockedGradWeightTiles;
     case Kernel::kImagesGradWeightNchw: return kImagesGradWeightNchwTiles;
     case Kernel::kImagesGradWeightNhwc: return kImagesGradWeightNhwcTiles;
+    case Kernel::kImageRowsGradWeight: return kImageRowsGradWeightTiles;
     case Kernel::kImagesFma: return kImagesFmaTiles;
     case Kernel::kImagesFmaGradWeight: return kImagesFmaGradWeightTiles;
     case Kernel::kStripsGradWeightNchw: return kStripsGradWeightNchwTiles;
@@ -242,6 +248,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "blocked_grad_weight",
                                     "images_grad_weight_nchw",
                                     "images_grad_weight_nhwc",
+                                    "image_rows_grad_weight",
                                     "images_fma",
                                     "images_fma_grad_weight",
                                     "strips_grad_weight_nchw",
