@@ -268,23 +268,27 @@ inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile
   return best;
 }
 
-// strips_grad_weight_nhwc: of as many pieces of an image, and as many rounds of patches a block (see strips_grad_weight.cuh), as leave
-// the fewest steps to the multiprocessor that has most of them. A block that begins costs some.
+// strips_grad_weight_nhwc: of as many pieces of an image, as many patches a round, and as many rounds a block (see
+// strips_grad_weight.cuh), as leave the least work to the multiprocessor that has most of it: steps, which cost as some strips beside
+// their own. A block that begins costs some steps.
 inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
-  constexpr int kMostPieces = 8, kMostRounds = 4, kBlockCost = 10;
+  constexpr int kMostPieces = 8, kMostRounds = 4, kBlockCost = 10, kStepCost = 8;
   const int kernel_h = static_cast<int>(p.kernel_h), blocks = strips_blocks_nhwc(kernel_h);
   const int stage_rows = strips_stage_rows(kernel_h, kStripsFewestRowsNhwc);
   const StripsCutNhwc cut = strips_cut_nhwc(kernel_h, static_cast<int>(p.out_w), kStripsSharedBytes / blocks);
   const int64_t groups = divide_up64(p.out_c, kStripsGradWeightChannels);
   int64_t least = 0, best = 1;
   for (int64_t pieces = 1; pieces <= kMostPieces && pieces <= p.out_h; ++pieces) {
-    const int64_t all_rounds = divide_up64(p.n * cut.segments * pieces, cut.lines);
     const int64_t stages = divide_up64(divide_up64(p.out_h, pieces) + kernel_h - 1, stage_rows);
-    for (int64_t rounds = 1; rounds <= kMostRounds && rounds <= all_rounds; ++rounds) {
-      const int64_t splits = divide_up64(all_rounds, rounds);
-      const int64_t cost =
-          divide_up64(groups * splits, blocks * kStripsBlocks) * (rounds * stages * stage_rows + kBlockCost);
-      if (least == 0 || cost < least) least = cost, best = splits;
+    for (int lines = cut.lines; lines > 0; --lines) {
+      const int64_t all_rounds = divide_up64(p.n * cut.segments * pieces, lines);
+      for (int64_t rounds = 1; rounds <= kMostRounds && rounds <= all_rounds; ++rounds) {
+        const int64_t splits = divide_up64(all_rounds, rounds);
+        const int64_t cost = divide_up64(groups * splits, blocks * kStripsBlocks) *
+                             (rounds * stages * stage_rows * (kStepCost + lines * cut.windows) +
+                              kBlockCost * (kStepCost + cut.lines * cut.windows));
+        if (least == 0 || cost < least) least = cost, best = splits;
+      }
     }
   }
   // More waves of blocks than this are even enough.

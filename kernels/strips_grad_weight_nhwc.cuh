@@ -5,7 +5,7 @@
 //         size; aligned tensors of a multiple of eight channels, multiplier 1.
 // Owns    a block takes kChannels channels, 32 bytes of a pixel, which is a sector, and a share of the rounds of patches
 //         (see StripsTiling); each of its warps one channel, and the windows of a round's patches as its sixteen strips:
-//         two lines of seven or eight windows, or four of four. The splits are added by add_splits_kernel: no atomics.
+//         two lines of seven or eight windows, or up to four of four. The splits are added by add_splits_kernel: no atomics.
 // Memory  two to four stages of kStageRows steps as they lie in global memory, copied asynchronously, and one put planar
 //         from there. Raw: blocks of eight pixels, of which the eights of channels change places every four pixels, so
 //         that ldmatrix meets no bank twice; it transposes, and words of two pixels are stored into the channels' planes.
@@ -240,6 +240,13 @@ std::pair<StripsTiling, StripsLayoutNhwc> strips_tiling_nhwc(const GradWeightArg
   tiling.windows = cut.windows, tiling.segments = cut.segments;
   int64_t least = INT64_MAX;
   cut_into_pieces(args, cut.lines, Traits::kStageRows, 1, least, tiling);
+  // No more lines than give every block as many patches.
+  const int lines = divide_up(divide_up(tiling.patches, args.splits), tiling.block_rounds);
+  if (lines < tiling.lines) {
+    tiling.lines = lines;
+    tiling.rounds = divide_up(tiling.patches, lines);
+    tiling.block_rounds = divide_up(tiling.rounds, args.splits);
+  }
   for (tiling.buffers = 4; tiling.buffers > 2; --tiling.buffers)
     if (layout_of<Traits>(tiling).bytes <= shared) break;
   return {tiling, layout_of<Traits>(tiling)};
