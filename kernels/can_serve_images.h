@@ -73,7 +73,7 @@ inline bool can_serve_image_rows_grad_weight(const Problem& p) {
   if (p.layout != Layout::kNhwc || p.dtype == DType::kFloat32 || p.multiplier != 1) return false;
   if (!p.aligned || p.c % 8 != 0) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  if (p.kernel_h > kMaxImageRowsKernel || p.padding_h > kInt32Max / 2) return false;
+  if (p.kernel_h > kMaxImageRowsKernel || p.padding_h >= p.kernel_h) return false;
   if (p.padding_w >= kImageRowsSize || p.kernel_w - p.padding_w > kImageRowsSize) return false;
   return p.h <= kImageRowsSize && p.w <= kImageRowsSize && p.out_h <= kImageRowsSize && p.out_w <= kImageRowsSize &&
          p.c <= kInt32Max / 256 && p.n <= kInt32Max;

@@ -7,14 +7,14 @@
 //         D[m][n] = sum over h of x[h + i - padding][m] * g[h][n], and on its diagonals lie the terms of kernel column
 //         m - n + padding. So a kernel row has two accumulators of 16x8, for all images. Of the multiplies of a product,
 //         h / 16 * (w / 16)^2 are of pixels; kernels narrower than the image leave diagonals unused.
-// Zeros   meet zeros alone: where h or its row of input does not exist, both are made zeros; accumulators of columns that
-//         do not exist are left out. So NaN and infinity go where they belong.
+// Zeros   stand for rows that do not exist, and times infinity poison a sum: sums that are not finite are computed anew,
+//         term by term. Accumulators of columns that do not exist are left out.
 // Owns    A block takes kChannels channels, 32 bytes of a pixel, which is a sector, and a share of the images; each of its
 //         warps one channel. A thread brings two neighbouring pixels of eight channels of every image, of which those of
 //         the next kAhead images are under way in registers, and stores them planar, as one word for each channel. The
 //         splits are added by add_splits_kernel: no atomics.
-// Memory  planes of two images, 24 KB each: rows three 16-byte words apart, so that ldmatrix meets no bank twice. The
-//         diagonals take their place, 37 KB.
+// Memory  planes of two images, 28 KB each: rows three 16-byte words apart, so that ldmatrix meets no bank twice, those of
+//         input between rows of zeros. The diagonals take their place, 37 KB.
 // Chosen  select.h.
 #pragma once
 
@@ -29,17 +29,23 @@ struct ImageRowsGradWeightTraits {
   static constexpr int kColumns = kImageRowsSize, kVector = 8;
   static constexpr int kChannels = kImageRowsChannels, kEights = kChannels / kVector, kThreads = 32 * kChannels;
   static_assert(2 * kColumns * kColumns / 2 * kEights <= kThreads);  // pairs of pixels of both tensors
-  static constexpr int kAhead = 2;                                   // images
+#if __CUDA_ARCH__ >= 800
+  static constexpr int kAhead = 3;  // images, as registers allow
+#else
+  static constexpr int kAhead = 1;
+#endif
 
-  // Of a buffer, elements: a row of zeros, and for each channel the rows of input and of grad_output.
-  static constexpr int kRowPitch = kColumns + 8, kChannelPitch = 2 * kColumns * kRowPitch;
-  static constexpr int kBufferElements = kRowPitch + kChannels * kChannelPitch;
+  // Elements, for each channel of a buffer: the rows of input that all kernel rows meet, and those of grad_output.
+  static constexpr int kInRows = kColumns + kKernelH - 1, kRowPitch = kColumns + 8;
+  static constexpr int kChannelPitch = (kInRows + kColumns) * kRowPitch;
+  static constexpr int kBufferElements = kChannels * kChannelPitch;
 
   // For WideSums and Diagonals.
   static constexpr int kSegmentRows = kKernelH, kTiles = 1, kSpan = 1, kParts = 2 * (2 * kSpan + 1);
   static constexpr int kDiagonalPitch = 37, kDiagonalBuffers = 2;
   static constexpr int kDiagonalFloats = kDiagonalBuffers * 8 * kDiagonalPitch;
   static constexpr int kBytes = max_int(4 * kBufferElements, kChannels * kDiagonalFloats * 4);
+  static_assert(kBytes <= kSharedBytesEverywhere);
 };
 
 template <class Traits>
@@ -69,8 +75,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) image_rows_grad_weight_ke
                     ((begin * height + row) * width + column) * args.out_c + first_channel + eight * kVector;
   const int64_t image_step = args.out_c * (height * width);
   const int second = column + 1 < width ? static_cast<int>(args.out_c) : 0;  // else it is a column that may hold anything
-  T* const target = planes + kRowPitch + eight * kVector * kChannelPitch + (of_input ? 0 : Traits::kColumns * kRowPitch) +
-                    row * kRowPitch + column;
+  T* const target = planes + eight * kVector * kChannelPitch +
+                    (row + (of_input ? args.padding_h : Traits::kInRows)) * kRowPitch + column;
   // Words as they came: taken apart, they would be waited for at once.
   struct Pixels {
     uint4 first, second;
@@ -97,29 +103,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) image_rows_grad_weight_ke
   };
 #pragma unroll
   for (int slot = 0; slot < kAhead; ++slot) load_image(ahead[slot], slot < images);
-  if (thread < 2 * Traits::kColumns)
-    planes[thread / Traits::kColumns * Traits::kBufferElements + thread % Traits::kColumns] = T{};
+#pragma unroll 1
+  for (int k = thread; k < static_cast<int>(2 * kBufferBytes / sizeof(uint4)); k += Traits::kThreads)
+    reinterpret_cast<uint4*>(shared_memory)[k] = uint4{};
+  __syncthreads();
 
-  // ldmatrix: where this lane's row of the matrices lies, see images_grad_weight_sums.cuh; and which of the rows h that it
-  // holds of grad_output exist and meet a row of input, a byte each: two neighbouring ones and those eight rows on.
-  const unsigned zeros = ptx::shared_address(planes), plane = zeros + kRowBytes + warp * kChannelPitch * sizeof(T);
+  // ldmatrix: where this lane's rows of the matrices lie, see images_grad_weight_sums.cuh.
+  const unsigned plane = ptx::shared_address(planes + warp * kChannelPitch);
+  const unsigned in_address = plane + (lane / 16 * 8 + lane % 8) * kRowBytes + lane / 8 % 2 * 16;
   const unsigned grad_address =
-      plane + (Traits::kColumns + lane / 8 % 2 * 8 + lane % 8) * kRowBytes + lane / 16 * 16;
-  const auto exists = [&](int h, int shift) {
-    return h < args.out_h && static_cast<unsigned>(h + shift) < static_cast<unsigned>(args.h);
-  };
-  const int in_lane = lane / 16 * 8 + lane % 8;
-  const unsigned in_address = plane + (in_lane - args.padding_h) * kRowBytes + lane / 8 % 2 * 16;
-  unsigned in_exists = 0, masks[kRows];  // a bit for each kernel row
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const int shift = i - args.padding_h;
-    if (exists(in_lane, shift)) in_exists |= 1u << i;
-    masks[i] = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (exists(lane % 4 * 2 + e % 2 + e / 2 * 8, shift)) masks[i] |= 0xffu << 8 * e;
-  }
+      plane + (Traits::kInRows + lane / 8 % 2 * 8 + lane % 8) * kRowBytes + lane / 16 * 16;
 
   WideSums<Traits> sums;
   float bias = 0.f;
@@ -127,26 +120,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) image_rows_grad_weight_ke
   const auto multiply_image = [&](unsigned buffer) {
     unsigned grad[4];
     ptx::load_matrices_transposed(grad, grad_address + buffer);
-    const unsigned exist = ptx::opaque(in_exists);  // computed again: registers are scarce
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       unsigned x[4];
-      ptx::load_matrices_transposed(x, exist >> i & 1 ? in_address + buffer + i * kRowBytes : zeros + buffer);
-      const unsigned mask = ptx::opaque(masks[i]);
-      const unsigned low = __byte_perm(mask, 0, 0x1100), high = __byte_perm(mask, 0, 0x3322);
+      ptx::load_matrices_transposed(x, in_address + buffer + i * kRowBytes);
 #pragma unroll
       for (int n = 0; n < 2; ++n)
-        multiply_k16<T>(sums.sum[i][0][n], x[0], x[1], x[2], x[3], grad[2 * n] & low, grad[2 * n + 1] & high);
+        multiply_k16<T>(sums.sum[i][0][n], x[0], x[1], x[2], x[3], grad[2 * n], grad[2 * n + 1]);
     }
     if (!has_bias) return;
-    const int own = ptx::opaque(lane);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int h = own % 4 * 2 + k % 2 * 8;
-      if (own / 4 + k / 2 * 8 >= args.out_w) continue;
-      if (h < args.out_h) bias += low_to_float<T>(grad[k]);
-      if (h + 1 < args.out_h) bias += high_to_float<T>(grad[k]);
-    }
+    for (int n = 0; n < 2; ++n)
+      if (lane / 4 + 8 * n < args.out_w)
+        bias += (low_to_float<T>(grad[2 * n]) + high_to_float<T>(grad[2 * n])) +
+                (low_to_float<T>(grad[2 * n + 1]) + high_to_float<T>(grad[2 * n + 1]));
   };
 
   // With two buffers a barrier an image is enough: what it lets be overwritten is the image before the last.
@@ -173,17 +160,31 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) image_rows_grad_weight_ke
   const int64_t channel = first_channel + warp, weights = args.out_c * kRows * args.kernel_w;
   const int j = lane - Traits::kColumns + args.padding_w;
   const bool stores = lane > 0 && static_cast<unsigned>(j) < static_cast<unsigned>(args.kernel_w);
+  const auto store = [&](int tap, float value) {
+    store_grad_weight<T>(args, blockIdx.y, channel * kRows * args.kernel_w + tap, weights, value);
+  };
   float parts[kRows][Traits::kParts];
+  bool finite = true;
   sums.fold(parts, args.w, args.out_w);
   for_each_index<kRows>([&](auto index) {
     constexpr int i = decltype(index)::value;
     float value[1];
     diagonals.template sum<i, 1>(value, parts + i);
-    if (stores) store_grad_weight<T>(args, blockIdx.y, (channel * kRows + i) * args.kernel_w + j, weights, value[0]);
+    finite = finite && is_finite(value[0]);
+    if (stores) store(i * args.kernel_w + j, value[0]);
   });
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) bias += __shfl_xor_sync(~0u, bias, offset);
   if (lane == 0) store_grad_bias<T>(args, blockIdx.y, channel, bias);
+
+  int anywhere = !finite;  // of the warp
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) anywhere |= __shfl_xor_sync(~0u, anywhere, offset);
+  if (!anywhere) return;
+  __syncwarp();  // other lanes have stored these taps
+  for (int tap = lane; tap < kRows * args.kernel_w; tap += 32)
+    store(tap, exact_grad_weight<T>(args, true, channel, tap / args.kernel_w, tap % args.kernel_w,
+                                    {begin, begin + images, 0, args.out_h, 0, args.out_w}));
 }
 
 template <class Traits>

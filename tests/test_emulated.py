@@ -281,6 +281,7 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("grad_weight", "weight_blocked", LARGE, F32, "nchw"),
     ("grad_weight", "weight_images16", SMALL, BF16, "nchw"),
     ("grad_weight", "weight_images16_nhwc", SMALL, F16, "nhwc"),
+    ("grad_weight", "weight_image_rows", SMALL, BF16, "nhwc"),
     ("forward", "images_fma", TINY, F32, "nchw"),
     ("grad_weight", "weight_images_fma_plane", TINY, F32, "nchw"),
     ("grad_weight", "weight_stream32", SMALL, BF16, "nhwc"),
