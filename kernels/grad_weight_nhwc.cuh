@@ -24,9 +24,7 @@ struct GradWeightNhwcTraits
       MarchTraits<T, kKernelH, kKernelW, kStrideH, kStrideW, kDilationH, kDilationW, kColumns, kChannels, kChannels>;
   static constexpr int kBatch = 16 / kChannels;  // taps that are reduced together: 8 KB of shared memory
   static constexpr bool kQueued = kQueued_;
-  // A queue in shared memory leaves the registers of a step at once.
-  static constexpr int kQueuedRegisters = March::kRegisters.kept + March::kRegisters.step + 40;
-  static constexpr int kQueuedBlocks = max_int(1, (64 << 10) / (kGradWeightThreads * kQueuedRegisters));
+  static constexpr int kQueuedBlocks = max_int(1, queued_blocks(March::kRegisters));
   // A load of one channel has an address of its own beside its register.
   static constexpr int kBlocks = kQueued ? kQueuedBlocks : kChannels == 1 ? min_int(2, March::kBlocks) : March::kBlocks;
 };

@@ -184,6 +184,13 @@ constexpr MarchRegisters march_registers(int kernel_h, int kernel_w, int stride_
           (window + columns) * channels * (load == 1 ? 4 : element_bytes) / 4};
 }
 
+// grad_weight_nhwc: blocks of a multiprocessor that queue their rows in shared memory, which leaves a step's registers at
+// once; addresses and the like take up to 40.
+constexpr int kGradWeightThreads = 128;  // a block, at most
+constexpr int queued_blocks(const MarchRegisters& registers) {
+  return (64 << 10) / (kGradWeightThreads * (registers.kept + registers.step + 40));
+}
+
 // Shared memory that every architecture grants a block (sm_75: 64 KB); the smallest tile of a kernel fits it.
 constexpr int kSharedBytesEverywhere = 60 << 10;
 
