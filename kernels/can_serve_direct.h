@@ -159,7 +159,7 @@ constexpr int kMaxGradWeightSpan = 40;
 // Beyond these, registers spill: a thread of channels_last has an address for each load as well.
 constexpr int kMaxMarchRegisters = 200;
 constexpr int kMaxMarchRegistersNhwc = 225;
-constexpr int kMaxWideStripTaps = 25;    // NCHW, strips of eight columns
+constexpr int kMaxWideStripTaps = 25;  // NCHW, strips of eight columns
 
 inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& tile) {
   const bool channels_last = kernel == Kernel::kGradWeightNhwc;

@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) image_rows_grad_weight_ke
   const T* source = static_cast<const T*>(of_input ? args.input : args.grad_output) +
                     ((begin * height + row) * width + column) * args.out_c + first_channel + eight * kVector;
   const int64_t image_step = args.out_c * (height * width);
-  const int second = column + 1 < width ? static_cast<int>(args.out_c) : 0;  // else it is a column that may hold anything
+  const int second =
+      column + 1 < width ? static_cast<int>(args.out_c) : 0;  // else it is a column that may hold anything
   T* const target = planes + eight * kVector * kChannelPitch +
                     (row + (of_input ? args.padding_h : Traits::kInRows)) * kRowPitch + column;
   // Words as they came: taken apart, they would be waited for at once.
@@ -111,8 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) image_rows_grad_weight_ke
   // ldmatrix: where this lane's rows of the matrices lie, see images_grad_weight_sums.cuh.
   const unsigned plane = ptx::shared_address(planes + warp * kChannelPitch);
   const unsigned in_address = plane + (lane / 16 * 8 + lane % 8) * kRowBytes + lane / 8 % 2 * 16;
-  const unsigned grad_address =
-      plane + (Traits::kInRows + lane / 8 % 2 * 8 + lane % 8) * kRowBytes + lane / 16 * 16;
+  const unsigned grad_address = plane + (Traits::kInRows + lane / 8 % 2 * 8 + lane % 8) * kRowBytes + lane / 16 * 16;
 
   WideSums<Traits> sums;
   float bias = 0.f;

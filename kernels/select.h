@@ -274,12 +274,16 @@ inline Config select_images_grad_weight(const Problem& p) {
     // NCHW, fp16: 3x3, 960x7x7: 0.0098, staged 0.0136; 384x14x14: 0.0115, 0.0116; 7x7, 384x14x14: 0.012, 0.016; 27x27,
     // 512x14x14: 0.017, toeplitz 0.087; 29x29, 256x32x32: 0.042, 0.081; not 7x7, 192x28x28: 0.022, strips 0.018.
     // channels_last: 3x3, 960x7x7: 0.0111, marching 0.0113; 7x7, 384x14x14: 0.018, strips 0.026; 768x7x7: 0.011, 0.018;
-    // 27x27, 512x14x14: 0.036, toeplitz 0.064; not 3x3, 384x14x14: 0.017, marching 0.013.
+    // 27x27, 512x14x14: 0.036, toeplitz 0.064; not 3x3, 384x14x14: 0.017, marching 0.013. Few kernel rows, by the rows of
+    // an image (H100): 7x7, 384x14x14: 0.0182, images 0.0194; 5x5, 672x14x14: 0.0220, 0.0276; not 3x3, 384x14x14: 0.0158,
+    // marching 0.0139.
     const Kernel kernel = nchw ? Kernel::kImagesGradWeightNchw : Kernel::kImagesGradWeightNhwc;
     for (int tile = tile_table(kernel, p.dtype).size - 1; tile >= 0; --tile) {
       const int columns = tile_table(kernel, p.dtype)[tile].columns;
       const bool few = columns == 32 ? taps <= k9x9 : !nchw && columns == 16 && taps < k5x5;
-      if (!few && can_serve(p, kernel, tile)) return {kernel, tile};
+      if (few || !can_serve(p, kernel, tile)) continue;
+      const bool by_rows = columns == 16 && can_serve(p, Kernel::kImageRowsGradWeight, 0);
+      return by_rows ? Config{Kernel::kImageRowsGradWeight, 0} : Config{kernel, tile};
     }
     return {};
   }
