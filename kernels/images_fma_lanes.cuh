@@ -100,44 +100,8 @@ struct LanePlanes {
     }
   }
 
-  // channels_last: four channels of a pixel at a time, of all units, which lie four planes apart.
-  static __device__ __forceinline__ void load_fours(float* shared, const float* tensor, const LaneSlots& slots,
-                                                    int height) {
-    constexpr int kAtOnce = 7;  // loads under way in a thread
-    const int thread = ptx::thread_index(), fours = slots.units << slots.channel_bits >> 2;
-    const int channel = thread % fours * 4, pixels = height * kWidth, all_pixels = slots.images() * pixels;
-    if (channel >= slots.channels()) return;
-    const int step = blockDim.x / fours, step_images = step / pixels, step_pixels = step - step_images * pixels;
-    const int plane = lane_plane(height, kWidth, kGranule), first = thread / fours;
-    if (first >= step) return;
-    const float* from = tensor + (static_cast<int64_t>(slots.first_image) * pixels + first) * slots.num_channels +
-                        slots.first_channel + channel;
-    const int64_t from_step = static_cast<int64_t>(step) * slots.num_channels;
-    int image = first / pixels, pixel = first - image * pixels;
-#pragma unroll 1
-    for (int idx = first; idx < all_pixels; idx += kAtOnce * step) {
-      Vector<float, 4> values[kAtOnce];
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {  // without conditions: the last pixel stands for those beyond
-        values[k] = load_or_zero<4>(from, true);
-        from += idx + (k + 1) * step < all_pixels ? from_step : 0;
-      }
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        float* const to = shared + slots.slot(image, channel) * plane + pixel / kWidth * kPitch + pixel % kWidth;
-        if (idx + k * step < all_pixels)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) to[e * plane] = values[k].value[e];
-        image += step_images, pixel += step_pixels;
-        if (pixel >= pixels) pixel -= pixels, ++image;
-      }
-    }
-  }
-
   // To be waited for with wait_for_all_copies. Planes that do not exist are left alone.
   static __device__ __forceinline__ void load(float* shared, const void* tensor, const LaneSlots& slots, int height) {
-    if (kChannelsLast && slots.channel_bits >= 2 && slots.num_channels % 4 == 0)
-      return load_fours(shared, static_cast<const float*>(tensor), slots, height);
     const CopyTarget<float> target(shared);
     for_each(static_cast<const float*>(tensor), slots, height,
              [&](const float* from, int offset) { target.template copy_async<4 * kVector>(offset, from); });
