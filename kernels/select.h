@@ -275,8 +275,7 @@ inline Config select_images_grad_weight(const Problem& p) {
     // 512x14x14: 0.017, toeplitz 0.087; 29x29, 256x32x32: 0.042, 0.081; not 7x7, 192x28x28: 0.022, strips 0.018.
     // channels_last: 3x3, 960x7x7: 0.0111, marching 0.0113; 7x7, 384x14x14: 0.018, strips 0.026; 768x7x7: 0.011, 0.018;
     // 27x27, 512x14x14: 0.036, toeplitz 0.064; not 3x3, 384x14x14: 0.017, marching 0.013. Few kernel rows, by the rows of
-    // an image (H100): 7x7, 384x14x14: 0.0182, images 0.0194; 5x5, 672x14x14: 0.0220, 0.0276; not 3x3, 384x14x14: 0.0158,
-    // marching 0.0139.
+    // an image (H100): 7x7, 384x14x14: 0.0174, images 0.0196, strips 0.0204; 5x5, 672x14x14: 0.0208, 0.0276, 0.0233.
     const Kernel kernel = nchw ? Kernel::kImagesGradWeightNchw : Kernel::kImagesGradWeightNhwc;
     for (int tile = tile_table(kernel, p.dtype).size - 1; tile >= 0; --tile) {
       const int columns = tile_table(kernel, p.dtype)[tile].columns;
