@@ -24,16 +24,16 @@ struct CopyTarget {
   __device__ __forceinline__ explicit CopyTarget(T* shared) : address(ptx::opaque(ptx::shared_address(shared))) {}
 
   template <int kBytes>
-  __device__ __forceinline__ void copy_async(int offset, const void* global) const {
-    ptx::copy_async<kBytes>(address + offset * static_cast<int>(sizeof(T)), global, kBytes);
+  __device__ __forceinline__ void copy_async(int offset, const void* global, bool in_bounds = true) const {
+    ptx::copy_async<kBytes>(address + offset * static_cast<int>(sizeof(T)), global, in_bounds ? kBytes : 0);
   }
 #else
   T* shared;
   __device__ __forceinline__ explicit CopyTarget(T* shared) : shared(shared) {}
 
   template <int kBytes>
-  __device__ __forceinline__ void copy_async(int offset, const void* global) const {
-    depthwise::copy_async<kBytes>(shared + offset, global);
+  __device__ __forceinline__ void copy_async(int offset, const void* global, bool in_bounds = true) const {
+    depthwise::copy_async<kBytes>(shared + offset, global, in_bounds);
   }
 #endif
 };

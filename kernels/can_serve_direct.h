@@ -87,6 +87,27 @@ inline bool can_roll(const Problem& p, const DirectArgs& args, Kernel kernel, co
   return (elements + 4 * granule) * element_size(p.dtype) <= kSharedBytesEverywhere;
 }
 
+// warps_nchw: registers for the filter, the sums of the live rows and a row of the window; an unrolled stage.
+constexpr int kMaxWarpsRegisters = 110;
+
+inline bool can_serve_warps(const Problem& p, const DirectArgs& args, const Tile& tile) {
+  if (p.layout != Layout::kNchw || p.dtype == DType::kFloat32 || p.multiplier != 1 || !p.aligned) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (args.w % tile.vector != 0 || args.out_w % 2 != 0 || args.out_w < kWarpsColumns || args.padding_w < 0)
+    return false;
+  // A warp holds a row; in shared memory, one of copies of 16 bytes has a line on its left for the padding.
+  const int columns = warps_columns(args.out_w);
+  if (args.out_w > columns || (tile.vector == 8 && (args.w > 32 * kWarpsColumns || args.padding_w > kWarpsLine - 8)))
+    return false;
+  if (p.n * p.out_c * (args.out_h + 8) > kInt32Max) return false;  // blocks
+  const int kernel_w = static_cast<int>(p.kernel_w);
+  if (p.kernel_h * kernel_w + p.kernel_h * kWarpsColumns + kWarpsColumns + kernel_w > kMaxWarpsRegisters) return false;
+  return warps_stage_rows(args.kernel_h) * p.kernel_h * kernel_w * kWarpsColumns <= kMaxRollingStage &&
+         2 * warps_depth(args.kernel_h) * warps_stage_rows(args.kernel_h) *
+                 warps_pitch(tile.vector, tile.vector - 1, kernel_w) <=
+             kSharedBytesEverywhere;
+}
+
 // direct_nhwc's filters are registers as well.
 constexpr int kMaxDirectNhwcTaps = 9;
 // tiled_nhwc: 7x7 at stride 2 spills.
@@ -149,6 +170,7 @@ inline bool can_serve_direct(const Problem& p, Kernel kernel, const Tile& tile) 
   const DirectArgs args = direct_args(p);
   if (is_grad_input_kernel(kernel)) return can_serve_strided_grad_input(p, args, kernel, tile);
   if (is_rolling_nchw(kernel)) return can_roll(p, args, kernel, tile);
+  if (kernel == Kernel::kWarpsNchw) return can_serve_warps(p, args, tile);
   if (p.kernel_h * p.kernel_w > kMaxRegisterTaps) return false;
   return kernel == Kernel::kDirectNchw ? can_serve_direct_nchw(p, args, tile) : can_serve_nhwc(p, kernel, tile);
 }

@@ -112,6 +112,24 @@ constexpr SkewRows skew_rows_of(const DirectArgs& args, int stride_h, int column
   return {0, 1};
 }
 
+// warps_nchw. Outputs a lane; of a row, the most that a warp holds: where rows are skewed, the words of the last lane move
+// to the next one.
+constexpr int kWarpsColumns = 8;
+constexpr int warps_columns(int out_width) {
+  return 32 * kWarpsColumns - max_skew(kWarpsColumns, kWarpsColumns, out_width % kWarpsColumns);
+}
+// Rows of a stage: a multiple of how often vectors begin anew; stages of the ring: 16 rows, or two stages.
+constexpr int warps_stage_rows(int kernel_h) { return (kernel_h + 3) / 4 * 4; }
+constexpr int warps_depth(int kernel_h) { return warps_stage_rows(kernel_h) <= 4 ? 4 : 2; }
+// Elements of a row in shared memory, whose windows begin `shift` elements right of a vector. Copies of 16 bytes want its
+// lines where those of global memory are: else they read 1.5 times as much from L2 (H100). There may be zeros on its left,
+// which are the right ones of the row before.
+constexpr int kWarpsLine = 64;
+constexpr int warps_pitch(int vector, int shift, int kernel_w) {
+  const int columns = 31 * kWarpsColumns + (shift + 2 * kWarpsColumns + kernel_w - 2) / kWarpsColumns * kWarpsColumns;
+  return vector < 8 ? columns : 32 * kWarpsColumns + kWarpsLine;
+}
+
 // Grad of weight and bias. A kernel writes its sums split by split, [split][out_channel][tap], and another adds the
 // splits in order. With one split, the kernels write the results themselves.
 struct GradWeightArgs {
@@ -237,8 +255,8 @@ constexpr int stream_nhwc_least_tiles(int channels, int vector, int element_byte
 // grad_weight_stream_nhwc: how its blocks are cut; see there. The parts that do not depend on the batch and the image.
 constexpr int kGradWeightStreamColumns = 4;
 constexpr int kGradWeightStreamThreads = 256;  // a block, at most
-// Of all that a thread holds for its channels; of two channels, 7x3 in fp32 spills with 110 but on sm_90.
-constexpr int kMaxGradWeightStreamRegisters = 116, kMaxGradWeightStreamRegistersOfTwo = 108;
+// Of all that a thread holds for its channels; of two channels, 5x5 in fp32 spills with 106 before sm_90.
+constexpr int kMaxGradWeightStreamRegisters = 116, kMaxGradWeightStreamRegistersOfTwo = 105;
 
 struct GradWeightStreamShape {
   int vector;              // channels a thread; 0: registers do not hold the sums of one

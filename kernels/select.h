@@ -190,7 +190,7 @@ inline Config select_direct_nchw(const Problem& p) {
   // for dilated ones (3x3, dilation 12, 8x256x64x64: 0.025 / 0.020, 0.030 / 0.022) and for 3x3 at stride 2
   // (32x96x112x112: 0.054 / 0.032, 0.057 / 0.035), and sixteen for more work on tall planes (3x7, 32x128x128x256, fp32:
   // 0.277, 0.285 with eight). In 16 bits four also where outputs are not aligned, whose windows are wide (3x3,
-  // 16x64x512x512: 0.279, 0.305 with eight; 3x7: 0.196, 0.204), and narrow vectors for 5x5 at stride 2 (32x144x56x56:
+  // 16x64x512x512: 0.279, 0.305 with eight), and narrow vectors for 5x5 at stride 2 (32x144x56x56:
   // 0.022, 0.024 with wide ones).
   const bool few_rows =
       p.kernel_h == 1 || p.dilation_h > 1 || (strided && taps <= k3x3) || (!wide && args.out_w % 8 != 0);
@@ -202,6 +202,17 @@ inline Config select_direct_nchw(const Problem& p) {
   if (best.kernel == Kernel::kGeneral) best = tile_of(few_rows ? 4 : 8, columns);
   if (best.kernel == Kernel::kGeneral) best = tile_of(8, columns);
   return best.kernel != Kernel::kGeneral ? best : tile_of(8, 4);
+}
+
+// warps_nchw: rows that begin within vectors, on one side or the other, and fill a warp. 3x7, 32x128x128x256, fp16, H100:
+// forward 0.191, direct 0.207; grad of input 0.197, direct 0.247. Not few taps, of which direct_nchw reads wide windows
+// without waiting for them, nor half as wide rows (1x11, 16x64x128x128: 0.034, direct 0.029).
+inline Config select_warps_nchw(const Problem& p) {
+  constexpr int kFewestColumns = 192;
+  const DirectArgs args = direct_args(p);
+  if (p.kernel_h * p.kernel_w <= k3x3 || args.out_w < kFewestColumns || (args.w % 8 == 0 && args.out_w % 8 == 0))
+    return {};
+  return first_that_serves(p, Kernel::kWarpsNchw);
 }
 
 // Forward, and grad of input at stride 1. Times are of 32 images on an H200, ms, fp32 / fp16 where nothing else is said.
@@ -216,6 +227,8 @@ inline Config select_nchw(const Problem& p) {
     const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
     if (planes.kernel != Kernel::kGeneral) return planes;
   }
+  const Config warps = select_warps_nchw(p);
+  if (warps.kernel != Kernel::kGeneral) return warps;
   const Config direct = select_direct_nchw(p);
   if (direct.kernel != Kernel::kGeneral) return direct;
   // What has too many taps, or lies off the boundaries of words: shared memory is where that costs little.

@@ -18,7 +18,8 @@ struct Specialisation {
   int padding_w;         // NCHW: where windows begin within aligned words of input; grad of input: which taps meet
   int padding_h;         // grad of input; images_fma of whole planes; images_grad_weight of 8 columns: of the first row
                          // that meets the image
-  int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns; images_grad_weight: rows
+  int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns (warps_nchw: the latter);
+                         // images_grad_weight: rows
   int height;            // images_fma: of whole planes, else 0
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
@@ -119,6 +120,10 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.width = args.w % tile.vector;
     s.out_width = tile.vector > 1 ? args.out_w % tile.columns : 0;
   }
+  if (kernel == Kernel::kWarpsNchw) {  // where windows begin beside vectors
+    s.padding_w = modulo(-args.padding_w, tile.vector);
+    s.out_width = args.out_w % tile.columns;
+  }
   if (is_grad_input_kernel(kernel)) {
     s.padding_w = args.padding_w;
     s.padding_h = args.padding_h;
@@ -180,6 +185,7 @@ inline std::string specialisation_name(const Specialisation& s) {
   std::string full = name;
   if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
   if (s.kernel == Kernel::kDirectNchw) full += "_w" + std::to_string(s.width) + "x" + std::to_string(s.out_width);
+  if (s.kernel == Kernel::kWarpsNchw) full += "_w" + std::to_string(s.out_width);
   if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
 }
@@ -197,6 +203,11 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (is_direct_nchw(s.kernel)) traits = std::string("NchwTraits<") + arguments + ", " + std::to_string(s.padding_w);
   if (s.kernel == Kernel::kDirectNchw)
     traits = "Direct" + traits + ", " + std::to_string(s.width) + ", " + std::to_string(s.out_width);
+  if (s.kernel == Kernel::kWarpsNchw) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  s.kernel_w, s.padding_w, s.out_width, kWarpsNchwTiles[s.tile].vector);
+    traits = std::string("WarpsNchwTraits<") + arguments;
+  }
   if (is_grad_input_kernel(s.kernel))
     traits = "GradInput" + std::string(s.kernel == Kernel::kGradInputNchw ? "NchwTraits<" : "NhwcTraits<") + arguments +
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);

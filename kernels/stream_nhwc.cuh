@@ -24,9 +24,9 @@ constexpr int kStreamNhwcThreads = 256;  // a block, at most
 constexpr int kStreamColumns = 4;
 
 struct StreamNhwcPlan {
-  int tiles_w;                          // thread tiles of a block
-  int blocks_w, blocks_c, strips;       // blocks of an image
-  int rows, in_columns, stages, depth;  // output rows, input columns and stages of a block; stages in the ring
+  int tiles_w;                     // thread tiles of a block
+  int blocks_w, blocks_c, strips;  // blocks of an image
+  int rows, in_columns, depth;     // output rows and input columns of a block; stages in the ring
 };
 
 template <class T, int kLanes, int kVector>
@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int64_t image = block / plan.strips;
   const int in_top_row = top_row * Traits::kStrideH - args.padding_h;
   const int in_bottom_row = in_top_row + (num_rows - 1) * Traits::kStrideH + Shape::kSpan - 1;
+  const int stages = divide_up((num_rows - 1) * Traits::kStrideH + Shape::kSpan, Shape::kStageRows);
   const int first_row = upwards ? top_row + num_rows - 1 : top_row;
   const int in_first_column = first_column * Traits::kStrideW - args.padding_w;
   const int pixel = args.out_c;  // elements from one pixel to the next in memory
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
     }
     commit_copies();
   };
-  for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage < plan.stages);
+  for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage < stages);
 
   const int channel = first_channel + threadIdx.x * kVector;
   const int column = first_column + threadIdx.y * kStreamColumns;
@@ -169,10 +170,10 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int num_columns = args.out_w - store_column;
   int slot = 0;  // where the stage begins in the ring
   float sum[Shape::kLiveRows][kStreamColumns][kVector] = {};
-  for (int stage = 0; stage < plan.stages; ++stage) {
+  for (int stage = 0; stage < stages; ++stage) {
     wait_for_stage(plan.depth - 1);
     __syncthreads();  // and every thread is done with the stage that the next request overwrites
-    request(stage + plan.depth - 1 < plan.stages);
+    request(stage + plan.depth - 1 < stages);
     if (!Shared::kExchanges && !computes) continue;
     const T* const corner = window_corner + slot;
     slot = slot + stage_elements == plan.depth * stage_elements ? 0 : slot + stage_elements;
@@ -255,9 +256,10 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   // single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
   if (kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
     strips = max_int(strips, args.out_h / 32);
-  plan.rows = divide_up(args.out_h, strips);
+  // Whole stages.
+  plan.rows =
+      divide_up(divide_up(args.out_h, strips) + Shape::kLag, Shape::kStageOutputs) * Shape::kStageOutputs - Shape::kLag;
   plan.strips = divide_up(args.out_h, plan.rows);
-  plan.stages = divide_up((plan.rows - 1) * Traits::kStrideH + Shape::kSpan, Shape::kStageRows);
   return plan;
 }
 

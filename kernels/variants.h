@@ -10,6 +10,7 @@ enum class Kernel : int {
   kDirectNchw,
   kStreamNchw,
   kPlanesNchw,
+  kWarpsNchw,
   kDirectNhwc,
   kTiledNhwc,
   kStreamNhwc,
@@ -38,6 +39,7 @@ enum class Kernel : int {
 constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kStreamNchw,
                                           Kernel::kPlanesNchw,
+                                          Kernel::kWarpsNchw,
                                           Kernel::kDirectNhwc,
                                           Kernel::kTiledNhwc,
                                           Kernel::kStreamNhwc,
@@ -92,7 +94,7 @@ inline bool is_compiled_by_tile(Kernel kernel) {
          kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
          is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
          kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel) ||
-         kernel == Kernel::kImageRowsGradWeight;
+         kernel == Kernel::kImageRowsGradWeight || kernel == Kernel::kWarpsNchw;
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -116,12 +118,13 @@ constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 
 constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
+// `vector`: elements a copy.
+constexpr Tile kWarpsNchwTiles[] = {{"warps_v8", 8, 0, 8}, {"warps_v2", 8, 0, 2}};
 // Channels of a block.
-constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64},
-                                     {"stream_channels32", 4, 0, 32},
-                                     {"stream_channels96", 4, 0, 96},
-                                     {"stream_channels16", 4, 0, 16},
-                                     {"stream_channels8", 4, 0, 8}};
+constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32},
+                                     {"stream_channels96", 4, 0, 96}, {"stream_channels16", 4, 0, 16},
+                                     {"stream_channels8", 4, 0, 8},   {"stream_copier64", 4, 1, 64},
+                                     {"stream_copier32", 4, 1, 32},   {"stream_copier96", 4, 1, 96}};
 constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};
@@ -198,6 +201,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kTiledNhwc: return kTiledNhwcTiles;
     case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
     case Kernel::kPlanesNchw: return wide ? TileTable(kPlanesNchwTiles32) : TileTable(kPlanesNchwTiles16);
+    case Kernel::kWarpsNchw: return kWarpsNchwTiles;
     case Kernel::kStreamNhwc: return kStreamNhwcTiles;
     case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
     case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
@@ -229,6 +233,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "direct_nchw",
                                     "stream_nchw",
                                     "planes_nchw",
+                                    "warps_nchw",
                                     "direct_nhwc",
                                     "tiled_nhwc",
                                     "stream_nhwc",

@@ -269,6 +269,7 @@ def test_selected_where_shared_memory_is_too_small(emulator):
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
     ("forward", "planes_v8", SMALL, F16, "nchw"),
     ("forward", "stream_v1", replace(TALL, image=(60, 15)), F16, "nchw"),
+    ("forward", "warps_v2", TALL, BF16, "nchw"),
     ("forward", "stream_channels32", TALL, BF16, "nhwc"),
     ("forward", "lanes8", SMALL, F32, "nhwc"),
     ("forward", "band", LARGE, BF16, "nchw"),
