@@ -11,18 +11,21 @@
 //         near the edges of an image fewer kernel rows meet it, and all warps then have about as many, while the
 //         lanes of a warp skip nearly the same ones.
 // Memory  fp32: weights, [channel][kernel row][column]; the input rows inside the image with zeros for the padding left
-//         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room. Images
-//         lie so far apart that the lanes of a warp read different banks: lanes along a row, an odd number of columns
-//         (wide: of pairs of them) apart, take one of every so many banks, and those of the next image others.
+//         and right, and one row of zeros that stands for all rows outside. The outputs reuse the input's room, or go to
+//         memory from registers where a thread has whole words of them. Images lie so far apart that the lanes of a warp
+//         read different banks: lanes along a row, an odd number of loads (columns, pairs or fours of them) apart, take
+//         one of every so many banks, and those of the next image others.
 // Cost    A window row is kWindow loads, and every row of weights a quarter of kernel_w, for kColumns * kernel_w
-//         multiply-adds a row of outputs: seven rows of 31x31 issue 93 loads for 1519 multiply-adds. Wide: the same
-//         weights serve 14 columns; their window is loaded in pairs, again for each kTaps taps, 30 pairs
-//         and 56 loads of weights for 3038. Of 32x128x56x56, 31x31, four of a thread's rows meet an input row.
+//         multiply-adds a row of outputs: seven rows of 31x31 issue 93 loads for 1519 multiply-adds. Wide: windows are
+//         loaded in pairs or fours. Twelve columns and three rows: 35 loads for 1116, in a quarter of the registers of a
+//         block of seven rows, so that four blocks, which wait and compute at different times, share a multiprocessor.
+//         Fourteen columns: the same weights serve them all; the window is loaded again for each kTaps taps, 30 pairs
+//         and 56 loads of weights for 3038.
 // Chosen  select.h.
 #pragma once
 
 #include "async_copy.cuh"
-#include "blocked_tiling.cuh"
+#include "blocked_tiling.h"
 #include "direct.cuh"
 
 namespace depthwise {
@@ -39,10 +42,11 @@ struct BlockedTraits {
   static constexpr int kChannels = kChannelsLast ? 16 / static_cast<int>(sizeof(T)) : 1;  // of a block
   static constexpr Tile kTile = {"", kTileColumns, kTileRows, kTileTaps};
   static constexpr bool kIsWide = kTileColumns > 7;
+  static constexpr bool kHasFewSums = kTileColumns * kTileRows <= 50;  // which leave registers for more blocks
   // An odd number of columns, or of pairs of them: neighbouring threads then read different banks. Seven divides the
   // images of most networks, as columns and as rows.
   static constexpr int kColumns = kTileColumns;
-  static constexpr int kVector = kIsWide ? 2 : 1;  // floats of the window a load
+  static constexpr int kVector = !kIsWide ? 1 : kTileColumns % 4 == 0 ? 4 : 2;  // floats of the window a load
   // A row of the kernel is taken in chunks of so many taps: less code, for the instruction cache, and a smaller window.
   static constexpr int kTaps = min_int(kTileTaps, kKernelW);
   static constexpr int kChunks = divide_up(kKernelW, kTaps);
@@ -57,11 +61,10 @@ struct BlockedTraits {
       sizeof(T) == 4 && max_int(max_int(kStrideH, kStrideW), max_int(kDilationH, kDilationW)) > 1;
   static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
   static constexpr int kThreads = blocked_threads(kTile, kChannels) * kChannels;  // a block, at most
-  // Of a multiprocessor, by registers (31x31 on 32x128x56x56, fp32, H200: wide 0.504 ms with two blocks of 128 threads,
-  // 0.509 with three).
-  static constexpr int kWideBlocks = 256 / kThreads;
+  // Of a multiprocessor, by registers.
+  static constexpr int kWideBlocks = (kHasFewSums ? 512 : 384) / kThreads;
   static constexpr int kBlocks = kIsWide ? kWideBlocks : kWindow > 60 ? 1 : 2;
-  static constexpr int kResidentWarps = kIsWide ? 12 : kBlocks == 1 ? 8 : kRows > 4 ? 16 : 20;
+  static constexpr int kResidentWarps = kIsWide ? kWideBlocks * kThreads / 32 : kBlocks == 1 ? 8 : kRows > 4 ? 16 : 20;
   // Issue slots of a warp: for a row of its window, and for each kernel row that it meets there.
   static constexpr int kRowSlots = kChunks * (kWindow / kVector + 7) + 48;
   static constexpr int kTapRowSlots = kKernelW * kColumns + kChunks * divide_up(kTaps, 4) + 3;
@@ -79,6 +82,7 @@ struct BlockedTraits {
     int lanes = 1;
     while (lanes < tiles_w) lanes *= 2;
     const int loads = divide_up(floats, kVector);
+    if (kVector == 4) return (loads | 1) * kVector;  // an odd number of loads
     return (loads + ((lanes - loads) & ((kIsWide ? min_int(2 * lanes, kLoads) : kLoads) - 1))) * kVector;
   }
 };
@@ -123,13 +127,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int image_pitch = Traits::image_pitch(in_rows * tiling.pitch, tiling.tiles_w);
   const int tile_floats = kChannels * images * image_pitch;
 
-  // Load the weights, and the tile into zeros.
+  // Load the weights, a row a warp, and the tile into zeros.
   const int taps = args.kernel_h * Traits::kKernelW;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  for (int e = 0; e < channels; ++e, weight += taps)
-    for (int k = threadIdx.x; k < taps; k += blockDim.x)
-      copy_one(shared + (e * args.kernel_h + k / Traits::kKernelW) * Traits::kWeightPitch + k % Traits::kKernelW,
-               weight + (args.flip ? taps - 1 - k : k));
+  for (int e = 0; e < channels; ++e, weight += taps) {
+    float* to = shared + (e * args.kernel_h + warp) * Traits::kWeightPitch;
+    const T* from = args.flip ? weight + taps - 1 - warp * Traits::kKernelW : weight + warp * Traits::kKernelW;
+    const int step = args.flip ? -warps * Traits::kKernelW : warps * Traits::kKernelW;
+#pragma unroll 4
+    for (int i = warp; i < args.kernel_h; i += warps, to += warps * Traits::kWeightPitch, from += step)
+#pragma unroll
+      for (int j = 0; j < Traits::kKernelW; j += 32)
+        if (j + lane < Traits::kKernelW) copy_one(to + j + lane, args.flip ? from - j - lane : from + j + lane);
+  }
   const int zeroed = divide_up(tile_floats + tiling.width + Traits::kSlack, 4);
   for (int k = threadIdx.x; k < zeroed; k += blockDim.x) reinterpret_cast<float4*>(tile)[k] = float4{};
   __syncthreads();
@@ -168,10 +179,47 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     } else {
       const T* input = static_cast<const T*>(args.input) + (image * in_c + channel / args.multiplier) * plane +
                        static_cast<int64_t>(in_row) * args.w + in_column;
+      constexpr int kWord = 4;  // elements a load, where rows allow it
+      const bool vectors = args.w % kWord == 0 && in_column % kWord == 0 && in_columns % kWord == 0 &&
+                           reinterpret_cast<uintptr_t>(args.input) % 16 == 0;
+      if (vectors) {
+        for (Walk at(threadIdx.x, blockDim.x, in_columns / kWord, in_rows); at.outer < images;) {
+          constexpr int kBatch = 8;  // words loaded before the first is stored
+          Vector<T, kWord> word[kBatch];
+          float* to[kBatch];
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            const bool valid = at.outer < images;
+            word[b] = load_or_zero<kWord>(
+                input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner * kWord, valid);
+            to[b] = valid ? corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner * kWord : nullptr;
+            at.advance();
+          }
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            if (to[b] == nullptr) continue;
+#pragma unroll
+            for (int e = 0; e < kWord; ++e) to[b][e] = to_float(word[b].value[e]);
+          }
+        }
+      } else {
+        // Some threads a row; from row to row, all is added to.
+        const int first = threadIdx.x % tiling.lanes, step = blockDim.x / tiling.lanes;
+        int from_image = 0, from_row = threadIdx.x / tiling.lanes;
+        const T* from = input + static_cast<int64_t>(from_row) * args.w + first;
+        float* to = corner + from_row * tiling.pitch + first;
+        const int64_t next_rows = static_cast<int64_t>(step) * args.w;
+        const int64_t next_image = in_c * plane - static_cast<int64_t>(in_rows) * args.w;
+        const int shared_rows = step * tiling.pitch, shared_image = image_pitch - in_rows * tiling.pitch;
+#pragma unroll 1
+        while (true) {
+          while (from_row >= in_rows) from_row -= in_rows, ++from_image, from += next_image, to += shared_image;
+          if (from_image >= images) break;
 #pragma unroll 4
-      for (Walk at(threadIdx.x, blockDim.x, in_columns, in_rows); at.outer < images; at.advance())
-        copy_one(corner + at.outer * image_pitch + at.middle * tiling.pitch + at.inner,
-                 input + at.outer * in_c * plane + static_cast<int64_t>(at.middle) * args.w + at.inner);
+          for (int k = 0; k < in_columns - first; k += tiling.lanes) copy_one(to + k, from + k);
+          from_row += step, from += next_rows, to += shared_rows;
+        }
+      }
     }
   }
   wait_for_all_copies();
@@ -270,6 +318,26 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     }
   }
 
+  if constexpr (Traits::kVector == 4 && !Traits::kChannelsLast) {
+    if (args.out_w % Traits::kVector == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0) {
+      if (!exists) return;
+      T* to = static_cast<T*>(args.out) +
+              (((image + own_image) * args.out_c + channel) * args.out_h + row + begin_row) * args.out_w + column +
+              tile_w * kColumns;
+#pragma unroll
+      for (int o = 0; o < kRows; ++o)
+#pragma unroll
+        for (int v = 0; v < kColumns; v += Traits::kVector) {
+          if (begin_row + o * row_step >= rows || tile_w * kColumns + v >= columns) continue;
+          float part[Traits::kVector];
+#pragma unroll
+          for (int e = 0; e < Traits::kVector; ++e) part[e] = sum[o][v + e];
+          store_streaming<Traits::kVector>(to + static_cast<int64_t>(o * row_step) * args.out_w + v, part);
+        }
+      return;
+    }
+  }
+
   // Store, through shared memory: [channel][image][row][column].
   __syncthreads();
   if (exists) {
@@ -304,9 +372,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   } else {
     T* out = static_cast<T*>(args.out) + (image * args.out_c + channel) * plane +
              static_cast<int64_t>(row) * args.out_w + column;
-    for (Walk at(threadIdx.x, blockDim.x, columns, rows); at.outer < images; at.advance())
-      out[at.outer * args.out_c * plane + static_cast<int64_t>(at.middle) * args.out_w + at.inner] =
-          from_float<T>(tile[(at.outer * rows + at.middle) * columns + at.inner]);
+    constexpr int kWord = 4;
+    if (args.out_w % kWord == 0 && columns % kWord == 0 && column % kWord == 0 &&
+        reinterpret_cast<uintptr_t>(args.out) % 16 == 0) {
+      for (Walk at(threadIdx.x, blockDim.x, columns / kWord, rows); at.outer < images; at.advance())
+        store_streaming<kWord>(
+            out + at.outer * args.out_c * plane + static_cast<int64_t>(at.middle) * args.out_w + at.inner * kWord,
+            reinterpret_cast<const Vector<float, kWord>*>(
+                tile)[(at.outer * rows + at.middle) * (columns / kWord) + at.inner]
+                .value);
+    } else {
+      for (Walk at(threadIdx.x, blockDim.x, columns, rows); at.outer < images; at.advance())
+        out[at.outer * args.out_c * plane + static_cast<int64_t>(at.middle) * args.out_w + at.inner] =
+            from_float<T>(tile[(at.outer * rows + at.middle) * columns + at.inner]);
+    }
   }
 }
 

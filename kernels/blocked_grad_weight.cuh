@@ -9,8 +9,9 @@
 //         Threads are laid out kernel rows slowest, those as far from the middle side by side, so that warps skip the
 //         steps whose input row is padding. The threads' sums are added in a fixed order, and the splits by
 //         add_splits_kernel: no atomics.
-// Memory  a stage's input and gradient as fp32, and zeros around them: as much as a multiprocessor has for each of the
-//         blocks that its registers hold (see blocked_grad_weight_tiling.h).
+// Memory  a stage's input and gradient as fp32, and zeros around them, or two stages', of which one is loaded meanwhile:
+//         as much as a multiprocessor has for each of the blocks that its registers hold: three, or four of few taps (see
+//         blocked_grad_weight_tiling.h).
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, term by term.
 // Chosen  select.h.
 #pragma once
@@ -26,7 +27,9 @@ template <class T_, int kRows_, int kColumns_>
 struct BlockedGradWeightTraits {
   using T = T_;
   static constexpr int kRows = kRows_, kColumns = kColumns_;  // taps of a thread
-  static_assert(kColumns % 4 == 0);
+  static constexpr int kVector = kColumns % 4 == 0 ? 4 : 2;   // floats of the window a load
+  static constexpr int kWindow = (kColumns + kStrip - 1 + kVector - 1) / kVector * kVector;
+  static_assert(kColumns % 2 == 0);
   // Terms are added up in parts before they join the sums: a long running sum loses bits with every term, and equal
   // terms would round the same way every time (32x128x56x56, 31x31: a thread's sum has 1568 terms). Where multiply-adds
   // are all that counts, as for the large tiles, parts are as long as the sums of them. 16-bit results hide it.
@@ -35,17 +38,14 @@ struct BlockedGradWeightTraits {
   static constexpr int kPartTerms = 64;
   static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
   static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
-  // A thread's registers are its sums, those of a part, and the rows of a strip.
-  static constexpr bool kIsRoomy = kSumsParts && kRows * kColumns > kBlockedFewTaps;
-  static constexpr BlockedGradWeightShape kShape = blocked_grad_weight_shape(kRows, kColumns, kIsRoomy);
+  static constexpr BlockedGradWeightShape kShape = blocked_grad_weight_shape(kRows, kColumns, kSumsParts);
   static constexpr int kThreads = kShape.threads, kBlocks = kShape.blocks;
 };
 
 // How a launch is cut.
 struct BlockedGradWeightTiling : BlockedGradWeightCut {
   bool channels_last;
-  int input_lanes, grad_lanes;  // threads that copy a row
-  bool grad_vectors;            // rows of grad_output are whole words of four columns
+  bool grad_vectors;  // rows of grad_output are whole words of four columns
 
   // Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image.
   __device__ int tile_of(int place) const {
@@ -56,50 +56,54 @@ struct BlockedGradWeightTiling : BlockedGradWeightCut {
   }
 };
 
-// kVector columns a copy; `column_stride`: elements from column to column. From row to row, all is added to.
-template <int kVector>
-__device__ __forceinline__ void copy_rows(const Rectangle<float, float>& r, int lanes, int64_t column_stride) {
-  const int first = r.low + static_cast<int>(threadIdx.x % lanes) * kVector, columns = lanes * kVector;
-  const int rows = blockDim.x / lanes;  // at once
-  if (r.rows <= 0) return;
-  int image = 0, row = threadIdx.x / lanes;
-  const float* global = r.global + (r.first_row + row) * r.row_stride + (r.first_column + first) * column_stride;
-  float* shared = r.shared + row * r.pitch + first;
-  const int64_t next_rows = rows * r.row_stride, next_columns = columns * column_stride;
-  const int64_t next_image = r.image_stride - r.rows * r.row_stride;
-  const int shared_rows = rows * r.pitch, shared_image = r.image_pitch - r.rows * r.pitch;
-#pragma unroll 1
-  while (true) {
-    while (row >= r.rows) row -= r.rows, ++image, global += next_image, shared += shared_image;
-    if (image >= r.images) return;
-    const bool in_bounds = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
-    const float* from = global;
-#pragma unroll 1
-    for (int k = first; k < r.high; k += columns, from += next_columns) {
-      const bool valid = in_bounds && static_cast<unsigned>(r.first_column + k) < static_cast<unsigned>(r.width);
-      copy_async<4 * kVector>(shared + k - first, valid ? from : r.global, valid);
-    }
-    row += rows, global += next_rows, shared += shared_rows;
+// What a stage holds: `rows` rows from first_row on of some images' grad_output, its columns from first_column on, and the
+// input rows that these meet.
+struct BlockedGradWeightStage {
+  int64_t first_image;
+  int images, first_row, rows, first_column, first_input_row, input_rows;
+
+  __device__ __forceinline__ BlockedGradWeightStage(const GradWeightArgs& args, const BlockedGradWeightTiling& tiling,
+                                                    int idx) {
+    const int rest = idx / tiling.num_column_tiles;
+    first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
+    images = static_cast<int>(min(static_cast<int64_t>(tiling.images), args.n - first_image));
+    first_row = rest % tiling.num_bands * tiling.band_rows;
+    rows = min(tiling.band_rows, args.out_h - first_row);
+    first_column = idx % tiling.num_column_tiles * tiling.tile_columns;
+    first_input_row = max(0, first_row - args.padding_h);
+    const int last_input_row = min(args.h, first_row + rows + args.kernel_h - 1 - args.padding_h);
+    input_rows = max(0, last_input_row - first_input_row);
+  }
+};
+
+// kVector columns at a time, as fp32. `column_stride`: elements from column to column.
+template <int kVector, class T>
+__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int64_t column_stride) {
+  const T* const corner = r.global + r.first_row * r.row_stride + (r.first_column + r.low) * column_stride;
+  float* const shared = r.shared + r.low;
+  if (r.rows <= 0 || r.high <= r.low) return;
+#pragma unroll 4
+  for (Walk at(threadIdx.x, blockDim.x, divide_up(r.high - r.low, kVector), r.rows); at.outer < r.images;
+       at.advance()) {
+    const int column = at.inner * kVector;
+    const bool valid = static_cast<unsigned>(r.first_row + at.middle) < static_cast<unsigned>(r.height) &&
+                       static_cast<unsigned>(r.first_column + r.low + column) < static_cast<unsigned>(r.width);
+    const T* const from =
+        valid ? corner + at.outer * r.image_stride + at.middle * r.row_stride + column * column_stride : r.global;
+    float* const to = shared + at.outer * r.image_pitch + at.middle * r.pitch + column;
+    if constexpr (sizeof(T) == 4)
+      copy_async<4 * kVector>(to, from, valid);
+    else
+      *to = to_float(load_or_zero<1>(from, valid).value[0]);
   }
 }
 
-// As fp32; `vectors`: whole vectors of four columns, as they lie.
-template <class T>
-__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int lanes, int64_t column_stride,
-                                              bool vectors) {
-  if constexpr (sizeof(T) == 4) {
-    if (vectors)
-      copy_rows<4>(r, lanes, column_stride);
-    else
-      copy_rows<1>(r, lanes, column_stride);
-  } else {
-    for_each_vector<1, 2>(
-        r, lanes,
-        [&](float*, const T* row, int column) {
-          return load_or_zero<1>(row + column * column_stride,
-                                 row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width));
-        },
-        [](float* shared, const Vector<T, 1>& value) { *shared = to_float(value.value[0]); });
+template <int kCount>
+__device__ __forceinline__ void load_strip(float (&strip)[kCount], const float* shared) {
+#pragma unroll
+  for (int k = 0; k < kCount; k += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(shared + k);
+    strip[k] = four.x, strip[k + 1] = four.y, strip[k + 2] = four.z, strip[k + 3] = four.w;
   }
 }
 
@@ -126,8 +130,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   for (int k = threadIdx.x; k < shared_bytes / 16; k += blockDim.x)
     reinterpret_cast<uint4*>(shared_memory)[k] = uint4{};
   __syncthreads();
-  float* const shared_input = reinterpret_cast<float*>(shared_memory);
-  float* const shared_grad = shared_input + tiling.input_elements();
+  float* const buffers = reinterpret_cast<float*>(shared_memory);
+  const int stage_elements = tiling.stage_elements(kRows), ahead = tiling.buffers - 1;
   const int input_pitch = tiling.input_pitch, grad_pitch = tiling.tile_columns;
   const int grad_image = (tiling.band_rows + kRows - 1) * grad_pitch;
 
@@ -145,19 +149,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   float sum[kRows][kColumns] = {};
   float bias = 0.f;
 #pragma unroll 1
-  for (int idx = begin; idx < end; ++idx) {
-    const int column_tile = idx % tiling.num_column_tiles, rest = idx / tiling.num_column_tiles;
-    const int64_t first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
-    const int images = static_cast<int>(min(static_cast<int64_t>(tiling.images), args.n - first_image));
-    const int first_row = rest % tiling.num_bands * tiling.band_rows;
-    const int rows = min(tiling.band_rows, args.out_h - first_row);
-    const int first_column = column_tile * tiling.tile_columns;
-    // Input rows that the band meets; row `above` rows before its first row is the first that is loaded.
-    const int first_input_row = max(0, first_row - args.padding_h);
-    const int last_input_row = min(args.h, first_row + rows + args.kernel_h - 1 - args.padding_h);
-    const int input_rows = max(0, last_input_row - first_input_row);
-
-    {
+  for (int next = begin; next < end + ahead; ++next) {
+    if (next < end) {  // load it, while the one before is multiplied
+      const BlockedGradWeightStage stage(args, tiling, next);
+      float* const shared_input = buffers + (ahead != 0 && (next - begin) % 2 != 0 ? stage_elements : 0);
+      float* const shared_grad = shared_input + tiling.input_elements();
       const int64_t in_c = args.out_c / args.multiplier;
       const int64_t in_step = tiling.channels_last ? in_c : 1, grad_step = tiling.channels_last ? args.out_c : 1;
       const int64_t in_plane = tiling.channels_last ? 1 : static_cast<int64_t>(args.h) * args.w;
@@ -167,61 +163,77 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       in.shared = shared_input;
       in.pitch = input_pitch;
       in.image_pitch = tiling.input_rows * input_pitch;
-      in.global = static_cast<const T*>(args.input) + first_image * in_image + channel / args.multiplier * in_plane;
+      in.global =
+          static_cast<const T*>(args.input) + stage.first_image * in_image + channel / args.multiplier * in_plane;
       in.image_stride = in_image;
       in.row_stride = args.w * in_step;
-      in.images = images;
-      in.rows = input_rows;
-      in.first_row = first_input_row;
+      in.images = stage.images;
+      in.rows = stage.input_rows;
+      in.first_row = stage.first_input_row;
       in.height = args.h;
-      in.first_column = first_column - args.padding_w;
+      in.first_column = stage.first_column - args.padding_w;
       in.width = args.w;
       in.low = one_column_tile ? args.padding_w : 0;
       in.high = one_column_tile ? min(args.w + args.padding_w, input_pitch) : input_pitch;
-      copy_as_float(in, tiling.input_lanes, in_step, false);
+      copy_as_float<1>(in, in_step);
       out.shared = shared_grad + (kRows - 1) * grad_pitch;
       out.pitch = grad_pitch;
       out.image_pitch = grad_image;
-      out.global = static_cast<const T*>(args.grad_output) + first_image * out_image + channel * grad_plane;
+      out.global = static_cast<const T*>(args.grad_output) + stage.first_image * out_image + channel * grad_plane;
       out.image_stride = out_image;
       out.row_stride = args.out_w * grad_step;
-      out.images = images;
+      out.images = stage.images;
       out.rows = tiling.band_rows;  // zeros below a band that is cut short
-      out.first_row = first_row;
-      out.height = first_row + rows;
-      out.first_column = first_column;
+      out.first_row = stage.first_row;
+      out.height = stage.first_row + stage.rows;
+      out.first_column = stage.first_column;
       out.width = args.out_w;
       out.low = 0;
       out.high = one_column_tile ? args.out_w : grad_pitch;
-      copy_as_float(out, tiling.grad_lanes, grad_step, tiling.grad_vectors);
-      wait_for_all_copies();
+      if constexpr (sizeof(T) == 4) {
+        if (tiling.grad_vectors)
+          copy_as_float<kStrip>(out, grad_step);
+        else
+          copy_as_float<1>(out, grad_step);
+      } else {
+        copy_as_float<1>(out, grad_step);
+      }
     }
+    commit_copies();
+    const int idx = next - ahead;
+    if (idx < begin) continue;
+    if (ahead == 0)
+      wait_for_copies<0>();
+    else
+      wait_for_copies<1>();
+    __syncthreads();
+    const BlockedGradWeightStage stage(args, tiling, idx);
+    const float* const shared_input = buffers + (ahead != 0 && (idx - begin) % 2 != 0 ? stage_elements : 0);
+    const float* const shared_grad = shared_input + tiling.input_elements();
 
     if (args.partial_bias != nullptr || args.grad_bias != nullptr)
-      bias += sum_every(shared_grad + (kRows - 1) * grad_pitch + threadIdx.x, blockDim.x,
-                        divide_up(images * grad_image - static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
+      bias +=
+          sum_every(shared_grad + (kRows - 1) * grad_pitch + threadIdx.x, blockDim.x,
+                    divide_up(stage.images * grad_image - static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
 
     // Step s multiplies input row first_row + s + tile_h * kRows - padding_h by the rows s, s - 1, ... of the strip.
-    const int input_shift = first_row + tile_h * kRows - args.padding_h - first_input_row;
-    const int first_step = max(0, -input_shift), last_step = min(rows + kRows - 1, input_rows - input_shift);
+    const int input_shift = stage.first_row + tile_h * kRows - args.padding_h - stage.first_input_row;
+    const int first_step = max(0, -input_shift),
+              last_step = min(stage.rows + kRows - 1, stage.input_rows - input_shift);
     const auto march = [&](const float* input, const float* grad, int steps) {
       float strip[kRows][kStrip];  // row s in strip[s % kRows], steps counted from 0
       float part[kRows][kColumns] = {};
 #pragma unroll
-      for (int r = 1; r < kRows; ++r) {
-        const float4 four = *reinterpret_cast<const float4*>(grad - r * grad_pitch);
-        strip[kRows - r][0] = four.x, strip[kRows - r][1] = four.y;
-        strip[kRows - r][2] = four.z, strip[kRows - r][3] = four.w;
-      }
+      for (int r = 1; r < kRows; ++r) load_strip(strip[kRows - r], grad - r * grad_pitch);
       const auto take_step = [&](int phase) {
-        float window[kColumns + 4];
+        float window[Traits::kWindow];
 #pragma unroll
-        for (int k = 0; k < kColumns + 4; k += 4) {
-          const float4 four = *reinterpret_cast<const float4*>(input + k);
-          window[k] = four.x, window[k + 1] = four.y, window[k + 2] = four.z, window[k + 3] = four.w;
+        for (int k = 0; k < Traits::kWindow; k += Traits::kVector) {
+          const auto part = *reinterpret_cast<const Vector<float, Traits::kVector>*>(input + k);
+#pragma unroll
+          for (int e = 0; e < Traits::kVector; ++e) window[k + e] = part.value[e];
         }
-        const float4 four = *reinterpret_cast<const float4*>(grad);
-        strip[phase][0] = four.x, strip[phase][1] = four.y, strip[phase][2] = four.z, strip[phase][3] = four.w;
+        load_strip(strip[phase], grad);
 #pragma unroll
         for (int w = 0; w < kStrip; ++w)
 #pragma unroll
@@ -257,7 +269,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       add_part();
     };
     if (first_step < last_step && tile_h < tiling.tiles_h)
-      for (int unit = group; unit < images * strips; unit += tiling.groups) {
+      for (int unit = group; unit < stage.images * strips; unit += tiling.groups) {
         const int image = unit / strips, column = unit % strips * kStrip;
         march(shared_input + (image * tiling.input_rows + first_step + input_shift) * input_pitch + column +
                   tile_w * kColumns,
@@ -300,14 +312,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     float total = 0.f;
 #pragma unroll 1
     for (int idx = begin; idx < end; ++idx) {
-      const int column_tile = idx % tiling.num_column_tiles, rest = idx / tiling.num_column_tiles;
-      const int64_t first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
-      const int first_row = rest % tiling.num_bands * tiling.band_rows;
-      const int first_column = column_tile * tiling.tile_columns;
+      const BlockedGradWeightStage stage(args, tiling, idx);
       total += exact_grad_weight<T>(
           args, tiling.channels_last, channel, tap / args.kernel_w, tap % args.kernel_w,
-          {first_image, min(first_image + tiling.images, args.n), first_row,
-           min(first_row + tiling.band_rows, args.out_h), first_column, first_column + tiling.tile_columns});
+          {stage.first_image, stage.first_image + stage.images, stage.first_row, stage.first_row + stage.rows,
+           stage.first_column, stage.first_column + tiling.tile_columns});
     }
     store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
   }
@@ -317,13 +326,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 template <class Traits>
 int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_t stream) {
   const DeviceLimits& device = device_limits();
-  const int share = min_int(device.shared_bytes / Traits::kBlocks - (1 << 10), kBlockedMostSharedBytes);
-  BlockedGradWeightTiling tiling{
-      blocked_grad_weight_cut(args, Traits::kShape, args.splits, max_int(share, kBlockedSharedBytes)), tile == 1};
-  tiling.input_lanes = row_lanes(min_int(args.w, tiling.input_pitch));
-  tiling.grad_vectors = sizeof(typename Traits::T) == 4 && !tiling.channels_last && args.out_w % 4 == 0 &&
+  const int share = Traits::kShape.shared_bytes(device.shared_bytes);
+  BlockedGradWeightTiling tiling{blocked_grad_weight_cut(args, Traits::kShape, args.splits, share, tile == 1),
+                                 tile == 1};
+  tiling.grad_vectors = sizeof(typename Traits::T) == 4 && !tiling.channels_last && args.out_w % kStrip == 0 &&
                         reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
-  tiling.grad_lanes = row_lanes(tiling.tile_columns / (tiling.grad_vectors ? 4 : 1));
   const int bytes = tiling.shared_bytes(Traits::kShape);
   if (const int error = allow_shared_bytes(blocked_grad_weight_kernel<Traits>, bytes)) return error;
   blocked_grad_weight_kernel<Traits>

@@ -107,6 +107,7 @@ inline bool can_serve_band_images(const Problem& p, const Tile& tile) {
 // blocked: a row of a thread's window lies in registers; of wide tiles, what some of its taps read.
 constexpr int kMaxBlockedWindow = 80;
 constexpr int kMaxTallBlockedWindow = 40;  // beside the sums of seven rows
+constexpr int kMaxWideBlockedWindow = 43;  // likewise, of twelve or ten columns
 
 inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
   if (p.kernel_h * p.kernel_w < kMinLargeTaps) return false;
@@ -114,6 +115,8 @@ inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
   if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w > 64 || span_h > 512) return false;
   const bool is_wide = tile.columns > 7;
   if (is_wide && (p.stride_w > 1 || p.dilation_w > 1 || p.dilation_h > 1)) return false;
+  const int64_t taps = p.kernel_w < tile.vector ? p.kernel_w : tile.vector;
+  if (is_wide && tile.columns - 1 + taps > kMaxWideBlockedWindow) return false;
   if (!is_wide && 6 * p.stride_w + span_w >= (tile.rows > 4 ? kMaxTallBlockedWindow : kMaxBlockedWindow)) return false;
   if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
   if (p.n * p.out_c * ((p.out_h + tile.rows - 1) / tile.rows) * ((p.out_w + 6) / 7) > kInt32Max) return false;
@@ -149,16 +152,20 @@ inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int til
 }
 
 // blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
-// kRows - 1 steps more than rows are counted in, at 12 rows.
+// kRows - 1 steps more than rows are counted in, at 12 rows. More than eight columns only where a kernel has two such
+// tiles a row (13x13, 32x200x20x20, fp32, H100: 3x8 taps 60 us, 3x14 68; 27x27, 32x40x33x47: 3x14 112, 4x8 118; 29x29,
+// 16x200x48x48: 3x10 411, 3x8 423).
 struct TapTile {
   int rows, columns;
 };
 constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
-  constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4}, {7, 4}, {6, 4}, {5, 4}, {4, 4}, {3, 4}};
+  constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4},  {7, 4}, {6, 4},
+                                     {5, 4}, {4, 4}, {3, 4}, {3, 10}, {3, 14}};
   constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 128;
   TapTile best{};
   int64_t least = 0;
   for (const TapTile tile : kCandidates) {
+    if (tile.columns > 8 && 2 * tile.columns > kernel_w + 1) continue;
     const int64_t tiles = ((kernel_h + tile.rows - 1) / tile.rows) * ((kernel_w + tile.columns - 1) / tile.columns);
     const int64_t cost = tiles * (tile.rows * tile.columns + tile.columns + kLoads) * (kSteps + tile.rows - 1);
     if (tiles <= kMaxThreads && (least == 0 || cost < least)) least = cost, best = tile;

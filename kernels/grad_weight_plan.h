@@ -129,23 +129,25 @@ inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels,
 }
 
 // blocked_grad_weight: eight blocks a multiprocessor, unless other splits, dealt as many images each or a band of one, are
-// estimated to be clearly faster. (31x31, 32x128x56x56, fp32, H100: 8 splits 0.698 ms, 16 splits, which the estimate finds
-// 4% faster, 0.727; 29x29, 16x200x48x48: 5 splits 0.412, 4 splits 0.435.)
+// estimated to be clearly faster. (31x31, 32x128x56x56, fp32, H100: 8 splits 0.693 ms, 16 splits 0.694; 29x29,
+// 16x200x48x48: 16 splits 0.411, 8 splits 0.412, 4 splits 0.436.)
 inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
+  constexpr int kSharedBytes = 228 << 10;
   constexpr int64_t kFewestBlocks = 132, kMostBlocks = 4224;  // one and 32 for each of an H100's multiprocessors
   constexpr double kClearly = 0.93;
   const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
-  const bool is_roomy = p.dtype == DType::kFloat32 && taps.rows * taps.columns > kBlockedFewTaps;
-  const BlockedGradWeightShape shape = blocked_grad_weight_shape(taps.rows, taps.columns, is_roomy);
+  const BlockedGradWeightShape shape = blocked_grad_weight_shape(taps.rows, taps.columns, p.dtype == DType::kFloat32);
   const int64_t images = p.n * divide_up64(p.out_w, kBlockedTileColumns);
   const int64_t fewest = divide_up64(p.n * p.out_h * p.out_w, kMostPositions);
   const int64_t worthwhile = p.n * p.out_h * p.out_w / kLargePositions;
   int64_t most = bounded_splits(p, worthwhile < kMostBlocks / p.out_c ? worthwhile : kMostBlocks / p.out_c);
   const int64_t first = bounded_splits(p, fewest < kFewestBlocks / p.out_c ? kFewestBlocks / p.out_c : fewest);
   if (most < first) most = first;
+  const bool channels_last = p.layout == Layout::kNhwc;
   const auto cycles_of = [&](int64_t splits) {
-    return blocked_grad_weight_cycles(p, shape, blocked_grad_weight_cut(p, shape, splits, kBlockedMostSharedBytes),
-                                      splits);
+    return blocked_grad_weight_cycles(
+        p, shape, blocked_grad_weight_cut(p, shape, splits, shape.shared_bytes(kSharedBytes), channels_last), splits,
+        channels_last);
   };
   int64_t best = large_grad_weight_plan(p, p.out_c, kBlockedBlocks).splits;
   double least = kClearly * cycles_of(best);

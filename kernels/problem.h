@@ -148,7 +148,7 @@ struct GradWeightArgs {
 // blocked: rows of outputs a thread. More share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six,
 // 0.364 with four; 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.
 constexpr int blocked_rows(const Tile& tile, int kernel_w, int window) {
-  return tile.rows == 4 && kernel_w >= 29 && window <= 44 ? 6 : tile.rows;
+  return tile.rows == 4 && tile.columns == 7 && kernel_w >= 29 && window <= 44 ? 6 : tile.rows;
 }
 // Threads of a block, at most, for each channel.
 constexpr int blocked_threads(const Tile& tile, int channels) {

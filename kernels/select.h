@@ -96,23 +96,31 @@ inline Config select_band_images(const Problem& p) {
 }
 
 // Multiply-adds for many taps: the tile that fills its threads best, whose rows and columns divide the image's. fp32, us,
-// four rows a thread (from 29 columns on six) / seven / fourteen columns. H100, NCHW and channels_last: 27x27,
-// 32x40x33x47: 98 / 114 / 113 and 114 / 156 / 223; 13x13, 32x200x20x20: 51 / 59 / 54 and 57 / 65 / 58; 31x31, 64x3x56x56:
-// 73 / 60 / 105 and 73 / 87 / 104; 8x40x96x96: 194 / 216 / 205 and 241 / 264 / 390; 29x29, 16x200x48x48: 356 / 385 / 384
-// and 408 / 430 / 519; 32x256x28x28: 257 / 201 and 320 / 243; 31x31, 32x128x56x56: seven rows 515 and 578, fourteen
-// columns 504 and 635. Four also on small images (H200, 27x27, 32x512x14x14, channels_last: 105 / 166) and for small
-// kernels; fourteen columns in NCHW, where that makes warps enough. Three rows where even four leave multiprocessors with
-// little to do (31x31, 64x3x56x56, H100: 42, seven 53, four 68) or most loads to few kernel rows (9x9, 32x768x32x32,
-// channels_last: 278, seven 285, four 299).
+// H100, grad of input; columns x rows, where 7x4 are six rows from 29 columns on. NCHW, 7x4 / 7x7 / 14x7 / 7x3 / 12x3 /
+// 10x5: 31x31, 8x40x96x96: 156 / 194 / 196 / - / 121 / -; 29x29, 16x200x48x48: 334 / 385 / 384 / - / 254 / -; 27x27,
+// 32x40x33x47: 90 / 114 / 113 / 93 / 79 / -; 13x13, 32x200x20x20: 41 / 43 / 54 / 44 / - / 34; 31x31, 64x3x56x56: 66 / 52 /
+// 86 / 41 / 54 / -; 32x128x56x56: 14x7 473, 12x4 608; 29x29, 32x256x28x28: 244 / 184 / - / - / - / 222. channels_last, 7x4
+// / 12x3 / 10x5: 16x200x48x48: 387 / 290 / -; 32x40x33x47: 108 / 96 / -; 32x200x20x20: 51 / - / 45; 64x3x56x56: 7x3 55.
+// 7x4 also on small images (27x27, 32x512x14x14, channels_last, H200: 105, 7x7 166) and for small kernels; 14x7 in NCHW,
+// where that makes warps enough. 7x3 where even 7x4 leaves multiprocessors with little to do, or most loads meet few
+// kernel rows (9x9, 32x768x32x32, channels_last: 278, 7x7 285, 7x4 299).
 inline Config select_blocked(const Problem& p) {
-  constexpr int kFour = 0, kSeven = 1, kFourteen = 2, kThree = 3;
-  // Seven rows a thread load less for as many multiply-adds; of fewer warps than this (two rounds of the twelve that each
-  // of an H100's multiprocessors holds) smaller tiles are dealt more evenly.
+  // 7x7 loads less for as many multiply-adds; of fewer warps than this (two rounds of the twelve that each of an H100's
+  // multiprocessors holds) smaller tiles are dealt more evenly. With fewer than two of 7x4 for each of the schedulers,
+  // of which a multiprocessor has four, some have twice the work of others.
   constexpr int64_t kManyWarps = 3168, kFewWarps = 1056;
-  constexpr double kClearly = 1.02;
+  // How much better a tile has to fill its threads than one with more warps; how much worse 12x3 and 10x5 may than 7x4.
+  constexpr double kClearly = 1.02, kWorse = 0.9;
   const DirectArgs args = direct_args(p);
   const bool nchw = p.layout == Layout::kNchw;
   const auto up = [](int a, int b) { return (a + b - 1) / b; };
+  const auto tile_of = [](int columns, int rows) {
+    int tile = 0;
+    while (kBlockedTiles[tile].columns != columns || kBlockedTiles[tile].rows != rows) ++tile;
+    return tile;
+  };
+  const int four = tile_of(7, 4), seven = tile_of(7, 7), fourteen = tile_of(14, 7), three = tile_of(7, 3);
+  const auto serves = [&](int tile) { return can_serve(p, Kernel::kBlocked, tile); };
   // The share of a block's threads and of their outputs that there is, in the best cut of an image's height.
   const auto share_of = [&](int index) {
     const Tile& tile = kBlockedTiles[index];
@@ -137,18 +145,23 @@ inline Config select_blocked(const Problem& p) {
     const Tile& tile = kBlockedTiles[index];
     return p.n * p.out_c * up(args.out_w, tile.columns) * up(args.out_h, tile.rows) / 32;
   };
-  if ((args.kernel_h <= 9 || (nchw && warps_of(kFour) < kFewWarps)) && can_serve(p, Kernel::kBlocked, kThree))
-    return {Kernel::kBlocked, kThree};
+  if ((args.kernel_h <= 9 || (nchw && warps_of(four) < kFewWarps)) && serves(three)) return {Kernel::kBlocked, three};
   Config config = first_that_serves(p, Kernel::kBlocked);
-  double share = share_of(kFour);
-  if (args.out_h > 14 && args.kernel_h > 9 && can_serve(p, Kernel::kBlocked, kSeven) &&
-      share_of(kSeven) > share * (warps_of(kSeven) >= kManyWarps ? 1 / kClearly : kClearly)) {
-    config = {Kernel::kBlocked, kSeven};
-    share = share_of(kSeven);
+  double share = share_of(four);
+  if (args.out_h > 14 && args.kernel_h > 9 && serves(seven) &&
+      share_of(seven) > share * (warps_of(seven) >= kManyWarps ? 1 / kClearly : kClearly)) {
+    config = {Kernel::kBlocked, seven};
+    share = share_of(seven);
   }
-  if (nchw && args.out_w > 32 && warps_of(kFourteen) >= kManyWarps && can_serve(p, Kernel::kBlocked, kFourteen) &&
-      share_of(kFourteen) >= share)
-    config = {Kernel::kBlocked, kFourteen};
+  if (nchw && args.out_w > 32 && warps_of(fourteen) >= kManyWarps && serves(fourteen) && share_of(fourteen) >= share)
+    return {Kernel::kBlocked, fourteen};
+  double least = config.tile == four ? kWorse * share : share;
+  for (const int tile : {tile_of(12, 3), tile_of(10, 5)})
+    if (p.dtype == DType::kFloat32 && args.out_h > 14 && args.kernel_h > 9 && warps_of(tile) >= kFewWarps &&
+        serves(tile) && share_of(tile) > least) {
+      config = {Kernel::kBlocked, tile};
+      least = share_of(tile);
+    }
   return config;
 }
 

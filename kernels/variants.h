@@ -163,7 +163,8 @@ constexpr Tile kImagesNchwTiles[] = {{"images_c4", 16, 0, 4}, {"images_c8", 16, 
 constexpr Tile kImagesNhwcTiles[] = {{"images_c16_nhwc", 16, 0, 16}};
 // `vector`: taps of a kernel row that a step takes, at most.
 constexpr Tile kBlockedTiles[] = {
-    {"blocked", 7, 4, 64}, {"blocked_rows7", 7, 7, 64}, {"blocked_wide", 14, 7, 16}, {"blocked_rows3", 7, 3, 64}};
+    {"blocked", 7, 4, 64},       {"blocked_rows7", 7, 7, 64},      {"blocked_wide", 14, 7, 16},
+    {"blocked_rows3", 7, 3, 64}, {"blocked_columns12", 12, 3, 64}, {"blocked_columns10", 10, 5, 64}};
 // Rows of a strip: those that divide the images' are best.
 constexpr Tile kStripsNchwTiles[] = {{"strips7", 8, 7, 8}, {"strips8", 8, 8, 8}};
 constexpr Tile kStripsNhwcTiles[] = {{"strips7_nhwc", 8, 7, 8}, {"strips11_nhwc", 8, 11, 8}};

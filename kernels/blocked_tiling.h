@@ -1,5 +1,5 @@
-// How a launch of blocked.cuh is cut: host code. What costs is the multiprocessor with the most blocks, warps without
-// enough others beside them, lanes that are not full and blocks that load; an estimate weighs them.
+// How a launch of blocked.cuh is cut. What costs is the multiprocessor with the most blocks, warps without enough others
+// beside them, lanes that are not full and blocks that load; an estimate weighs them.
 #pragma once
 
 #include "direct.cuh"
@@ -12,6 +12,7 @@ struct BlockedTiling {
   int row_step;                  // tiles of a band, whose rows take turns
   int blocks_w, blocks_h;        // of an image
   int threads;                   // for each channel
+  int lanes;                     // threads that load a row
   int width, pitch;              // columns of input that a block reads; floats from one input row to the next
 };
 
@@ -26,8 +27,8 @@ int blocked_shared_bytes(const DirectArgs& args, const BlockedTiling& tiling) {
          (Traits::kChannels * args.kernel_h * Traits::kWeightPitch + max_int(divide_up(in_floats, 4) * 4, out_floats));
 }
 
-// Estimates how long a launch takes, in cycles: of 8 problems of several tiles each, in both layouts, the middle one of 37
-// took 9% more or less on an H100. Blocks began later then: what they wait for now (kStartCycles, kFloatCycles) is a guess.
+// Estimates how long a launch takes, in cycles. Of tiles of twelve and ten columns (27x27 to 31x31 and 13x13, NCHW and
+// channels_last, H100), the cut that it finds took at most 2% longer than the best of fifteen that were forced.
 template <class Traits>
 struct BlockedEstimate {
   static constexpr int kMostTiles = 128;  // of an image's height that are looked at; those below count as whole
@@ -125,21 +126,31 @@ BlockedTiling blocked_tiling(const DirectArgs& args, const DeviceLimits& device)
     tiling.images = 1;
     if (blocked_shared_bytes<Traits>(args, tiling) > device.shared_bytes_block) continue;
     ++cuts;
-    // As wide a band as leaves most rows of a thread within a kernel's height.
-    tiling.row_step = 1;
-    for (int step = 2; 4 * step * Traits::kRows <= 7 * args.kernel_h; ++step)
-      if (tiles_h % step == 0) tiling.row_step = step;
-    estimate.set(tiling, all_h);
-    tiling.images = min_int(all_images, max_threads / (tiling.tiles_w * tiles_h));
-    for (int tries = 0; tiling.images > 0 && tries < kMostCuts; --tiling.images) {
-      const int groups = divide_up(all_images, tiling.images), bytes = blocked_shared_bytes<Traits>(args, tiling);
-      if (divide_up(all_images, groups) < tiling.images || bytes > device.shared_bytes_block) continue;
-      ++tries;
-      const double cost =
-          estimate.of(tiling, device, bytes, channels * groups * tiling.blocks_w * tiling.blocks_h, all_h);
-      if (least == 0 || cost < kClearly * least) least = cost, best = tiling;
+    // No bands, or as wide ones as leave most rows of a thread within a kernel's height.
+    int widest = 1;
+    for (int step = 2; Traits::kIsWide && 4 * step * Traits::kRows <= 7 * args.kernel_h; ++step)
+      if (tiles_h % step == 0) widest = step;
+    for (const int step : {widest, 1}) {
+      if (step == 1 && widest > 1 && !Traits::kHasFewSums) continue;
+      tiling.row_step = step;
+      estimate.set(tiling, all_h);
+      tiling.images = min_int(all_images, max_threads / (tiling.tiles_w * tiles_h));
+      for (int tries = 0; tiling.images > 0 && tries < kMostCuts; --tiling.images) {
+        const int groups = divide_up(all_images, tiling.images), bytes = blocked_shared_bytes<Traits>(args, tiling);
+        if (divide_up(all_images, groups) < tiling.images || bytes > device.shared_bytes_block) continue;
+        ++tries;
+        const double cost =
+            estimate.of(tiling, device, bytes, channels * groups * tiling.blocks_w * tiling.blocks_h, all_h);
+        if (least == 0 || cost < kClearly * least) least = cost, best = tiling;
+      }
+      if (widest == 1) break;
     }
   }
+  // Whole warps a row, unless fewer threads leave fewer of them idle at its end.
+  const int in_columns = min_int(args.w, best.width);
+  best.lanes = 32;
+  for (int lanes = 16; lanes >= 8; lanes /= 2)
+    if (divide_up(in_columns, lanes) * lanes < divide_up(in_columns, best.lanes) * best.lanes) best.lanes = lanes;
   best.threads = divide_up(best.tiles_w * best.tiles_h * best.images, 32) * 32;
   return best;
 }
