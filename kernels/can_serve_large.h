@@ -136,12 +136,27 @@ inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
 // toeplitz_grad_weight and blocked_grad_weight: a kernel's sums are a block's registers.
 constexpr int kMaxLargeGradWeight = 64;
 
+// toeplitz_grad_weight, channels_last: shared memory of a block that takes as few rows a step as it can.
+inline int64_t toeplitz_grad_weight_least_bytes(const Problem& p, const Tile& tile) {
+  constexpr int64_t kStepRows = 4, kMostTaps = 2048;
+  const int64_t rows = (p.kernel_h + 15) / 16 * 16, columns = (p.kernel_w + 15) / 16 * 16;
+  const bool two_groups = rows * columns > kMostTaps;  // of warps, for half of the channels
+  const int64_t ring_rows = (two_groups ? kMaxLargeGradWeight : rows) + kStepRows;
+  const int64_t eights = toeplitz_eights(p.w, tile.columns), grad_columns = 8 * eights + columns + 8;
+  const int64_t plane = ring_rows * 8 * (eights | 1) + kStepRows * grad_columns + 8;
+  const int64_t pixels = kStepRows * (8 * eights + grad_columns);
+  return 2 * (plane * (two_groups ? tile.vector / 2 : tile.vector) + pixels * 8);
+}
+
 inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
   const bool channels_last =
       kernel == Kernel::kBlockedGradWeight ? tile == 1 : kToeplitzGradWeightTiles[tile].vector > 1;
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (kernel == Kernel::kToeplitzGradWeight && p.dtype == DType::kFloat32) return false;
+  if (kernel == Kernel::kToeplitzGradWeight && channels_last &&
+      toeplitz_grad_weight_least_bytes(p, kToeplitzGradWeightTiles[tile]) > kSharedBytesEverywhere)
+    return false;
   if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
   // Columns of grad_output that meet padding alone would be missed by the bias.
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;

@@ -17,14 +17,13 @@ constexpr int kGradWeightLanes = 32;                // channels_last: threads al
 constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
 constexpr int64_t kMarchMultiprocessors = 132;
 
-// Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each), and
-// few of them, as each leaves a kernel's worth of sums (32x512x14x14 fp16 27x27, H200: 512 blocks 0.098 ms, 1024 0.115,
-// 2048 0.129; channels_last 256 blocks 0.067, 512 0.072).
-constexpr int64_t kToeplitzBlocks = 528, kBlockedBlocks = 1056;
+// Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each of
+// toeplitz_grad_weight), and few of them, as each leaves a kernel's worth of sums (31x31 on 32x128x56x56, channels_last, fp16,
+// H100: 256 blocks 0.111 ms, 512 0.119).
+constexpr int64_t kToeplitzBlocksNhwc = 264, kBlockedBlocks = 1056;
 // strips_grad_weight: an H100's multiprocessors, of which one block each is enough (see its tiles).
 constexpr int64_t kStripsBlocks = 132, kMostStripsWaves = 8;
 constexpr int kStripsSharedBytes = 226 << 10;  // of a multiprocessor
-constexpr int64_t kManyTaps = 256;             // half as many blocks, channels_last
 constexpr int64_t kLargePositions = 256;       // a split worth its second pass
 // A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
 constexpr int64_t kMostPositions = 1 << 17;
@@ -167,43 +166,68 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   return {best, 0};
 }
 
-// toeplitz_grad_weight. Few channels: as many splits, of as many stages each, as leave least to the multiprocessor that has
-// most. Counted in rows of its stages: a block costs some beside them, more where it is alone on its multiprocessor, and so
-// do the second pass and what it reads. In channels_last, images are cut into bands for splits that have no image
-// otherwise, and a stage is loaded, rows above and below included, before it is multiplied.
-inline GradWeightPlan toeplitz_grad_weight_plan(const Problem& p, const Tile& tile) {
-  constexpr int64_t kMultiprocessors = 132, kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 24;
-  constexpr int64_t kTogether = 20, kAlone = 30, kAloneNhwc = 32;  // a row costs, in twentieths of one
-  constexpr int64_t kSplitCost = 9, kSecondPassCost = 600;         // likewise
-  const bool channels_last = p.layout == Layout::kNhwc, many_taps = p.kernel_h * p.kernel_w > kManyTaps;
-  const int64_t groups = channels_last ? divide_up64(p.out_c, tile.vector) : p.out_c;
-  const GradWeightPlan usual =
-      large_grad_weight_plan(p, groups, channels_last && many_taps ? kToeplitzBlocks / 2 : kToeplitzBlocks);
-  if (p.out_c >= kManyChannels || usual.splits == 1) return usual;
+// toeplitz_grad_weight, NCHW: as many splits as are estimated to end first, in fortieths of a row that a block multiplies
+// while another shares its multiprocessor. Blocks come in waves of two a multiprocessor; a last one of a block each is
+// faster. A wave costs some beside its rows, and so do the second pass and what it reads. (fp16, H100, microseconds by
+// splits; 31x31 on 32x128x56x56: 1: 105.8, 2: 90.2, 4: 92.6; 29x29 on 16x200x48x48: 1: 63.2, 2: 70.9, 3: 66.6, 4: 68.4, 8: 77.2;
+// 27x27 on 32x40x33x47: 4: 37.8, 5: 36.4, 6: 31.7, 7: 42.4, 8: 36.2, 16: 35.0; 31x31 on 8x40x96x96: 4: 38.9, 6: 32.8, 8: 35.6,
+// 16: 35.1.)
+inline GradWeightPlan toeplitz_grad_weight_plan_nchw(const Problem& p, const Tile& tile) {
+  constexpr int64_t kMultiprocessors = 132, kMostWaves = 4, kTogether = 40, kAlone = 27;
+  constexpr int64_t kWaveCost = 1100, kSecondPassCost = 900, kSplitCost = 9;
   const int64_t column_tiles = divide_up64(p.w, tile.columns), images = p.n * column_tiles;
-  const int64_t fewest = p.n * p.out_h * p.out_w / kMostPositions;
+  const int64_t positions = p.n * p.out_h * p.out_w;
   const int out_h = static_cast<int>(p.out_h);
+  const int64_t fewest = bounded_splits(p, positions / kMostPositions);
+  const int64_t worthwhile = positions / kLargePositions, wanted = 2 * kMultiprocessors * kMostWaves / p.out_c;
+  const int64_t most = bounded_splits(p, wanted < worthwhile ? wanted : worthwhile);
   const auto cost = [&](int64_t splits, int bands) {
-    const int64_t rows = divide_up64(out_h, bands);
-    const int64_t split_cost =
-        channels_last ? divide_up64(images * divide_up64(out_h, rows), splits) * (rows + p.kernel_h)
-                      : toeplitz_cut(p.n, column_tiles, out_h, splits, bands, kToeplitzWarps, kToeplitzWarps).cost;
-    const int64_t waves = divide_up64(groups * splits, kMultiprocessors);
-    const int64_t row_cost = waves > 1 ? kTogether : channels_last ? kAloneNhwc : kAlone;
-    return waves * (split_cost + kBlockCost) * row_cost + splits * kSplitCost + (splits > 1 ? kSecondPassCost : 0);
+    const int64_t rows = toeplitz_cut(p.n, column_tiles, out_h, splits, bands, kToeplitzWarps, kToeplitzWarps).cost;
+    const int64_t waves = p.out_c * splits / (2 * kMultiprocessors), rest = p.out_c * splits % (2 * kMultiprocessors);
+    const int64_t rest_cost = rest == 0 ? 0 : rows * (rest > kMultiprocessors ? kTogether : kAlone) + kWaveCost;
+    return waves * (rows * kTogether + kWaveCost) + rest_cost +
+           (splits > 1 ? kSecondPassCost + splits * kSplitCost : 0);
   };
-  int64_t best = usual.splits, least = 0;
-  const int usual_bands = static_cast<int>(divide_up64(usual.splits, images));
-  for (int bands = 1; toeplitz_cuts_into(bands, out_h); ++bands) {
-    if (channels_last && bands != usual_bands) continue;
-    const int64_t usual_cost = cost(usual.splits, bands);
-    if (least == 0 || usual_cost < least) least = usual_cost;
-  }
-  least -= least / 10;  // others have to be worth it
+  int64_t best = fewest, least = 0;
   for (int bands = 1; toeplitz_cuts_into(bands, out_h); ++bands) {
     const int64_t stages = images * divide_up64(out_h, divide_up64(out_h, bands));
+    for (int64_t splits = fewest;;) {
+      const int64_t split_cost = cost(splits, bands);
+      if (least == 0 || split_cost < least) least = split_cost, best = splits;
+      const int64_t share = divide_up64(stages, splits);
+      if (share == 1) break;
+      splits = divide_up64(stages, share - 1);
+      if (splits > most) break;
+    }
+  }
+  return {best, 0};
+}
+
+// channels_last. Few channels: as many splits, of as many stages each, as leave least to the multiprocessor that has most.
+// Counted in rows of its stages: a block costs some beside them, more where it is alone on its multiprocessor, and so do
+// the second pass and what it reads. Images are cut into bands for splits that have no image otherwise.
+inline GradWeightPlan toeplitz_grad_weight_plan_nhwc(const Problem& p, const Tile& tile) {
+  constexpr int64_t kMultiprocessors = 132, kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 24;
+  constexpr int64_t kTogether = 20, kAlone = 32;            // a row costs, in twentieths of one
+  constexpr int64_t kSplitCost = 9, kSecondPassCost = 600;  // likewise
+  const int64_t groups = divide_up64(p.out_c, tile.vector);
+  const GradWeightPlan usual = large_grad_weight_plan(p, groups, kToeplitzBlocksNhwc);
+  if (p.out_c >= kManyChannels || usual.splits == 1) return usual;
+  const int64_t images = p.n * divide_up64(p.w, tile.columns);
+  const int64_t fewest = p.n * p.out_h * p.out_w / kMostPositions;
+  const auto cost = [&](int64_t splits, int bands) {
+    const int64_t rows = divide_up64(p.out_h, bands);
+    const int64_t split_cost = divide_up64(images * divide_up64(p.out_h, rows), splits) * (rows + p.kernel_h);
+    const int64_t waves = divide_up64(groups * splits, kMultiprocessors);
+    return waves * (split_cost + kBlockCost) * (waves > 1 ? kTogether : kAlone) + splits * kSplitCost +
+           (splits > 1 ? kSecondPassCost : 0);
+  };
+  int64_t best = usual.splits, least = cost(usual.splits, static_cast<int>(divide_up64(usual.splits, images)));
+  least -= least / 10;  // others have to be worth it
+  for (int bands = 1; toeplitz_cuts_into(bands, static_cast<int>(p.out_h)); ++bands) {
+    const int64_t stages = images * divide_up64(p.out_h, divide_up64(p.out_h, bands));
     const int64_t fewest_stages = divide_up64(stages * groups, kMostWaves * kMultiprocessors);
-    const int64_t most_stages = channels_last && bands > 1 ? 1 : fewest_stages + kMostStages;
+    const int64_t most_stages = bands > 1 ? 1 : fewest_stages + kMostStages;
     for (int64_t k = fewest_stages; k <= most_stages; ++k) {
       const int64_t splits = divide_up64(stages, k), split_cost = cost(splits, bands);
       if (splits >= fewest && split_cost < least && bounded_splits(p, splits) == splits)
@@ -323,7 +347,9 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
     case Kernel::kGradWeightStreamNhwc:
       return stream_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kToeplitzGradWeight:
-      return toeplitz_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+      return p.layout == Layout::kNhwc
+                 ? toeplitz_grad_weight_plan_nhwc(p, tile_table(config.kernel, p.dtype)[config.tile])
+                 : toeplitz_grad_weight_plan_nchw(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kImageRowsGradWeight: return image_rows_grad_weight_plan(p);
     case Kernel::kImagesFmaGradWeight:
       return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);

@@ -336,31 +336,40 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
 constexpr int kImageRowsSize = 16, kMaxImageRowsKernel = 7, kImageRowsChannels = 16;
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
-// toeplitz_grad_weight, NCHW: how images are cut into stages, for which a block's `slots` (warps, or pairs of them) take
-// rows: a stage is some images, or a band of rows of one.
+// toeplitz_grad_weight: input columns of a stage, in eights, where stages have `most` columns at most.
+constexpr int toeplitz_eights(int64_t width, int most) {
+  const int64_t tiles = (width + most - 1) / most;
+  return static_cast<int>(((width + tiles - 1) / tiles + 7) / 8);
+}
+
+// NCHW: how images are cut into stages, for which a block's `slots` (warps, or pairs of them) take rows: a stage is some
+// images, or a band of rows of one.
 constexpr int kToeplitzWarps = 8, kMostToeplitzBands = 8;
+constexpr int kRollingRows = 16;  // from one of a warp's rows to the next
 
 struct ToeplitzCut {
-  int bands, images, slots_per_image;
+  int bands, images;
   int64_t cost;  // of the split that has most stages: in rows of all slots, and what stages cost beside
 };
 // `bands`: as many as are wanted; `room`: for images of a stage.
 constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, int64_t splits, int bands, int slots,
                                    int room) {
-  constexpr int kRowsOfSlot = 14, kStageCost = 7;
+  constexpr int kStageCost = 7, kFewestImages = 2, kStageRows = 72;
   const auto divide_up = [](auto a, auto b) { return (a + b - 1) / b; };
   const int rows = divide_up(out_h, bands);
-  ToeplitzCut cut{divide_up(out_h, rows), 1, slots, 0};
-  if (cut.bands == 1) {  // as many images as give every slot some rows
-    while (cut.slots_per_image > 1 && cut.slots_per_image * kRowsOfSlot > out_h + kRowsOfSlot) cut.slots_per_image /= 2;
+  ToeplitzCut cut{divide_up(out_h, rows), 1, 0};
+  if (cut.bands == 1) {
     const int64_t share = divide_up(n, splits),
-                  most = slots / cut.slots_per_image < room ? slots / cut.slots_per_image : room;
+                  enough = rows * kFewestImages > kStageRows ? kFewestImages : kStageRows / rows,
+                  most = enough < room ? enough : room;
     const int64_t images = most < 1 ? 1 : most < share ? most : share;
     cut.images = static_cast<int>(divide_up(share, divide_up(share, images)));
-    while (cut.slots_per_image * cut.images * 2 <= slots) cut.slots_per_image *= 2;
   }
   const int64_t stages = divide_up(divide_up(n, static_cast<int64_t>(cut.images)) * cut.bands * column_tiles, splits);
-  cut.cost = stages * (divide_up(rows, cut.slots_per_image) * slots + cut.images * kStageCost);
+  // Of the slot that has most of them: whole rounds, and what is left of all images, dealt evenly.
+  const int64_t slot_rows = cut.images * (rows / kRollingRows) * (kRollingRows / slots) +
+                            divide_up(cut.images * (rows % kRollingRows), slots);
+  cut.cost = stages * (slot_rows * slots + cut.images * kStageCost);
   return cut;
 }
 constexpr bool toeplitz_cuts_into(int bands, int out_h) {

@@ -55,130 +55,164 @@ __device__ __forceinline__ void for_each_vector(const Rectangle<Shared, T>& r, i
   }
 }
 
-template <int kVector, class T>
-__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int lanes) {
-  for_each_vector<kVector, 1>(
-      r, lanes,
-      [&](T* shared, const T* row, int column) {
-        const bool valid = row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-        copy_async<kVector * sizeof(T)>(shared, valid ? row + column : r.global, valid);
-        return 0;
-      },
-      [](T*, int) {});
-}
-
-// The eights of a rectangle whose rows lie on any boundary, dealt to the threads one by one: those that low and
-// first_column, multiples of eight, begin, and zeros behind the last column. `tensor`: what the rectangle lies in.
-template <class T>
-struct UnalignedRectangle {
-  const Rectangle<T, T>& r;
-  UnalignedTensor tensor;
-  Walk at;
-  UnalignedEight eight;
-  bool is_loaded = false;
-
-  __device__ __forceinline__ UnalignedRectangle(const Rectangle<T, T>& r, const UnalignedTensor& tensor)
-      : r(r), tensor(tensor), at(threadIdx.x, blockDim.x, (r.high - r.low + kEight - 1) / kEight, r.rows) {}
-  __device__ __forceinline__ bool exists() const { return at.outer < r.images; }
-  __device__ __forceinline__ int column() const { return r.low + at.inner * kEight; }  // from first_column on
-  __device__ __forceinline__ T* shared() const {
-    return r.shared + (at.outer * r.image_pitch + at.middle * r.pitch + column());
-  }
-  // Whether there is something to store.
-  __device__ __forceinline__ bool load() {
-    if (!exists()) return false;
-    const int row = r.first_row + at.middle, from_column = r.first_column + column();
-    eight.clear();
-    if (static_cast<unsigned>(row) >= static_cast<unsigned>(r.height) ||
-        static_cast<unsigned>(from_column) >= static_cast<unsigned>(r.width))
-      return true;
-    const T* const from = r.global + at.outer * r.image_stride + (row * r.width + from_column);
-    if (eight.load(tensor, from)) return true;
-    copy_eight(shared(), from, r.width - from_column);
-    return false;
-  }
-  __device__ __forceinline__ void store() const {
-    if (is_loaded) eight.store(shared(), EightMask(r.width - r.first_column - column()));
-  }
+// The threads that share a rectangle, this one's number among them, and those along a row: 1 << lane_bits.
+struct CopyThreads {
+  int count, index, lane_bits;
 };
 
-// Several at once, so that their loads are on their way together.
-template <class... Rectangles>
-__device__ __forceinline__ void copy_unaligned_rectangles(Rectangles... rectangles) {
+// For every `width`-th column of a rectangle that its thread takes: visit(column, first row, rows between two of its own).
+template <class Shared, class T, class Visit>
+__device__ __forceinline__ void for_each_column(const Rectangle<Shared, T>& r, int width, const CopyThreads& threads,
+                                                Visit visit) {
+  const int lane = threads.index & ((1 << threads.lane_bits) - 1);
 #pragma unroll 1
-  while ((rectangles.exists() || ...)) {
-    ((rectangles.is_loaded = rectangles.load()), ...);
-    (rectangles.store(), ...);
-    (rectangles.at.advance(), ...);
-  }
+  for (int k = r.low + lane * width; k < r.high; k += width << threads.lane_bits)
+    visit(k, threads.index >> threads.lane_bits, threads.count >> threads.lane_bits);
+}
+
+template <int kVector, class T>
+__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, const CopyThreads& threads) {
+  for_each_column(r, kVector, threads, [&](int k, int first_row, int step) {
+    const int row_stride = static_cast<int>(r.row_stride);
+    const bool is_column = static_cast<unsigned>(r.first_column + k) < static_cast<unsigned>(r.width);
+#pragma unroll 1
+    for (int image = 0; image < r.images; ++image) {
+      const T* const from = r.global + image * r.image_stride;
+      int row = r.first_row + first_row, offset = row * row_stride + r.first_column + k;
+      T* to = r.shared + image * r.image_pitch + first_row * r.pitch + k;
+#pragma unroll 1
+      for (const int end = r.first_row + r.rows; row < end; row += step) {
+        const bool valid = is_column && static_cast<unsigned>(row) < static_cast<unsigned>(r.height);
+        copy_async<kVector * sizeof(T)>(to, from + (valid ? offset : 0), valid);
+        offset += step * row_stride;
+        to += step * r.pitch;
+      }
+    }
+  });
+}
+
+// The same by eights whose rows lie on any boundary: those that low and first_column, multiples of eight, begin, and zeros
+// behind the last column. `tensor`: what the rectangle lies in. kBatch loads are on their way together.
+template <int kBatch, class T>
+__device__ __forceinline__ void copy_unaligned_rectangle(const Rectangle<T, T>& r, const CopyThreads& threads,
+                                                         const UnalignedTensor& tensor) {
+  for_each_column(r, kEight, threads, [&](int k, int first_row, int step) {
+    const int column = r.first_column + k, row_stride = static_cast<int>(r.row_stride);
+    const bool is_column = static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+#pragma unroll 1
+    for (int image = 0; image < r.images; ++image) {
+      const T* const from = r.global + image * r.image_stride + column;
+      T* const to = r.shared + image * r.image_pitch + k;
+#pragma unroll 1
+      for (int first = first_row; first < r.rows; first += kBatch * step) {
+        UnalignedEight eights[kBatch];
+        bool is_loaded[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int row = r.first_row + first + b * step;
+          eights[b].clear();
+          is_loaded[b] = first + b * step < r.rows;
+          if (!is_loaded[b] || !is_column || static_cast<unsigned>(row) >= static_cast<unsigned>(r.height)) continue;
+          is_loaded[b] = eights[b].load(tensor, from + row * row_stride);
+          if (!is_loaded[b]) copy_eight(to + (first + b * step) * r.pitch, from + row * row_stride, r.width - column);
+        }
+        const EightMask mask(r.width - column);
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b)
+          if (is_loaded[b]) eights[b].store(to + (first + b * step) * r.pitch, mask);
+      }
+    }
+  });
 }
 
 // `vector`: elements a copy, more than one.
 template <class T>
-__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, int lanes) {
+__device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, int vector, const CopyThreads& threads) {
   switch (vector) {
-    case 8: return copy_rectangle<8>(r, lanes);
-    case 4: return copy_rectangle<4>(r, lanes);
-    default: return copy_rectangle<2>(r, lanes);
+    case 8: return copy_rectangle<8>(r, threads);
+    case 4: return copy_rectangle<4>(r, threads);
+    default: return copy_rectangle<2>(r, threads);
   }
 }
 
-// channels_last: two pixels of kChannels channels, stored as one word into each channel's plane. `channel_of(k)`: where the
-// k-th channel lies, or -1; the planes of those that do not exist are zeros before, and may be left alone.
-template <int kChannels, int kBatch, class T, class ChannelOf>
-__device__ __forceinline__ void transpose_rectangle(const Rectangle<T, T>& r, bool whole, int lanes, int channels,
-                                                    int plane_elements, ChannelOf channel_of) {
-  struct Pixels {
-    Vector<T, kChannels> first, second;
-  };
-  const auto in_bounds = [&](const T* row, int column) {
-    return row != nullptr && static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
-  };
-  const auto store = [&](T* shared, int k, T first, T second) {
-    *reinterpret_cast<unsigned*>(shared + k * plane_elements) = first.bits | static_cast<unsigned>(second.bits) << 16;
-  };
-  if (whole)
-    for_each_vector<2, kBatch>(
-        r, lanes,
-        [&](T*, const T* row, int column) {
-          const T* const pixel = row + static_cast<int64_t>(column) * channels + channel_of(0);
-          return Pixels{load_or_zero<kChannels>(pixel, in_bounds(row, column)),
-                        load_or_zero<kChannels>(pixel + channels, in_bounds(row, column + 1))};
-        },
-        [&](T* shared, const Pixels& pixels) {
-#pragma unroll
-          for (int k = 0; k < kChannels; ++k) store(shared, k, pixels.first.value[k], pixels.second.value[k]);
-        });
-  else
-    for_each_vector<2, 1>(
-        r, lanes,
-        [&](T* shared, const T* row, int column) {
-          constexpr int kTogether = 4;  // channels whose loads are on their way together
-          static_assert(kChannels % kTogether == 0);
-          const T* const pixel = row + static_cast<int64_t>(column) * channels;
+// channels_last: pixels of kChannels channels, each of them to eight elements; r.shared is that of row 0 and column `low`.
+// `channels`: from pixel to pixel.
+constexpr int kPixelElements = 8;
+template <int kChannels, class T>
+__device__ __forceinline__ void copy_pixels(const Rectangle<T, T>& r, const CopyThreads& threads, int channels) {
+  for_each_column(r, 1, threads, [&](int k, int first_row, int step) {
+    const int column = r.first_column + k;
+    const bool is_column = static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+    const T* from = r.global + ((r.first_row + first_row) * r.row_stride + static_cast<int64_t>(column) * channels);
+    T* to = r.shared + first_row * r.pitch + (k - r.low) * kPixelElements;
 #pragma unroll 1
-          for (int k = 0; k < kChannels && channel_of(k) >= 0; k += kTogether) {
-            T first[kTogether], second[kTogether];
+    for (int row = r.first_row + first_row; row < r.first_row + r.rows; row += step) {
+      const bool valid = is_column && static_cast<unsigned>(row) < static_cast<unsigned>(r.height);
+      copy_async<kChannels * sizeof(T)>(to, valid ? from : r.global, valid);
+      from += step * r.row_stride;
+      to += step * r.pitch;
+    }
+  });
+}
+
+// Rows of `eights` times eight such pixels to the planes of their channels; `rows`: a multiple of four.
+template <int kChannels, class T, class Quotient>
+__device__ __forceinline__ void transpose_pixels(const T* pixels, int pixel_pitch, T* planes, int pitch,
+                                                 int plane_elements, int rows, int eights, Quotient quotient) {
+  const int thread = ptx::thread_index(), lane = thread % 32;
+#pragma unroll 1
+  for (int k = thread / 32; k < rows / 4 * eights; k += blockDim.x / 32) {
+    const int row = quotient(k) * 4, column = (k - quotient(k) * eights) * 8;
+    unsigned matrices[4];  // of one row each
+    ptx::load_matrices_transposed(
+        matrices, ptx::shared_address(pixels + (row + lane / 8) * pixel_pitch + (column + lane % 8) * kPixelElements));
+    if (lane / 4 >= kChannels) continue;
+    T* const to = planes + lane / 4 * plane_elements + row * pitch + column + lane % 4 * 2;
 #pragma unroll
-            for (int e = 0; e < kTogether; ++e) {
-              const int channel = channel_of(k + e);
-              first[e] = load_or_zero<1>(pixel + channel, in_bounds(row, column) && channel >= 0).value[0];
-              second[e] =
-                  load_or_zero<1>(pixel + channels + channel, in_bounds(row, column + 1) && channel >= 0).value[0];
-            }
+    for (int e = 0; e < 4; ++e) *reinterpret_cast<unsigned*>(to + e * pitch) = matrices[e];
+  }
+}
+
+// The same at once, for pixels on any boundary. `channel_of(k)`: where the k-th channel lies, or -1; the planes of those
+// that do not exist are zeros before, and are left alone.
+template <int kChannels, class T, class ChannelOf>
+__device__ __forceinline__ void transpose_rectangle(const Rectangle<T, T>& r, const CopyThreads& threads, int channels,
+                                                    int plane_elements, ChannelOf channel_of) {
+  for_each_column(r, 2, threads, [&](int k, int first_row, int step) {
+    const int column = r.first_column + k;
+    const bool is_first = static_cast<unsigned>(column) < static_cast<unsigned>(r.width);
+    const bool is_second = static_cast<unsigned>(column + 1) < static_cast<unsigned>(r.width);
+    constexpr int kTogether = 4;  // channels whose loads are on their way together
+    static_assert(kChannels % kTogether == 0);
+#pragma unroll 1
+    for (int row = first_row; row < r.rows; row += step) {
+      const bool is_row = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
+      const T* const pixel = r.global + ((r.first_row + row) * r.row_stride + static_cast<int64_t>(column) * channels);
+      T* const to = r.shared + row * r.pitch + k;
+#pragma unroll 1
+      for (int e = 0; e < kChannels && channel_of(e) >= 0; e += kTogether) {
+        T first[kTogether], second[kTogether];
 #pragma unroll
-            for (int e = 0; e < kTogether; ++e) store(shared, k + e, first[e], second[e]);
-          }
-          return 0;
-        },
-        [](T*, int) {});
+        for (int t = 0; t < kTogether; ++t) {
+          const int channel = channel_of(e + t);
+          first[t] = load_or_zero<1>(pixel + channel, is_row && is_first && channel >= 0).value[0];
+          second[t] = load_or_zero<1>(pixel + channels + channel, is_row && is_second && channel >= 0).value[0];
+        }
+#pragma unroll
+        for (int t = 0; t < kTogether; ++t)
+          *reinterpret_cast<unsigned*>(to + (e + t) * plane_elements) =
+              first[t].bits | static_cast<unsigned>(second[t].bits) << 16;
+      }
+    }
+  });
 }
 
 // Threads along a row for `vectors` vectors: a power of two, a warp at most.
-inline int row_lanes(int vectors) {
-  int lanes = 1;
-  while (lanes < vectors && lanes < 32) lanes *= 2;
-  return lanes;
+inline int row_lane_bits(int vectors) {
+  int bits = 0;
+  while (1 << bits < vectors && bits < 5) ++bits;
+  return bits;
 }
+inline int row_lanes(int vectors) { return 1 << row_lane_bits(vectors); }
 
 }  // namespace depthwise

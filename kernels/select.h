@@ -384,14 +384,7 @@ inline Config select_strips_grad_weight(const Problem& p) {
   return first_that_serves(p, nchw ? Kernel::kStripsGradWeightNchw : Kernel::kStripsGradWeightNhwc);
 }
 
-inline Config select_large_grad_weight(const Problem& p) {
-  // The narrowest tile that holds a row, or the widest, which is the layout's first.
-  const Config widest = first_that_serves(p, Kernel::kToeplitzGradWeight);
-  for (int tile = TileTable(kToeplitzGradWeightTiles).size - 1; tile > widest.tile; --tile)
-    if (can_serve(p, Kernel::kToeplitzGradWeight, tile) && p.w <= kToeplitzGradWeightTiles[tile].columns)
-      return {Kernel::kToeplitzGradWeight, tile};
-  return widest;
-}
+inline Config select_large_grad_weight(const Problem& p) { return first_that_serves(p, Kernel::kToeplitzGradWeight); }
 
 inline Config select_grad_weight(const Problem& p) {
   const bool channels_last = p.layout == Layout::kNhwc;

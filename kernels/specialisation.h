@@ -19,7 +19,7 @@ struct Specialisation {
   int padding_h;         // grad of input; images_fma of whole planes; images_grad_weight of 8 columns: of the first row
                          // that meets the image
   int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns (warps_nchw: the latter);
-                         // images_grad_weight: rows
+                         // images_grad_weight: rows; toeplitz_grad_weight: columns of a stage
   int height;            // images_fma: of whole planes, else 0
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
@@ -50,9 +50,10 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.tile = config.tile;
     return s;
   }
-  if (kernel == Kernel::kToeplitzGradWeight) {  // compiled for the kernel's size in eights
-    s.kernel_h = static_cast<int>(p.kernel_h + 7) / 8 * 8;
-    s.kernel_w = static_cast<int>(p.kernel_w + 7) / 8 * 8;
+  if (kernel == Kernel::kToeplitzGradWeight) {  // compiled for the kernel's size in sixteens, and a stage's columns
+    s.kernel_h = static_cast<int>(p.kernel_h + 15) / 16 * 16;
+    s.kernel_w = static_cast<int>(p.kernel_w + 15) / 16 * 16;
+    s.width = 8 * toeplitz_eights(p.w, tile_table(kernel, p.dtype)[config.tile].columns);
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     s.tile = config.tile;
     return s;
@@ -186,6 +187,7 @@ inline std::string specialisation_name(const Specialisation& s) {
   if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
   if (s.kernel == Kernel::kDirectNchw) full += "_w" + std::to_string(s.width) + "x" + std::to_string(s.out_width);
   if (s.kernel == Kernel::kWarpsNchw) full += "_w" + std::to_string(s.out_width);
+  if (s.kernel == Kernel::kToeplitzGradWeight) full += "_w" + std::to_string(s.width);
   if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
 }
@@ -213,8 +215,8 @@ inline std::string specialisation_source(const Specialisation& s) {
              ", " + std::to_string(s.padding_w) + ", " + std::to_string(s.padding_h);
   if (s.kernel == Kernel::kToeplitzGradWeight) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h / 8,
-                  s.kernel_w / 8, tile.columns / 16, tile.vector > 1 ? "true" : "false");
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
+                  s.kernel_h / 16, s.kernel_w / 16, s.width / 8, tile.vector > 1 ? "true" : "false");
     traits = std::string("ToeplitzGradWeightTraits<") + arguments;
   }
   if (is_images_grad_weight(s.kernel)) {

@@ -3,17 +3,25 @@
 // Serves  fp16 and bf16, stride 1, dilation 1, kernels up to 64x64, any padding below the kernel's size, any image
 //         size, alignment and depth multiplier.
 // Idea    For one row g of grad_output and the rows x of the input that it meets, grad_weight[i][j] += sum over w of
-//         g[w - j + padding] * x[i][w]. So D[j][i] = A * B: A[j][w] is the Toeplitz matrix of g, B[w][i] are input rows
-//         as they lie in memory. A step of 16 columns w takes 16 kernel columns j by 8 kernel rows i; multiplies are
-//         wasted on the rounding of w, i and j alone (31x31 on 56 columns: 1 - 56/64 * 31/32 * 31/32 = 18%). A Toeplitz
-//         fragment depends on w - j only: 2 * chunks + 2 * tiles - 1 registers hold all of a row's fragments. Pairs at
-//         odd offsets are put together from two words.
+//         x[i][w] * g[w - j + padding]. So D[i][j] = A * B: A[i][w] are input rows as they lie in memory, B[w][j] is the
+//         Toeplitz matrix of g. A product takes 16 kernel rows i, eight kernel columns j and two eights of columns w, or
+//         one where there is no other; multiplies are wasted on the rounding of i, j and w alone (31x31 on 56 columns:
+//         6%). A Toeplitz fragment depends on w - j only. A tile of kernel columns takes every other one of 16: so the
+//         offsets of its fragments are all even, and a fragment is a word of g, or all odd: then it is halves of that
+//         word and its neighbour. The eights of a product are half of the columns apart, so that few fragments have two
+//         places in pairs of registers (neighbours: a quarter of all instructions were moves).
+// Rows    The next row's operands are loaded while a row is multiplied, into the registers that its steps leave (31x31 on 56
+//         columns: 18 words of g, 9 permutes and 4 or 8 ldmatrix for 32 products). NCHW: a warp takes every sixteenth row of
+//         grad_output, so that of two tiles of input rows one is in registers already; products keep the tensor cores
+//         busy for 90% of the time that warps spend on them (H100, the same).
 // Owns    NCHW: a block takes one channel and a share of the stages (a stage: some images, or a band of rows and a tile
 //         of columns of one), its warps rows of grad_output. channels_last: eight channels, one for each warp. Very
 //         large kernels have two warps share the kernel's rows, and four channels. Sums stay in fp32 registers to the
 //         end; the warps' are added in a fixed order, and the splits by add_splits_kernel: no atomics.
-// Memory  NCHW: two stages, copied asynchronously. channels_last: one stage of all channels,
-//         put planar on the way. As much as lets two blocks share a multiprocessor.
+// Memory  NCHW: two stages, copied asynchronously. channels_last: planes of the channels, of a ring of input rows and a
+//         step's rows of grad_output, or of a whole image where that fits; the pixels of the next step, copied
+//         asynchronously while one is multiplied, and put planar by transposing ldmatrix. As much as lets two blocks share a
+//         multiprocessor.
 // Zeros   stand for the padding in both matrices, and zero times infinity would poison a sum. But whatever is not finite
 //         reaches a sum then: a block whose sums are not all finite takes them again, term by term within bounds.
 // Chosen  select.h.
@@ -23,79 +31,18 @@
 #include "exact_grad_weight.cuh"
 #include "rectangle.cuh"
 #include "tensor_core.cuh"
+#include "toeplitz_grad_weight_tiling.cuh"
 
 namespace depthwise {
 
-// Compiled for the kernel's size in eights of rows and of columns.
-template <class T_, int kRowEights, int kColumnEights, int kChunks_, bool kChannelsLast_>
-struct ToeplitzGradWeightTraits {
-  using T = T_;
-  static constexpr bool kChannelsLast = kChannelsLast_;
-  static constexpr int kChunks = kChunks_;  // of 16 input columns
-  static constexpr int kTileColumns = 16 * kChunks;
-  static constexpr int kTilesI = kRowEights, kTilesJ = divide_up(kColumnEights, 2);
-  static constexpr bool kLastTileHalf = kColumnEights % 2 == 1;
-  static constexpr int kMaxSums = 64;                                         // a thread
-  static constexpr int kGroups = divide_up(4 * kTilesI * kTilesJ, kMaxSums);  // warps that share the kernel's rows
-  static constexpr int kGroupTiles = divide_up(kTilesI, kGroups);
-  static_assert(kGroups <= 2);
-
-  static constexpr int kChannels = !kChannelsLast ? 1 : kGroups == 1 ? 8 : 4;
-  static constexpr int kWarps = kChannelsLast ? kChannels * kGroups : kToeplitzWarps;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kSlots = kWarps / kGroups;  // NCHW: warps that share the rows; channels_last: the channels
-  static constexpr int kStages = kChannelsLast ? 1 : 2;
-  // Blocks of a multiprocessor that registers must leave room for: 80, 128 or 255 a thread.
-  static constexpr int kSums = 4 * kTilesJ * kGroupTiles;
-  static constexpr int kBlocks = kSums > 32 ? 1 : kSums > 8 || kChannelsLast ? 2 : 3;
-
-  // Elements from row to row. Input: an odd number of 16-byte words, so that ldmatrix meets no bank twice.
-  // Gradient: the columns a tile of input columns meets, and room to start at a multiple of eight.
-  static constexpr int kInputPitch = kTileColumns + 8;
-  static constexpr int kGradPitch = kTileColumns + 16 * kTilesJ + 8;
-  static constexpr int kReductionBytes = kChannelsLast ? 0 : kWarps / 2 * 32 * 4 * kSums;
-};
-
-// How a launch is cut.
-struct ToeplitzGradWeightTiling {
-  int images, band_rows, tile_columns;      // a stage
-  int num_bands, num_column_tiles, stages;  // of a channel
-  int image_rows, input_rows;               // shared memory: input rows from image to image, and of a stage
-  int warps_per_image;                      // NCHW: that share an image's rows
-  int grad_start;                           // first column of a tile's gradient, from its first input column
-  int input_vector, grad_vector;            // elements a copy; channels_last: all channels or 1
-  int input_lanes, grad_lanes;              // threads along a row, a power of two
-  const void *input_end, *grad_end;         // of the tensors
-};
-
-struct ToeplitzStage {
-  int64_t first_image;
-  int images, first_row, rows, first_column, columns;
-  bool last_columns;
-};
-
-__device__ __forceinline__ ToeplitzStage toeplitz_stage(const GradWeightArgs& args,
-                                                        const ToeplitzGradWeightTiling& tiling, int stage_idx) {
-  const int column_tile = stage_idx % tiling.num_column_tiles, rest = stage_idx / tiling.num_column_tiles;
-  ToeplitzStage stage;
-  stage.first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
-  stage.images = static_cast<int>(min(static_cast<int64_t>(tiling.images), args.n - stage.first_image));
-  stage.first_row = rest % tiling.num_bands * tiling.band_rows;
-  stage.rows = min(tiling.band_rows, args.out_h - stage.first_row);
-  stage.first_column = column_tile * tiling.tile_columns;
-  stage.columns = min(tiling.tile_columns, args.w - stage.first_column);
-  stage.last_columns = column_tile == tiling.num_column_tiles - 1;
-  return stage;
-}
-
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+__global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
     toeplitz_grad_weight_kernel(const GradWeightArgs args, const ToeplitzGradWeightTiling tiling,
                                 const int shared_bytes) {
   using T = typename Traits::T;
-  constexpr int kTilesJ = Traits::kTilesJ, kGroupTiles = Traits::kGroupTiles, kChunks = Traits::kChunks;
-  constexpr int kFragments = 2 * kChunks + 2 * kTilesJ - 1;
-  constexpr int kFragmentOfZero = 2 * kTilesJ - 1;  // the one that the first column of chunk 0 and tile 0 starts with
+  constexpr int kTilesJ = Traits::kTilesJ, kGroupTiles = Traits::kGroupTiles;
+  constexpr int kPairs = Traits::kPairs, kFragments = Traits::kFragments;
+  constexpr int kFragmentOfZero = kTilesJ - 2;  // the one of column 0 and tile 0
   const int taps = args.kernel_h * args.kernel_w;
 
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -105,229 +52,410 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = warp % Traits::kGroups, slot = warp / Traits::kGroups;
-  const int64_t first_channel = static_cast<int64_t>(blockIdx.x) * Traits::kChannels;
-  const int64_t channel = first_channel + (Traits::kChannelsLast ? slot : 0);
-  const int begin = static_cast<int>(static_cast<int64_t>(tiling.stages) * blockIdx.y / args.splits);
-  const int end = static_cast<int>(static_cast<int64_t>(tiling.stages) * (blockIdx.y + 1) / args.splits);
+  const int first_channel = blockIdx.x * Traits::kChannels;
+  // The block's stages.
+  const auto stage_of_split = [&](int split) {
+    return static_cast<int>(static_cast<int64_t>(tiling.stages) * split / args.splits);
+  };
+  const auto first_stage = [&] { return stage_of_split(blockIdx.y); };
+  const auto last_stage = [&] { return stage_of_split(blockIdx.y + 1); };
 
-  // A stage in shared memory: input rows from padding_h above the first row of each image, as far as the last kernel
-  // row of the last row meets (what lies between two images is zeros for both), then the gradient's rows.
+  // A plane in shared memory: input rows, then the gradient's. NCHW, a stage: input rows from padding_h above the first row
+  // of each image, as far as the last kernel row of the last row meets (what lies between two images is zeros for both).
+  // channels_last: a ring of input rows, which every step moves on, and a step's gradient; behind all planes a step's
+  // pixels, as they come.
   const int input_elements = tiling.input_rows * Traits::kInputPitch;
-  const int plane_elements = input_elements + tiling.images * tiling.band_rows * Traits::kGradPitch;
   T* const planes = reinterpret_cast<T*>(shared_memory);
-  const bool one_column_tile = tiling.num_column_tiles == 1, one_band = tiling.num_bands == 1;
+  const bool one_band = tiling.num_bands == 1;
 
-  const auto load_stage = [&](int idx, T* shared) {
-    const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
-    const int64_t in_c = args.out_c / args.multiplier;
-    const int64_t in_image = in_c * args.h * args.w, grad_image = args.out_c * args.out_h * args.out_w;
-    Rectangle<T, T> in, out;
-    in.shared = shared + (one_band ? args.padding_h * Traits::kInputPitch : 0);
-    in.pitch = Traits::kInputPitch;
-    in.image_pitch = tiling.image_rows * Traits::kInputPitch;
-    in.global = static_cast<const T*>(args.input) + stage.first_image * in_image;
-    in.image_stride = in_image;
-    in.row_stride = Traits::kChannelsLast ? args.w * in_c : args.w;
-    in.images = stage.images;
-    in.rows = one_band ? args.h : stage.rows + args.kernel_h - 1;
-    in.first_row = one_band ? 0 : stage.first_row - args.padding_h;
-    in.height = args.h;
-    in.first_column = stage.first_column;
-    in.width = args.w;
-    in.low = 0;
-    in.high = one_column_tile ? args.w : tiling.tile_columns;
-    out.shared = shared + input_elements;
-    out.pitch = Traits::kGradPitch;
-    out.image_pitch = stage.rows * Traits::kGradPitch;
-    out.global = static_cast<const T*>(args.grad_output) + stage.first_image * grad_image;
-    out.image_stride = grad_image;
-    out.row_stride = Traits::kChannelsLast ? args.out_w * args.out_c : args.out_w;
-    out.images = stage.images;
-    out.rows = stage.rows;
-    out.first_row = stage.first_row;
-    out.height = args.out_h;
-    out.first_column = stage.first_column + tiling.grad_start;
-    out.width = args.out_w;
-    out.low = one_column_tile ? -tiling.grad_start : 0;
-    out.high = one_column_tile ? args.out_w - tiling.grad_start : Traits::kGradPitch;
-    if constexpr (Traits::kChannelsLast) {
-      constexpr int kBatch = Traits::kSums > 32 ? 1 : 2;  // loads in flight, as registers allow
-      const int first = static_cast<int>(first_channel), end = static_cast<int>(args.out_c);
-      const auto out_channel = [&](int k) { return first + k < end ? first + k : -1; };
-      const auto in_channel = [&](int k) {
-        return args.multiplier == 1 || first + k >= end ? out_channel(k) : (first + k) / args.multiplier;
-      };
-      transpose_rectangle<Traits::kChannels, kBatch>(in, tiling.input_vector == Traits::kChannels, tiling.input_lanes,
-                                                     static_cast<int>(in_c), plane_elements, in_channel);
-      transpose_rectangle<Traits::kChannels, kBatch>(out, tiling.grad_vector == Traits::kChannels, tiling.grad_lanes,
-                                                     static_cast<int>(args.out_c), plane_elements, out_channel);
-    } else {
-      in.global += first_channel / args.multiplier * args.h * args.w;
-      out.global += first_channel * args.out_h * args.out_w;
-      if (tiling.input_vector == 1 || tiling.grad_vector == 1) {
-        const auto rows = [&] { return UnalignedRectangle<T>(in, {args.input, tiling.input_end}); };
-        const auto grad_rows = [&] { return UnalignedRectangle<T>(out, {args.grad_output, tiling.grad_end}); };
-        if constexpr (Traits::kBlocks < 3)
-          copy_unaligned_rectangles(rows(), grad_rows());
-        else  // registers are too few for both
-          copy_unaligned_rectangles(rows()), copy_unaligned_rectangles(grad_rows());
-      } else {
-        copy_rectangle(in, tiling.input_vector, tiling.input_lanes);
-        copy_rectangle(out, tiling.grad_vector, tiling.grad_lanes);
-      }
-      commit_copies();
-    }
+  const auto input_of = [&](const ToeplitzStage& stage, int first_row, int rows) {
+    return toeplitz_input<Traits>(args, tiling, stage, first_row, rows);
+  };
+  const auto grad_of = [&](const ToeplitzStage& stage, int first_row, int rows) {
+    return toeplitz_grad<Traits>(args, tiling, stage, first_row, rows);
   };
 
-  float sum[kTilesJ][kGroupTiles][4] = {};
+  float sum[kGroupTiles][kTilesJ][4] = {};
   float bias = 0.f;
   const bool has_bias = args.partial_bias != nullptr || args.grad_bias != nullptr;
 
-  // The pair that starts fragment 0 for this lane: element grad_offset + 2t - g of a gradient row, g and t as in
-  // tensor_core.cuh. Its word, and whether it starts in the middle of it.
-  const int first_pair = args.padding_w - tiling.grad_start - 8 * kFragmentOfZero + lane % 4 * 2 - lane / 4;
-  const int shift = (first_pair & 1) * 16;
-  // NCHW: this warp takes every step-th row of every image_step-th image.
-  const int step = Traits::kChannelsLast ? 1 : tiling.warps_per_image;
-  const int image_step = Traits::kChannelsLast ? 1 : Traits::kSlots / step;
-  const int first_image = Traits::kChannelsLast ? 0 : slot / step, first_h = Traits::kChannelsLast ? 0 : slot % step;
-  const int kernel_row = group * kGroupTiles * 8 + lane % 8;
-  const unsigned matrix = (kChunks == 1 ? lane / 8 % 2 : lane / 8) * 16;  // bytes to this lane's matrix of a chunk
+  // Tiles of kernel columns come in pairs: 16 columns, every other one. Of the even tile, offsets in a gradient row are
+  // even, so that a pair of elements is a word; of the odd one it is half of that and half of the word at its side.
+  const int parity = args.padding_w & 1;  // of the even tile's kernel columns
+  const int side = parity ? 1 : -1;
+  const unsigned halves = ptx::opaque(parity ? 0x5432u : 0x1076u);  // the word's upper and the lower of the next, or
+                                                                    // the lower and the upper of the one before
+  // This lane's word of fragment 0 in a gradient row.
+  const int first_word = (args.padding_w - parity - tiling.grad_start) / 2 - 4 * kFragmentOfZero + lane % 4 - lane / 4;
+  // This lane's row of the four matrices of an ldmatrix: rows 0 to 7 and 8 to 15 of an eight of columns, then of its
+  // partner.
+  const int kernel_row = group * Traits::kGroupRows + lane % 16;
+  const unsigned partner = lane / 16 * kPairs * 16;  // bytes
+  constexpr int kTileBytes = Traits::kTileRows * Traits::kInputPitch * 2, kTileWords = 2 * Traits::kEights;
+  constexpr int kSteps = kPairs + Traits::kHasSingle;
 
-  // All tiles of kernel rows, of which some lie outside the image: without branches, their loads and products overlap
-  // (31x31 on 32x128x56x56, fp16, H200: 0.113 ms, skipping them 0.147).
-  const auto multiply_row = [&](const unsigned* grad, unsigned input, int columns) {
-    unsigned toeplitz[kFragments];
+  // Input rows, 16 of them, and what step x multiplies of them.
+  unsigned window[kGroupTiles][kTileWords], toeplitz[2][kFragments];
+  const auto load_tile_step = [&](int tile, unsigned input, int x) {
+    if (x < kPairs) {
+      unsigned matrices[4];
+      ptx::load_matrices(matrices, input + x * 16);
 #pragma unroll
-    for (int v = 0; v < kFragments; ++v) toeplitz[v] = __funnelshift_r(grad[4 * v], grad[4 * v + 1], shift);
-    constexpr int kAtOnce = kChunks == 1 ? 1 : 2;  // chunks that one ldmatrix brings
+      for (int k = 0; k < 4; ++k) window[tile][4 * x + k] = matrices[k];
+    } else {
+      unsigned matrices[2];
+      ptx::load_matrices(matrices, input + 2 * kPairs * 16);
+      window[tile][4 * kPairs] = matrices[0], window[tile][4 * kPairs + 1] = matrices[1];
+    }
+  };
+  const auto load_tile = [&](int tile, unsigned input) {
 #pragma unroll
-    for (int first = 0; first < kChunks; first += kAtOnce) {
+    for (int x = 0; x < kSteps; ++x) load_tile_step(tile, input, x);
+  };
+  const auto load_fragment = [&](int v, const unsigned* grad) {
+    toeplitz[0][v] = grad[4 * v];
+    toeplitz[1][v] = __byte_perm(toeplitz[0][v], grad[4 * v + side], halves);
+  };
+  // A row of grad_output. What a step is the last to need makes room for the next row's: load_next(step) does so for tiles.
+  const auto multiply_row = [&](int first_tile, const unsigned* next_grad, auto load_next) {
+#pragma unroll
+    for (int x = 0; x < kSteps; ++x) {
 #pragma unroll
       for (int n = 0; n < kGroupTiles; ++n) {
-        unsigned x[2 * kAtOnce];
-        ptx::load_matrices(x, input + n * 8 * Traits::kInputPitch * 2 + first * 32);
+        const unsigned* const a = &window[(first_tile + n) % kGroupTiles][4 * x];
 #pragma unroll
-        for (int q = 0; q < kAtOnce; ++q) {
-          if (first + q > 0 && 16 * (first + q) >= columns) continue;
-#pragma unroll
-          for (int m = 0; m < kTilesJ; ++m) {
-            const bool half = Traits::kLastTileHalf && m == kTilesJ - 1;  // its upper eight rows are beyond the kernel
-            const int v = 2 * (first + q - m) + kFragmentOfZero;
-            multiply_k16<T>(sum[m][n], toeplitz[v], half ? 0 : toeplitz[v - 1], toeplitz[v + 1], half ? 0 : toeplitz[v],
-                            x[2 * q], x[2 * q + 1]);
-          }
+        for (int m = 0; m < kTilesJ; ++m) {
+          const unsigned* const b = toeplitz[m % 2];
+          if (const int v = x - m / 2 * 2 + kFragmentOfZero; x < kPairs)
+            multiply_k16<T>(sum[n][m], a[0], a[1], a[2], a[3], b[v], b[v + kPairs]);
+          else
+            multiply_k8<T>(sum[n][m], a[0], a[1], b[v + kPairs]);
         }
       }
+      load_next(x);
+#pragma unroll
+      for (int v = 0; v < kFragments; ++v)
+        if (Traits::last_step(v) == x) load_fragment(v, next_grad);
     }
   };
 
-  const auto multiply_stage = [&](int idx, const T* shared) {
-    const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
-    for (int image = first_image; image < stage.images; image += image_step) {
-      const T* const grad_row = shared + input_elements + (image * stage.rows + first_h) * Traits::kGradPitch;
-      const auto* grad = reinterpret_cast<const unsigned*>(grad_row) + (first_pair >> 1);
-      unsigned input =
-          ptx::shared_address(shared + (image * tiling.image_rows + first_h + kernel_row) * Traits::kInputPitch) +
-          matrix;
-#pragma unroll 1
-      for (int h = first_h; h < stage.rows; h += step) {
-        multiply_row(grad, input, stage.columns);
-        grad += step * (Traits::kGradPitch / 2);
-        input += step * (Traits::kInputPitch * 2);
-      }
-    }
+  // Columns that no other tile adds.
+  const auto add_bias = [&](const ToeplitzStage& stage, const T* grad, int first_row, int rows, int step) {
     if (!has_bias || group != 0) return;
-    // Columns that no other tile adds.
     const int high = (stage.last_columns ? args.out_w - stage.first_column : tiling.tile_columns) - tiling.grad_start;
-    for (int row = Traits::kChannelsLast ? 0 : slot; row < stage.images * stage.rows;
-         row += Traits::kChannelsLast ? 1 : Traits::kSlots) {
-      const T* const grad = shared + input_elements + row * Traits::kGradPitch;
+#pragma unroll 1
+    for (int row = first_row; row < rows; row += step) {
       float part = 0.f;
-      for (int k = lane - tiling.grad_start; k < high; k += 32) part += to_float(grad[k]);
+#pragma unroll 1
+      for (int k = lane - tiling.grad_start; k < high; k += 32) part += to_float(grad[row * Traits::kGradPitch + k]);
       bias += part;
     }
   };
 
+  ToeplitzWalk walk(tiling, first_stage());
+  const int stages = last_stage() - first_stage();
   if constexpr (Traits::kChannelsLast) {
-    for (int idx = begin; idx < end; ++idx) {
-      load_stage(idx, planes);
-      __syncthreads();
-      multiply_stage(idx, planes + slot * plane_elements);
-      __syncthreads();
-    }
-  } else {
-#pragma unroll 1
-    for (int idx = begin - 1; idx < end; ++idx) {  // one ahead of the stage that is multiplied
-      if (idx + 1 < end) {
-        load_stage(idx + 1, planes + (idx + 1 - begin) % 2 * plane_elements);
-        wait_for_copies<1>();
-      } else {
-        wait_for_copies<0>();
+    // Steps fill the ring with what it is short of, as far as the last kernel row of the step's last row meets; a stage's
+    // first ones, which are negative, do no more than that. An image that fits is one step, between rows of zeros.
+    const int step_rows = tiling.step_rows, first_step = tiling.first_step;
+    T* const pixels = planes + Traits::kChannels * tiling.plane_elements;
+    T* const grad_pixels = pixels + tiling.step_input_rows * Traits::kTileColumns * kPixelElements;
+    const bool whole_input = tiling.input_vector == Traits::kChannels;
+    const bool whole_grad = tiling.grad_vector == Traits::kChannels;
+    const int last = static_cast<int>(args.out_c);
+    const auto input_rows_added = [&](int step) { return step < 0 ? tiling.fill_step_rows : tiling.step_input_rows; };
+    const auto input_rows_of = [&](const ToeplitzStage& stage, int step) {
+      const int before = step < 0 ? step * tiling.fill_step_rows : step * step_rows;  // from step 0 on
+      return input_of(stage, stage.first_row + tiling.first_input_row + before, input_rows_added(step));
+    };
+    const auto grad_rows_of = [&](const ToeplitzStage& stage, int step) {
+      return grad_of(stage, stage.first_row + step * step_rows, min(step_rows, stage.rows - step * step_rows));
+    };
+    const auto threads = [](int lane_bits) { return CopyThreads{Traits::kThreads, ptx::thread_index(), lane_bits}; };
+    const auto copy_step = [&](const ToeplitzStage& stage, int step) {
+      if (whole_input) {
+        Rectangle<T, T> in = input_rows_of(stage, step);
+        in.global += first_channel;
+        in.shared = pixels;
+        in.pitch = Traits::kTileColumns * kPixelElements;
+        in.high = Traits::kTileColumns;  // zeros behind the last column
+        copy_pixels<Traits::kChannels>(in, threads(tiling.input_lane_bits), tiling.in_channels);
       }
-      if (idx < begin) continue;
+      if (whole_grad && step >= 0) {
+        Rectangle<T, T> out = grad_rows_of(stage, step);
+        out.global += first_channel;
+        out.shared = grad_pixels;
+        out.pitch = tiling.grad_columns * kPixelElements;
+        out.high = out.low + tiling.grad_columns;
+        copy_pixels<Traits::kChannels>(out, threads(tiling.grad_lane_bits), last);
+      }
+      commit_copies();
+    };
+    const auto transpose_step = [&](const ToeplitzStage& stage, int step, int ring_row) {
+      const auto out_channel = [&](int k) { return first_channel + k < last ? first_channel + k : -1; };
+      const auto in_channel = [&](int k) {
+        return first_channel + k < last ? (first_channel + k) / args.multiplier : -1;
+      };
+      T* const ring = planes + ring_row * Traits::kInputPitch;
+      if (whole_input) {
+        transpose_pixels<Traits::kChannels>(pixels, Traits::kTileColumns * kPixelElements, ring, Traits::kInputPitch,
+                                            tiling.plane_elements, input_rows_added(step), Traits::kEights,
+                                            [](int k) { return k / Traits::kEights; });
+      } else {
+        Rectangle<T, T> in = input_rows_of(stage, step);
+        in.shared = ring;
+        in.pitch = Traits::kInputPitch;
+        transpose_rectangle<Traits::kChannels>(in, threads(tiling.input_lane_bits), tiling.in_channels,
+                                               tiling.plane_elements, in_channel);
+      }
+      if (step < 0) return;
+      Rectangle<T, T> out = grad_rows_of(stage, step);
+      out.shared = planes + input_elements;
+      out.pitch = Traits::kGradPitch;
+      if (whole_grad)
+        transpose_pixels<Traits::kChannels>(grad_pixels, tiling.grad_columns * kPixelElements, out.shared + out.low,
+                                            Traits::kGradPitch, tiling.plane_elements, (step_rows + 3) / 4 * 4,
+                                            tiling.grad_columns / 8,
+                                            [&](int k) { return tiling.grad_eights.quotient(k); });
+      else
+        transpose_rectangle<Traits::kChannels>(out, threads(tiling.grad_lane_bits), last, tiling.plane_elements,
+                                               out_channel);
+    };
+    const auto multiply_step = [&](const T* plane, int ring_row, int rows) {
+      const unsigned ring = ptx::shared_address(plane) + partner, ring_bytes = input_elements * 2;
+      unsigned input[kGroupTiles];
+#pragma unroll
+      for (int n = 0; n < kGroupTiles; ++n) {
+        const int row = ring_row + kernel_row + n * Traits::kTileRows;
+        input[n] = ring + (row < tiling.input_rows ? row : row - tiling.input_rows) * (Traits::kInputPitch * 2);
+        load_tile(n, input[n]);
+      }
+      const unsigned* grad = reinterpret_cast<const unsigned*>(plane + input_elements) + first_word;
+#pragma unroll
+      for (int v = 0; v < kFragments; ++v) load_fragment(v, grad);
+#pragma unroll 1
+      for (; rows > 0; --rows) {
+        if (rows > 1) {  // or loads the last row once more
+          grad += Traits::kGradPitch / 2;
+#pragma unroll
+          for (int n = 0; n < kGroupTiles; ++n) {
+            input[n] += Traits::kInputPitch * 2;
+            if (input[n] >= ring + ring_bytes) input[n] -= ring_bytes;
+          }
+        }
+        multiply_row(0, grad, [&](int x) {
+#pragma unroll
+          for (int n = 0; n < kGroupTiles; ++n) load_tile_step(n, input[n], x);
+        });
+      }
+    };
+
+    ToeplitzWalk next = walk;
+    int step = first_step, next_step = step, stages_left = stages, ring_row = 0;
+    const T* const plane = planes + slot * tiling.plane_elements;
+    if (stages_left > 0) copy_step(next.stage(args, tiling), next_step);
+#pragma unroll 1
+    while (stages_left > 0) {
+      const ToeplitzStage stage = walk.stage(args, tiling);
+      wait_for_copies<0>();
       __syncthreads();
-      multiply_stage(idx, planes + (idx - begin) % 2 * plane_elements);
+      if (step == first_step) ring_row = 0;
+      transpose_step(stage, step, ring_row + tiling.zero_rows);
       __syncthreads();
+      if (first_step < 0) ring_row += input_rows_added(step);
+      if (ring_row == tiling.input_rows) ring_row = 0;
+      if (++next_step * step_rows >= stage.rows) {
+        next.advance(tiling);
+        next_step = first_step;
+        --stages_left;
+      }
+      if (stages_left > 0) copy_step(next.stage(args, tiling), next_step);
+      if (step >= 0) {
+        const int rows = min(step_rows, stage.rows - step * step_rows);
+        multiply_step(plane, ring_row, rows);
+        add_bias(stage, plane + input_elements, 0, rows, 1);
+      }
+      walk = next;
+      step = next_step;
     }
+    __syncthreads();
+  } else {
+    // Half of the warps copy the input, the others the gradient.
+    constexpr int kHalfThreads = Traits::kThreads / 2;
+    const bool takes_input = threadIdx.x < kHalfThreads;
+    const auto copy_stage = [&](const ToeplitzStage& stage, T* shared) {
+      Rectangle<T, T> own;
+      if (takes_input) {
+        own = one_band ? input_of(stage, 0, args.h)
+                       : input_of(stage, stage.first_row - args.padding_h, stage.rows + args.kernel_h - 1);
+        own.global += first_channel / args.multiplier * (static_cast<int64_t>(args.h) * args.w);
+        own.shared = shared + (one_band ? args.padding_h * Traits::kInputPitch : 0);
+        own.pitch = Traits::kInputPitch;
+        own.image_pitch = tiling.image_rows * Traits::kInputPitch;
+      } else {
+        own = grad_of(stage, stage.first_row, stage.rows);
+        own.global += first_channel * (static_cast<int64_t>(args.out_h) * args.out_w);
+        own.shared = shared + input_elements;
+        own.pitch = Traits::kGradPitch;
+        own.image_pitch = stage.rows * Traits::kGradPitch;
+      }
+      const CopyThreads threads{kHalfThreads, ptx::thread_index() % kHalfThreads,
+                                takes_input ? tiling.input_lane_bits : tiling.grad_lane_bits};
+      const int vector = takes_input ? tiling.input_vector : tiling.grad_vector;
+      constexpr int kBatch = 2;  // loads in flight, as registers allow
+      if (vector == 1)
+        copy_unaligned_rectangle<kBatch>(own, threads,
+                                         takes_input ? UnalignedTensor{args.input, tiling.input_end}
+                                                     : UnalignedTensor{args.grad_output, tiling.grad_end});
+      else
+        copy_rectangle(own, vector, threads);
+      commit_copies();
+    };
+    const auto multiply_stage = [&](const ToeplitzStage& stage, const T* shared) {
+      // Of each image the warp takes some of the rows 0 to kRollingRows - 1, and for each of them all that are a multiple of
+      // kRollingRows below. Other ones of every image, as some have a row more.
+      constexpr int kStep = Traits::kChannelsLast ? 1 : Traits::kSlots;
+      const int first_rows = min(stage.rows, kRollingRows);
+      int image = 0, h = Traits::kChannelsLast ? 0 : slot;
+      const unsigned* grad;
+      unsigned input;
+      int rows;  // from `grad` on
+      const auto begin_rows = [&] {
+        while (h >= first_rows) {
+          if (++image >= stage.images) return false;
+          h = Traits::kChannelsLast ? 0 : static_cast<unsigned>(slot + image * stage.rows) % kStep;
+        }
+        const T* const grad_row = shared + input_elements + (image * stage.rows + h) * Traits::kGradPitch;
+        const T* const input_row = shared + (image * tiling.image_rows + h + kernel_row) * Traits::kInputPitch;
+        grad = reinterpret_cast<const unsigned*>(grad_row) + first_word;
+        input = ptx::shared_address(input_row) + partner;
+        rows = (stage.rows - h + kRollingRows - 1) / kRollingRows;
+        h += kStep;
+        return true;
+      };
+      if (begin_rows()) {
+#pragma unroll
+        for (int n = 0; n < kGroupTiles; ++n) load_tile(n, input + n * kTileBytes);
+#pragma unroll
+        for (int v = 0; v < kFragments; ++v) load_fragment(v, grad);
+        bool exists = true;
+#pragma unroll 1
+        do {
+#pragma unroll
+          for (int u = 0; u < kGroupTiles; ++u) {
+            const bool rolls = --rows > 0;
+            if (rolls) {
+              grad += kRollingRows * Traits::kGradPitch / 2;
+              input += kTileBytes;
+            } else {
+              exists = begin_rows();  // or loads the last row once more
+            }
+            multiply_row(u, grad, [&](int x) { load_tile_step(u, input + (kGroupTiles - 1) * kTileBytes, x); });
+            if (!exists) break;
+            if (!rolls) {
+#pragma unroll
+              for (int n = 0; n < kGroupTiles - 1; ++n) load_tile((u + 1 + n) % kGroupTiles, input + n * kTileBytes);
+            }
+          }
+        } while (exists);
+      }
+      add_bias(stage, shared + input_elements, slot, stage.images * stage.rows, Traits::kSlots);
+    };
+
+#pragma unroll 1
+    for (int idx = -1; idx < stages; ++idx) {  // one behind the stage that is copied
+      ToeplitzWalk next = walk;
+      if (idx >= 0) {
+        wait_for_copies<0>();
+        __syncthreads();  // and all have left the stage before
+        next.advance(tiling);
+      }
+      if (idx + 1 < stages) copy_stage(next.stage(args, tiling), planes + (idx + 1) % 2 * tiling.plane_elements);
+      if (idx < 0) continue;
+      multiply_stage(walk.stage(args, tiling), planes + idx % 2 * tiling.plane_elements);
+      walk.advance(tiling);
+    }
+    __syncthreads();
   }
 
   let_second_pass_begin();
 
-  // Add the warps' sums, halving their number step by step.
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) bias += __shfl_xor_sync(~0u, bias, offset);
-  if constexpr (!Traits::kChannelsLast) {
-    constexpr int kSums = Traits::kSums;
-    float* const flat = &sum[0][0][0];
-    auto* const others = reinterpret_cast<float*>(shared_memory);
-#pragma unroll 1
-    for (int half = Traits::kSlots / 2; half > 0; half /= 2) {
-      float* const other = others + (slot % half * Traits::kGroups + group) * kSums * 32 + lane;
-      if (slot >= half && slot < 2 * half) {
-#pragma unroll
-        for (int k = 0; k < kSums; ++k) other[k * 32] = flat[k];
-      }
-      __syncthreads();
-      if (slot < half) {
-#pragma unroll
-        for (int k = 0; k < kSums; ++k) flat[k] += other[k * 32];
-      }
-      __syncthreads();
-    }
-    if (group == 0 && lane == 0) others[slot] = bias;
-    __syncthreads();
-    bias = 0.f;
-    for (int k = 0; k < Traits::kSlots; ++k) bias += others[k];
-  }
-
+  // The sums through shared memory to where they are stored, tap by tap.
+  auto* const sums = reinterpret_cast<float*>(shared_memory);
+  const auto place = [&](int i, int j) {  // of a kernel row, counted from a warp's first, and column in a warp's sums
+    const int tile = i / 16 * kTilesJ + j / 16 * 2 + ((j & 1) ^ parity);
+    return (tile * 4 + i / 8 % 2 * 2 + j / 2 % 2) * Traits::kSumPitch + i % 8 * 4 + j % 16 / 4;
+  };
+  const int channel = first_channel + (Traits::kChannelsLast ? slot : 0);
+  bool finite = true;
   const auto store = [&](int64_t c, int tap, float value) {
     store_grad_weight<T>(args, blockIdx.y, c * taps + tap, args.out_c * taps, value);
   };
-  const bool holds_sums = channel < args.out_c && (Traits::kChannelsLast || slot == 0);
-  if (holds_sums && group == 0 && lane == 0) store_grad_bias<T>(args, blockIdx.y, channel, bias);
-
-  bool finite = true;
+  if constexpr (Traits::kChannelsLast) {
+    if (channel < args.out_c && group == 0 && lane == 0) store_grad_bias<T>(args, blockIdx.y, channel, bias);
+    float* const own = sums + warp * Traits::kWarpSums;
 #pragma unroll
-  for (int m = 0; m < kTilesJ; ++m)
+    for (int n = 0; n < kGroupTiles; ++n) {
 #pragma unroll
-    for (int n = 0; n < kGroupTiles; ++n)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        finite = finite && is_finite(sum[m][n][k]);
-        const int i = (group * kGroupTiles + n) * 8 + lane % 4 * 2 + k % 2, j = m * 16 + lane / 4 + k / 2 * 8;
-        if (holds_sums && i < args.kernel_h && j < args.kernel_w) store(channel, i * args.kernel_w + j, sum[m][n][k]);
+      for (int k = 0; k < 4 * kTilesJ; ++k) own[k * Traits::kSumPitch + lane] = sum[n][k / 4][k % 4];
+      __syncwarp();
+      const int first = group * Traits::kGroupRows + n * Traits::kTileRows;
+      const int rows = min(Traits::kTileRows, args.kernel_h - first);
+      for (int tap = lane; channel < args.out_c && tap < rows * args.kernel_w; tap += 32) {
+        const int i = tap / args.kernel_w;
+        const float value = own[place(i, tap - i * args.kernel_w)];
+        finite = finite && is_finite(value);
+        store(channel, first * args.kernel_w + tap, value);
       }
-  if (!__syncthreads_or(holds_sums && !finite)) return;
+      __syncwarp();
+    }
+  } else {  // added up in a fixed order
+    constexpr int kHalf = Traits::kSlots / 2;
+    float* const own = sums + (slot % kHalf * Traits::kGroups + group) * Traits::kWarpSums + lane;
+    const float* const flat = &sum[0][0][0];
+    if (slot >= kHalf) {
+#pragma unroll
+      for (int k = 0; k < Traits::kSums; ++k) own[k * Traits::kSumPitch] = flat[k];
+    }
+    __syncthreads();
+    if (slot < kHalf) {
+#pragma unroll
+      for (int k = 0; k < Traits::kSums; ++k) own[k * Traits::kSumPitch] += flat[k];
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int tap = threadIdx.x; tap < taps; tap += Traits::kThreads) {
+      const int i = tap / args.kernel_w, from = i / Traits::kGroupRows;
+      const float* const part =
+          sums + from * Traits::kWarpSums + place(i - from * Traits::kGroupRows, tap - i * args.kernel_w);
+      float value = part[0];
+#pragma unroll
+      for (int k = 1; k < kHalf; ++k) value += part[k * Traits::kGroups * Traits::kWarpSums];
+      finite = finite && is_finite(value);
+      store(channel, tap, value);
+    }
+    __syncthreads();
+    if (group == 0 && lane == 0) sums[slot] = bias;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      bias = 0.f;
+      for (int k = 0; k < Traits::kSlots; ++k) bias += sums[k];
+      store_grad_bias<T>(args, blockIdx.y, channel, bias);
+    }
+  }
+  if (!__syncthreads_or(!finite)) return;
 
-  const int channels = static_cast<int>(min(static_cast<int64_t>(Traits::kChannels), args.out_c - first_channel));
+  const int channels = min(Traits::kChannels, static_cast<int>(args.out_c) - first_channel);
   for (int k = threadIdx.x; k < channels * taps; k += Traits::kThreads) {
-    const int64_t c = first_channel + k / taps;
+    const int c = first_channel + k / taps;
     const int tap = k % taps, i = tap / args.kernel_w, j = tap % args.kernel_w;
     float total = 0.f;
+    ToeplitzWalk walk(tiling, first_stage());
 #pragma unroll 1
-    for (int idx = begin; idx < end; ++idx) {
-      const ToeplitzStage stage = toeplitz_stage(args, tiling, idx);
+    for (int idx = first_stage(); idx < last_stage(); ++idx, walk.advance(tiling)) {
+      const ToeplitzStage stage = walk.stage(args, tiling);
       const int first_column = stage.first_column + args.padding_w - j;  // of the gradient
       total += exact_grad_weight<T>(args, Traits::kChannelsLast, c, i, j,
                                     {stage.first_image, stage.first_image + stage.images, stage.first_row,
@@ -337,92 +465,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
 }
 
-// The widest copy that rows of `width` elements allow.
-template <class T>
-int toeplitz_vector(const void* tensor, int width) {
-  int vector = 8;
-  while (width % vector != 0 || reinterpret_cast<uintptr_t>(tensor) % (vector * sizeof(T)) != 0) vector /= 2;
-  return vector;
-}
-
-template <class Traits>
-ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
-  using T = typename Traits::T;
-  constexpr int kInputRow = Traits::kInputPitch * 2, kGradRow = Traits::kGradPitch * 2;
-  const int budget =
-      device_limits().shared_bytes_for(min_int(2, Traits::kBlocks)) / (Traits::kStages * Traits::kChannels);
-  ToeplitzGradWeightTiling tiling;
-  tiling.num_column_tiles = divide_up(args.w, Traits::kTileColumns);
-  tiling.tile_columns = divide_up(divide_up(args.w, tiling.num_column_tiles), 16) * 16;
-
-  constexpr int kMoreRows = 8 * Traits::kGroups * Traits::kGroupTiles - 1;  // that a band's last row meets
-  // Input rows from image to image; images of which all rows fit.
-  const auto image_rows = [&](int rows) { return max_int(rows + kMoreRows - args.padding_h, args.padding_h + args.h); };
-  const int more_rows = args.out_h + kMoreRows - image_rows(args.out_h);  // of the last image
-  const int room = (budget - more_rows * kInputRow) / (image_rows(args.out_h) * kInputRow + args.out_h * kGradRow);
-  // As many rows as fit, but bands, where there are few images, so that every split has a stage. NCHW: as many as leave
-  // least to the split that has most.
-  const int most_rows = max_int(1, min_int(args.out_h, (budget - kMoreRows * kInputRow) / (kInputRow + kGradRow)));
-  const int least_bands = divide_up(args.out_h, most_rows);
-  if constexpr (Traits::kChannelsLast) {
-    constexpr int kFewestRows = 8, kEnoughRows = 28;
-    const int64_t images = args.n * tiling.num_column_tiles;
-    const int wanted_bands = static_cast<int>(divide_up<int64_t>(args.splits, images));
-    const int bands = max_int(least_bands, min_int(wanted_bands, divide_up(args.out_h, kFewestRows)));
-    tiling.num_bands = divide_up(args.out_h, divide_up(args.out_h, bands));
-    tiling.warps_per_image = Traits::kSlots;
-    tiling.images = 1;
-    if (tiling.num_bands == 1) {
-      const int share = static_cast<int>(divide_up<int64_t>(args.n, args.splits));
-      const int most = max_int(1, min_int(min_int(divide_up(kEnoughRows, args.out_h), room), share));
-      tiling.images = divide_up(share, divide_up(share, most));
-    }
-  } else {
-    ToeplitzCut best{};
-    for (int bands = least_bands; bands == least_bands || toeplitz_cuts_into(bands, args.out_h); ++bands) {
-      const ToeplitzCut cut =
-          toeplitz_cut(args.n, tiling.num_column_tiles, args.out_h, args.splits, bands, Traits::kSlots, room);
-      if (best.bands == 0 || cut.cost < best.cost) best = cut;
-    }
-    tiling.num_bands = best.bands, tiling.images = best.images, tiling.warps_per_image = best.slots_per_image;
-  }
-  tiling.band_rows = divide_up(args.out_h, tiling.num_bands);
-  tiling.image_rows = image_rows(tiling.band_rows);
-  tiling.input_rows = (tiling.images - 1) * tiling.image_rows + tiling.band_rows + kMoreRows;
-  tiling.stages =
-      static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
-  // Column 15 of the last tile of kernel columns reads furthest to the left.
-  const int leftmost = args.padding_w - (16 * Traits::kTilesJ - 1);
-  tiling.grad_start = (leftmost - 7) / 8 * 8;  // leftmost is at most 0
-
-  if (Traits::kChannelsLast) {
-    const auto aligned = [&](const void* tensor) {
-      return args.multiplier == 1 && args.out_c % Traits::kChannels == 0 &&
-             reinterpret_cast<uintptr_t>(tensor) % (Traits::kChannels * sizeof(T)) == 0;
-    };
-    tiling.input_vector = aligned(args.input) ? Traits::kChannels : 1;
-    tiling.grad_vector = aligned(args.grad_output) ? Traits::kChannels : 1;
-    tiling.input_lanes = row_lanes(tiling.tile_columns / 2);
-    tiling.grad_lanes = row_lanes(min_int(args.out_w + 1, Traits::kGradPitch) / 2);
-  } else {
-    tiling.input_vector = toeplitz_vector<T>(args.input, args.w);
-    tiling.grad_vector = toeplitz_vector<T>(args.grad_output, args.out_w);
-    tiling.input_lanes = row_lanes(divide_up(min_int(args.w, tiling.tile_columns), tiling.input_vector));
-    tiling.grad_lanes = row_lanes(divide_up(min_int(args.out_w, Traits::kGradPitch), tiling.grad_vector));
-    const int64_t in_planes = args.n * (args.out_c / args.multiplier), planes = args.n * args.out_c;
-    tiling.input_end = static_cast<const T*>(args.input) + in_planes * args.h * args.w;
-    tiling.grad_end = static_cast<const T*>(args.grad_output) + planes * args.out_h * args.out_w;
-  }
-  return tiling;
-}
-
 template <class Traits>
 int launch_toeplitz_grad_weight(const GradWeightArgs& args, int, cudaStream_t stream) {
   const auto kernel = toeplitz_grad_weight_kernel<Traits>;
   const ToeplitzGradWeightTiling tiling = toeplitz_tiling<Traits>(args);
-  const int rows_bytes =
-      2 * (tiling.input_rows * Traits::kInputPitch + tiling.images * tiling.band_rows * Traits::kGradPitch);
-  const int bytes = max_int(Traits::kReductionBytes, Traits::kStages * Traits::kChannels * rows_bytes);
+  const int bytes = toeplitz_shared_bytes<Traits>(tiling);
   if (const int error = allow_shared_bytes(kernel, bytes)) return error;
   const auto channels = static_cast<unsigned>(divide_up<int64_t>(args.out_c, Traits::kChannels));
   kernel<<<dim3(channels, args.splits), Traits::kThreads, bytes, stream>>>(args, tiling, bytes);

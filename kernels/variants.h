@@ -168,9 +168,9 @@ constexpr Tile kBlockedTiles[] = {
 // Rows of a strip: those that divide the images' are best.
 constexpr Tile kStripsNchwTiles[] = {{"strips7", 8, 7, 8}, {"strips8", 8, 8, 8}};
 constexpr Tile kStripsNhwcTiles[] = {{"strips7_nhwc", 8, 7, 8}, {"strips11_nhwc", 8, 11, 8}};
-// Columns of input that a stage holds; `vector`: channels of a block.
+// Columns of input that a stage holds, at most; `vector`: channels of a block. The narrow one is for very high kernels.
 constexpr Tile kToeplitzGradWeightTiles[] = {
-    {"weight_band64", 64, 0, 1}, {"weight_band32", 32, 0, 1}, {"weight_band32_nhwc", 32, 0, 8}};
+    {"weight_band", 64, 0, 1}, {"weight_band_nhwc", 64, 0, 8}, {"weight_band32_nhwc", 32, 0, 8}};
 // One for each layout.
 constexpr Tile kBlockedGradWeightTiles[] = {{"weight_blocked", 4, 0, 1}, {"weight_blocked_nhwc", 4, 0, 1}};
 // Columns of the images, at most.
