@@ -29,12 +29,15 @@ inline Band band_of(const Problem& p) {
   band.image_chunks = floor_divide(args.w + 7, 8);
   band.tiles_w = floor_divide(args.out_w + 7, 8);
   const int stride = static_cast<int>(p.stride_w);
-  // A warp's rows: many where a block holds many small images or, in channels_last, lays out the weights of eight
-  // channels; few where shared memory bounds the rows (channels_last; 32x128x56x56, 31x31, fp16, H200: 0.48 ms with 16
-  // rows, 0.54 with 32; 32x256x28x28, 29x29: 0.34 and 0.14 with 64; NCHW: 0.156 ms with 16, 0.112 with 32;
-  // 32x512x14x14, 27x27: 0.106 with 16, 0.044 with 64).
+  // A warp's rows: many where a block holds many small images; few where shared memory bounds the rows (NCHW,
+  // 32x128x56x56, 31x31, fp16, H200: 0.156 ms with 16 rows, 0.112 with 32; 32x512x14x14, 27x27: 0.106 with 16, 0.044 with
+  // 64). channels_last: as many as the registers of sixteen warps hold.
   const auto rows_of = [&](int tiles_w) {
-    if (p.layout == Layout::kNhwc) return tiles_w > 4 ? 1 : 4;
+    if (p.layout == Layout::kNhwc) {
+      const bool wide = tiles_w > 7 || (tiles_w == 7 && (band.image_chunks == 0 || band.chunks < 4)) ||
+                        (tiles_w > 5 && band.chunks > 7);
+      return wide ? 1 : tiles_w > 4 ? 2 : tiles_w == 3 ? 3 : 4;
+    }
     return tiles_w > 2 ? 2 : 4;
   };
   band.tiles_h = rows_of(band.tiles_w);

@@ -35,6 +35,13 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
+// threadIdx.x % 32 of blocks of one dimension, likewise.
+__device__ __forceinline__ int lane_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(index));
+  return index;
+}
+
 // 16-bit values are passed as their bits.
 __device__ __forceinline__ float from_float16(unsigned short bits) {
   float value;

@@ -1,5 +1,5 @@
-// What a block of toeplitz.cuh is: its sizes, what it computes and reads, and how images and weights come to shared memory
-// and outputs leave it. band_images.cuh loads as it does.
+// What a block of toeplitz.cuh is: its sizes, and of NCHW what it computes and reads, how images and weights come to shared
+// memory and outputs leave it. band_images.cuh loads as it does.
 #pragma once
 
 #include "direct.cuh"
@@ -26,27 +26,26 @@ struct ToeplitzTraits {
   static constexpr bool kChannelsLast = kChannelsLast_, kWholeRows = kImageChunks_ != 0;
   static constexpr int kColumns = kTilesW * kChunk;                    // of a block
   static constexpr int kChannels = kChannelsLast ? kChannelsNhwc : 1;  // of a block
-  // Large blocks, as each has to lay out its channel's weights (32x128x56x56, 31x31, fp16, H200: 0.112 ms with eight
+  // NCHW: large blocks, as each has to lay out its channel's weights (32x128x56x56, 31x31, fp16, H200: 0.112 ms with eight
   // warps, 0.129 with four); but two a multiprocessor, and the widest take more than 128 registers a thread.
-  static constexpr int kWarps = kChannelsLast ? kChannelsNhwc : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
-  static constexpr int kThreads = 32 * kWarps;
-  // 512 threads a multiprocessor leave 128 registers each: too few for the largest tiles, which in channels_last are
-  // those under bands that are very wide or narrow, and for large ones at stride 2.
+  // channels_last: one block a multiprocessor, for the weights of eight channels take much of its shared memory.
   static constexpr bool kManyRegisters =
-      kStrideW == 2 ? kTilesW * kTilesH >= 12
+      kStrideW == 2 ? kTilesW * kTilesH >= (kChannelsLast ? 8 : 12)
                     : kTilesW * kTilesH >= 16 && (!kChannelsLast || kChunks > 6 || kChunks < 4);
-  static constexpr int kMinBlocks = (kManyRegisters ? 384 : 512) / kThreads;
+  static constexpr int kWarps = kChannelsLast ? (kManyRegisters ? 8 : 16) : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kMinBlocks = kChannelsLast ? 1 : (kManyRegisters ? 384 : 512) / kThreads;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;
 
-  // Chunks that the block's band touches; [kLow, kHigh) may lie inside the image. Stored are whole pairs of chunks, as
-  // ldmatrix fetches them, and an odd number a row.
+  // Chunks that the block's band touches; [kLow, kHigh) may lie inside the image. They are fetched in pairs, by ldmatrix,
+  // and stored from the first pair on: an odd number a row. What a pair has beyond kHigh is not multiplied.
   static constexpr int kChunksIn = (kTilesW - 1) * kStrideW + kChunks;
   static constexpr int kLow = kWholeRows ? max_int(0, -kOrigin) : 0;
   static constexpr int kHigh = kWholeRows ? min_int(kChunksIn, kImageChunks_ - kOrigin) : kChunksIn;
   static_assert(kLow < kHigh);
   static constexpr int kFirstPair = kLow / 2, kEndPair = (kHigh + 1) / 2;
-  static constexpr int kPitch = 2 * (kEndPair - kFirstPair) + 1;
+  static constexpr int kStored = kHigh - 2 * kFirstPair, kPitch = kStored | 1;
   static constexpr int kStagePitch = kTilesW | 1;  // of the outputs
 
   // The products of output tile n, in steps. A product of K = 16 takes a pair of chunks, which ldmatrix puts into
@@ -58,30 +57,30 @@ struct ToeplitzTraits {
   }
 };
 
-// How a launch is cut into blocks.
+// How a launch is cut into blocks, NCHW.
 struct ToeplitzTiling {
   int images, rows;           // of a block; more than one image only where `rows` is the whole image
   int tiles_h, tiles_w;       // blocks of an image
   int in_vector, out_vector;  // elements a copy
   int round;                  // blocks, one on each multiprocessor
+  IntDivider row_divider{1};  // by rows of an output image
 };
 
-// What a block computes and reads.
+// What an NCHW block computes and reads.
 template <class Traits>
 struct ToeplitzBlock {
-  int image, images, channel, channels, row, rows, column, columns;  // outputs
-  int in_row, in_rows, in_column, in_columns;                        // input inside the image
-  int offset;                                                        // of in_column among the stored columns
+  int image, images, channel, row, rows, column, columns;  // outputs
+  int in_row, in_rows, in_column, in_columns;              // input inside the image
+  int offset;                                              // of in_column among the stored columns
 
   __device__ ToeplitzBlock(const DirectArgs& args, const ToeplitzTiling& tiling) {
-    const unsigned groups = divide_up(static_cast<int>(args.out_c), Traits::kChannels);
+    const unsigned channels = static_cast<unsigned>(args.out_c);
     unsigned block = blockIdx.x;
     column = block % tiling.tiles_w * Traits::kColumns, block /= tiling.tiles_w;
     row = block % tiling.tiles_h * tiling.rows, block /= tiling.tiles_h;
-    channel = block % groups * Traits::kChannels;
-    image = block / groups * tiling.images;
+    channel = block % channels;
+    image = block / channels * tiling.images;
     images = min(tiling.images, static_cast<int>(args.n) - image);
-    channels = min(Traits::kChannels, static_cast<int>(args.out_c) - channel);
     rows = min(tiling.rows, args.out_h - row);
     columns = min(Traits::kColumns, args.out_w - column);
 
@@ -91,7 +90,7 @@ struct ToeplitzBlock {
     const int origin = column * Traits::kStrideW + kChunk * Traits::kOrigin;
     const int stored = origin + 2 * kChunk * Traits::kFirstPair;
     in_column = max(0, stored);
-    in_columns = max(0, min(args.w, origin + 2 * kChunk * Traits::kEndPair) - in_column);
+    in_columns = max(0, min(args.w, origin + kChunk * Traits::kHigh) - in_column);
     offset = in_column - stored;
   }
 };
@@ -144,50 +143,6 @@ __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const Direct
       for (int k = 0; k < kAhead; ++k)
         if (target[k] >= 0) eight[k].store(tile + target[k], last, is_last[k] ? 0 : ~0u);
     }
-  }
-}
-
-// The input of a channels_last block: a thread turns two neighbouring pixels of eight channels.
-template <class Traits>
-__device__ __forceinline__ void load_nhwc(typename Traits::T* tile, const DirectArgs& args,
-                                          const ToeplitzBlock<Traits>& block, bool vectors) {
-  using T = typename Traits::T;
-  using Pixel = Vector<T, kChannelsNhwc>;
-  if (block.in_columns == 0 || block.in_rows == 0) return;
-  const int64_t pixel = args.out_c, image = static_cast<int64_t>(args.h) * args.w * pixel;
-  const T* input = static_cast<const T*>(args.input) + block.image * image +
-                   (static_cast<int64_t>(block.in_row) * args.w + block.in_column) * pixel + block.channel;
-  tile += block.offset;
-  const int channel_step = block.images * block.in_rows * Traits::kPitch * kChunk;
-  constexpr int kAhead = 2;
-  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, 2), block.in_rows);
-  while (at.outer < block.images) {
-    Pixel left[kAhead], right[kAhead];
-    T* target[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k, at.advance()) {
-      const T* from = input + at.outer * image + (static_cast<int64_t>(at.middle) * args.w + 2 * at.inner) * pixel;
-      const bool exists = at.outer < block.images, both = exists && 2 * at.inner + 1 < block.in_columns;
-      target[k] =
-          exists ? tile + (at.outer * block.in_rows + at.middle) * Traits::kPitch * kChunk + 2 * at.inner : nullptr;
-      if (vectors) {
-        left[k] = load_or_zero<kChannelsNhwc>(from, exists);
-        right[k] = load_or_zero<kChannelsNhwc>(from + pixel, both);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e) {
-          left[k].value[e] = load_or_zero<1>(from + e, exists && e < block.channels).value[0];
-          right[k].value[e] = load_or_zero<1>(from + pixel + e, both && e < block.channels).value[0];
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (target[k] != nullptr)
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e)
-          *reinterpret_cast<unsigned*>(target[k] + e * channel_step) =
-              left[k].value[e].bits | static_cast<unsigned>(right[k].value[e].bits) << 16;
   }
 }
 
@@ -302,65 +257,47 @@ __device__ __forceinline__ void store_runs(const typename Traits::T* staged, con
   }
 }
 
-template <class Traits>
-__device__ __forceinline__ void store_nhwc(const typename Traits::T* stage, const DirectArgs& args,
-                                           const ToeplitzBlock<Traits>& block, bool vectors, bool poisoned) {
-  using T = typename Traits::T;
-  T* out = static_cast<T*>(args.out);
-  for (Walk at(threadIdx.x, Traits::kThreads, block.columns, block.rows); at.outer < block.images; at.advance()) {
-    const int row = block.row + at.middle, column = block.column + at.inner;
-    Vector<T, kChannelsNhwc> values;
+// The weights of a channel as words of neighbours: word y of a kernel row holds the taps at y and y + 1 columns from the
+// first that the last of eight outputs meets. A warp lays out every row_step-th kernel row; read(tap): bits of a weight.
+template <class Traits, class Read>
+__device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArgs& args, int first_row, int row_step,
+                                                Read read) {
+  constexpr int kRounds = divide_up(Traits::kBand, 32), kTogether = 4;  // of a row; rows whose loads go together
+  const int inverse = (1 << 16) / args.dilation_w + 1;                  // exact quotients: offset * dilation_w < 2^16
+  const int last_tap = args.kernel_h * args.kernel_w - 1, sign = args.flip ? -1 : 1;
+  int column[kRounds][2];     // of the kernel, as an offset
+  unsigned mask[kRounds][2];  // 0: there is none
 #pragma unroll
-    for (int e = 0; e < kChannelsNhwc; ++e)
-      values.value[e] =
-          stage[((e * block.images + at.outer) * block.rows + at.middle) * Traits::kStagePitch * kChunk + at.inner];
-    if (poisoned)
+  for (int k = 0; k < kRounds; ++k)
 #pragma unroll
-      for (int e = 0; e < kChannelsNhwc; ++e)
-        if (e < block.channels && is_nan(values.value[e]))
-          values.value[e] =
-              from_float<T>(toeplitz_exact<Traits>(args, block.image + at.outer, block.channel + e, row, column));
-    T* to = out +
-            ((static_cast<int64_t>(block.image + at.outer) * args.out_h + row) * args.out_w + column) * args.out_c +
-            block.channel;
-    if (vectors) {
-      store_streaming(to, values);
-    } else {
+    for (int half = 0; half < 2; ++half) {
+      const int y = k * 32 + threadIdx.x % 32 + half;
+      const int offset = y - (kChunk - 1) * Traits::kStrideW + kChunk * Traits::kOrigin + args.padding_w;
+      const int j = max(offset, 0) * inverse >> 16;
+      const bool exists = offset >= 0 && j < args.kernel_w && j * args.dilation_w == offset;
+      column[k][half] = exists ? sign * j : 0;
+      mask[k][half] = exists ? 0xffff : 0;
+    }
+  // No branches around the loads: all of an unrolled step are on their way together.
+#pragma unroll kTogether
+  for (int i = first_row; i < args.kernel_h; i += row_step) {
+    const int row = (args.flip ? last_tap : 0) + sign * i * args.kernel_w;
 #pragma unroll
-      for (int e = 0; e < kChannelsNhwc; ++e)
-        if (e < block.channels) to[e] = values.value[e];
+    for (int k = 0; k < kRounds; ++k) {
+      const int y = k * 32 + threadIdx.x % 32;
+      const unsigned low = read(row + column[k][0]) & mask[k][0], high = read(row + column[k][1]) & mask[k][1];
+      if (y < Traits::kBand) pairs[i * Traits::kBand + y] = low | high << 16;
     }
   }
 }
 
-// The weights of the block's channels as words of neighbours: word y of a kernel row holds the taps at y and y + 1
-// columns from the first that the last of eight outputs meets.
+// Of an NCHW block's channel.
 template <class Traits, class Block>
 __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
-  using T = typename Traits::T;
-  const int taps = args.kernel_h * args.kernel_w;
-  const int shift = kChunk * Traits::kOrigin + args.padding_w;
-  const int warp = threadIdx.x / 32, channel = Traits::kChannelsLast ? warp : 0;
-  if (channel >= block.channels) return;
-  const T* filter = static_cast<const T*>(args.weight) + static_cast<int64_t>(block.channel + channel) * taps;
-  pairs += channel * args.kernel_h * Traits::kBand;
-  // No branches around the loads: all of an unrolled step are on their way together.
-  const int inverse = (1 << 16) / args.dilation_w + 1;  // exact quotients: offset * dilation_w < 2^16
-#pragma unroll 4
-  for (int i = Traits::kChannelsLast ? 0 : warp; i < args.kernel_h; i += Traits::kChannelsLast ? 1 : Traits::kWarps) {
-    const auto tap_at = [&](int offset) -> unsigned {  // columns from the output's first
-      const int j = max(offset, 0) * inverse >> 16;
-      const bool exists = offset >= 0 && j < args.kernel_w && j * args.dilation_w == offset;
-      const int tap = exists ? i * args.kernel_w + j : 0;
-      const unsigned bits = __ldg(&filter[args.flip ? taps - 1 - tap : tap].bits);
-      return exists ? bits : 0;
-    };
-#pragma unroll
-    for (int k = 0; k < Traits::kBand; k += 32) {
-      const int y = k + threadIdx.x % 32, offset = y - (kChunk - 1) * Traits::kStrideW + shift;
-      if (y < Traits::kBand) pairs[i * Traits::kBand + y] = tap_at(offset) | tap_at(offset + 1) << 16;
-    }
-  }
+  const auto* const filter = static_cast<const typename Traits::T*>(args.weight) +
+                             static_cast<int64_t>(block.channel) * args.kernel_h * args.kernel_w;
+  lay_out_weights<Traits>(pairs, args, threadIdx.x / 32, Traits::kWarps,
+                          [&](int tap) -> unsigned { return __ldg(&filter[tap].bits); });
 }
 
 // Elements a copy may take: a power of two up to 16 bytes that divides the row and the address.

@@ -266,6 +266,24 @@ def test_selected_where_shared_memory_is_too_small(emulator):
         assert "'strips11_nhwc' needs more shared memory" in messages("forward", "strips11_nhwc", problem, F16, "nhwc")
 
 
+UNITS = [  # of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block
+    (2, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=16)),
+    (2, (228 << 10, 227 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
+    (2, (100 << 10, 99 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
+    (1, (228 << 10, 227 << 10), Problem((20, 20), (13, 13), padding=(0, 13), batch=7, channels=11)),
+]
+
+
+@pytest.mark.parametrize(("multiprocessors", "shared", "problem"), UNITS, ids=lambda value: str(value))
+def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
+    """Of channels_last products with bands: a block has more than its warps hold at a time."""
+    for direction, dtype in (("forward", F16), ("grad_input", BF16)):
+        where = (direction, "band", problem, dtype, "nhwc")
+        emulator.obtain(only(*where))
+        with emulator.device(multiprocessors, *shared):
+            assert messages(*where) == ""
+
+
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
     ("forward", "planes_v8", SMALL, F16, "nchw"),
     ("forward", "stream_v1", replace(TALL, image=(60, 15)), F16, "nchw"),
@@ -273,6 +291,7 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "stream_channels32", TALL, BF16, "nhwc"),
     ("forward", "lanes8", SMALL, F32, "nhwc"),
     ("forward", "band", LARGE, BF16, "nchw"),
+    ("forward", "band", LARGE, F16, "nhwc"),
     ("forward", "band_images4", LARGE, F16, "nchw"),
     ("forward", "band_images7", LARGE, BF16, "nchw"),
     ("forward", "images_c4", SMALL, BF16, "nchw"),
