@@ -60,14 +60,13 @@ struct BlockedGradWeightCut {
 template <class Args>
 double blocked_grad_weight_cycles(const Args& args, const BlockedGradWeightShape& shape,
                                   const BlockedGradWeightCut& cut, int64_t splits, bool channels_last) {
-  constexpr int kMultiprocessors = 132, kSharedBytes = 228 << 10;
+  constexpr int kSharedBytes = 228 << 10;
   // Issue slots a cycle of a scheduler and of a warp that is alone there; cycles of a multiply-add, whose operands do not
   // all come at once; cycles until a block loads, and of a stage and of a block beside; of a multiprocessor for each float
   // that it loads, which lie a sector each in channels_last; bytes a cycle of the sums' way to the second pass and back.
   constexpr double kIssueRate = 0.84, kWarpRate = 0.52, kTail = 0.18, kMultiplyAddCycles = 1.3;
   constexpr double kStartCycles = 13600, kStageCycles = 3500, kEndCycles = 3800, kBytes = 1750;
   const double float_cycles = channels_last ? 1 : 0.33;
-  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
   const auto least = [](int a, int b) { return a < b ? a : b; };
   const int n = static_cast<int>(args.n), h = static_cast<int>(args.h), w = static_cast<int>(args.w);
   const int out_h = static_cast<int>(args.out_h), padding_h = static_cast<int>(args.padding_h);
@@ -88,9 +87,9 @@ double blocked_grad_weight_cycles(const Args& args, const BlockedGradWeightShape
   const int taps = shape.rows * shape.columns;
   const double step_slots = kMultiplyAddCycles * taps * kStrip + shape.columns / 4 + 8 + taps / 16,
                strip_slots = 80 + taps;
-  const int rounds = up(cut.images * strips, cut.groups);
-  const int fewer = rounds - up(((n - 1) % cut.images + 1) * strips, cut.groups);  // of the last stage
-  const int stages = up(cut.stages, splits);                                       // of a block, at most
+  const int rounds = divide_up(cut.images * strips, cut.groups);
+  const int fewer = rounds - divide_up(((n - 1) % cut.images + 1) * strips, cut.groups);  // of the last stage
+  const int stages = divide_up(cut.stages, splits);                                       // of a block, at most
   const double longest = stages * rounds * (most * step_slots + strip_slots);
   const double work =
       (stages * rounds - static_cast<double>(fewer) / splits) * (mean * step_slots + strip_slots) * warps;
@@ -98,14 +97,14 @@ double blocked_grad_weight_cycles(const Args& args, const BlockedGradWeightShape
   const int by_memory = kSharedBytes / (cut.shared_bytes(shape) + 1024),
             by_threads = shape.threads * shape.blocks / threads;
   const int places = by_memory < 1 ? 1 : least(by_memory, by_threads);
-  const int blocks = up(args.out_c * splits, kMultiprocessors);  // of the multiprocessor that has most
+  const int blocks = divide_up(args.out_c * splits, kMultiprocessors);  // of the multiprocessor that has most
   const int in_columns = least(w, cut.input_pitch);
   const double floats =
       cut.images * (static_cast<double>(cut.input_rows) * in_columns + cut.band_rows * cut.tile_columns);
   const double load = kStartCycles + kEndCycles + stages * kStageCycles;
   // Warps wait for themselves, or for each other, at last for the slowest; where both count, for longer: the sixth root of
   // the sum of sixth powers.
-  const int block_rounds = up(blocks, places);
+  const int block_rounds = divide_up(blocks, places);
   const double alone = block_rounds * (load + longest / kWarpRate);
   const double together = load + blocks * (work / 4 / kIssueRate + stages * floats * float_cycles) +
                           (block_rounds - 1) * load / places + kTail * longest / kWarpRate;
@@ -120,34 +119,33 @@ template <class Args>
 BlockedGradWeightCut blocked_grad_weight_cut(const Args& args, const BlockedGradWeightShape& shape, int64_t splits,
                                              int shared_bytes, bool channels_last) {
   constexpr int kFewestRows = 8, kMostTries = 6;
-  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
   const auto least = [](int a, int b) { return a < b ? a : b; };
   const auto most = [](int a, int b) { return a > b ? a : b; };
   const int h = static_cast<int>(args.h), kernel_h = static_cast<int>(args.kernel_h);
   const int out_h = static_cast<int>(args.out_h), out_w = static_cast<int>(args.out_w);
   BlockedGradWeightCut cut{};
-  cut.tiles_h = up(kernel_h, shape.rows);
-  cut.tiles_w = up(args.kernel_w, shape.columns);
+  cut.tiles_h = divide_up(kernel_h, shape.rows);
+  cut.tiles_w = divide_up(args.kernel_w, shape.columns);
   const int max_groups = shape.threads / (cut.tiles_h * cut.tiles_w);
-  cut.num_column_tiles = up(out_w, kBlockedTileColumns);
-  cut.tile_columns = up(up(out_w, cut.num_column_tiles), kStrip) * kStrip;
-  cut.input_pitch = up(cut.tile_columns + cut.tiles_w * shape.columns, 4) * 4;
+  cut.num_column_tiles = divide_up(out_w, kBlockedTileColumns);
+  cut.tile_columns = divide_up(divide_up(out_w, cut.num_column_tiles), kStrip) * kStrip;
+  cut.input_pitch = divide_up(cut.tile_columns + cut.tiles_w * shape.columns, 4) * 4;
 
   const int strips = cut.tile_columns / kStrip;
   const auto set = [&](int bands, int images) {
     cut.images = images;
-    cut.band_rows = up(out_h, bands);
-    cut.num_bands = up(out_h, cut.band_rows);
+    cut.band_rows = divide_up(out_h, bands);
+    cut.num_bands = divide_up(out_h, cut.band_rows);
     cut.input_rows = least(h, cut.band_rows + kernel_h - 1);
-    cut.stages = up(args.n, images) * cut.num_bands * cut.num_column_tiles;
+    cut.stages = divide_up(args.n, images) * cut.num_bands * cut.num_column_tiles;
     // The fewest groups that need no more rounds than all would.
-    cut.groups = up(images * strips, up(images * strips, max_groups));
+    cut.groups = divide_up(images * strips, divide_up(images * strips, max_groups));
     cut.buffers = cut.stages > splits ? 2 : 1;
     if (cut.shared_bytes(shape) > shared_bytes) cut.buffers = 1;
     return cut.shared_bytes(shape) <= shared_bytes;
   };
   // Few images: bands, so that every split has a stage; or as many as fit.
-  int fewest = most(1, least(up(splits, args.n * cut.num_column_tiles), up(out_h, kFewestRows)));
+  int fewest = most(1, least(divide_up(splits, args.n * cut.num_column_tiles), divide_up(out_h, kFewestRows)));
   while (!set(fewest, 1) && cut.band_rows > 1) ++fewest;
   BlockedGradWeightCut best = cut;
   double cycles = blocked_grad_weight_cycles(args, shape, cut, splits, channels_last);
@@ -156,11 +154,12 @@ BlockedGradWeightCut blocked_grad_weight_cut(const Args& args, const BlockedGrad
     const double found = blocked_grad_weight_cycles(args, shape, cut, splits, channels_last);
     if (found < cycles) cycles = found, best = cut;
   };
-  for (int bands = fewest + 1; bands < fewest + kMostTries && up(out_h, bands) >= kFewestRows; ++bands) look(bands, 1);
+  for (int bands = fewest + 1; bands < fewest + kMostTries && divide_up(out_h, bands) >= kFewestRows; ++bands)
+    look(bands, 1);
   if (fewest > 1 || cut.num_column_tiles > 1) return best;
   // channels_last: two stages at least, as loads take long there (13x13, 32x200x20x20, five splits, H100: a stage of one
   // image 82 us, of four 84; 31x31, 8x40x96x96: two stages a block 219, one 234).
-  const int share = channels_last ? up(up(args.n, splits), 2) : up(args.n, splits);
+  const int share = channels_last ? divide_up(divide_up(args.n, splits), 2) : divide_up(args.n, splits);
   for (int images = most(2, share - kMostTries); images <= share; ++images) look(1, images);
   return best;
 }

@@ -11,11 +11,6 @@ namespace depthwise {
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
 constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
-template <class Int>
-constexpr Int divide_up(Int a, Int b) {
-  return (a + b - 1) / b;
-}
-
 template <class Body, int... kIndices>
 __device__ __forceinline__ void for_each_index(std::integer_sequence<int, kIndices...>, Body&& body) {
   (body(std::integral_constant<int, kIndices>{}), ...);

@@ -15,14 +15,13 @@ constexpr int64_t kGeneralPositions = 2048;  // a split worth its second pass
 
 constexpr int kGradWeightLanes = 32;                // channels_last: threads along channels, at most
 constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
-constexpr int64_t kMarchMultiprocessors = 132;
 
 // Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each of
 // toeplitz_grad_weight), and few of them, as each leaves a kernel's worth of sums (31x31 on 32x128x56x56, channels_last, fp16,
 // H100: 256 blocks 0.111 ms, 512 0.119).
 constexpr int64_t kToeplitzBlocksNhwc = 264, kBlockedBlocks = 1056;
 // strips_grad_weight: an H100's multiprocessors, of which one block each is enough (see its tiles).
-constexpr int64_t kStripsBlocks = 132, kMostStripsWaves = 8;
+constexpr int64_t kStripsBlocks = kMultiprocessors, kMostStripsWaves = 8;
 constexpr int kStripsSharedBytes = 226 << 10;  // of a multiprocessor
 constexpr int64_t kLargePositions = 256;       // a split worth its second pass
 // A split at most, where the workspace allows it: tensor cores truncate, and sums of one sign drift.
@@ -39,22 +38,21 @@ inline GradWeightStreamTiling grad_weight_stream_tiling(const GradWeightStreamSh
                                                         int element_bytes, int64_t n, int64_t out_h, int64_t out_w,
                                                         int64_t rows) {
   GradWeightStreamTiling tiling{};
-  const auto up = [](int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); };
-  const int all = up(out_w, kGradWeightStreamColumns);
+  const int all = divide_up(out_w, kGradWeightStreamColumns);
   for (int most = kGradWeightStreamThreads / (channels / shape.vector); most > 0; most /= 2) {
-    tiling.tiles_w = up(all, up(all, most));
+    tiling.tiles_w = divide_up(all, divide_up(all, most));
     tiling.in_columns = window_size(tiling.tiles_w * kGradWeightStreamColumns, shape.stride_w, shape.kernel_w, 1);
     // Small images side by side, as many as leave the fewest places of the last group empty.
     tiling.images = 1;
     for (int images = 2; all <= most && images <= most / all && images <= n; ++images)
-      if (up(n, images) * images <= up(n, tiling.images) * tiling.images) tiling.images = images;
+      if (divide_up(n, images) * images <= divide_up(n, tiling.images) * tiling.images) tiling.images = images;
     const int row_pixels = shape.stride_h * tiling.in_columns + tiling.tiles_w * kGradWeightStreamColumns;
     tiling.stage_bytes = shape.stage_steps * tiling.images * row_pixels * channels * element_bytes;
     if (2 * tiling.stage_bytes <= kSharedBytesEverywhere) break;
   }
-  tiling.blocks_w = up(all, tiling.tiles_w);
-  tiling.strips = up(out_h, rows);
-  tiling.items = up(n, tiling.images) * tiling.strips * tiling.blocks_w;
+  tiling.blocks_w = divide_up(all, tiling.tiles_w);
+  tiling.strips = divide_up(out_h, rows);
+  tiling.items = divide_up(n, tiling.images) * tiling.strips * tiling.blocks_w;
   return tiling;
 }
 
@@ -63,7 +61,7 @@ struct GradWeightPlan {
   int rows;  // of grad_output that a thread marches down, at most
 };
 
-inline int64_t divide_up64(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t divide_up64(int64_t a, int64_t b) { return divide_up(a, b); }
 
 inline int64_t grad_weight_split_bytes(const Problem& p) {
   return p.out_c * (p.kernel_h * p.kernel_w + 1) * (p.dtype == DType::kFloat64 ? 8 : 4);
@@ -105,7 +103,7 @@ inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& ti
   // Queues hide latencies, so that threads need not be many: what a single wave of blocks takes is not cut into two waves
   // (7x7, 32x96x56x56, H100: 0.066 ms, in two pieces 0.073; 192x28x28: 0.041, 0.052).
   const int64_t held =
-      channels_last && tile.queued ? kMarchMultiprocessors * kGradWeightThreads * queued_march_blocks(p, tile) : 0;
+      channels_last && tile.queued ? kMultiprocessors * kGradWeightThreads * queued_march_blocks(p, tile) : 0;
   const auto is_one_wave = [&] { return strips * lanes * pieces <= held && strips * lanes * 2 * pieces > held; };
   while (!tile.staged && strips * lanes * pieces < kGradWeightAllThreads &&
          divide_up64(rows, 2 * pieces) >= fewest_rows && !is_one_wave())
@@ -173,7 +171,7 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
 // 27x27 on 32x40x33x47: 4: 37.8, 5: 36.4, 6: 31.7, 7: 42.4, 8: 36.2, 16: 35.0; 31x31 on 8x40x96x96: 4: 38.9, 6: 32.8, 8: 35.6,
 // 16: 35.1.)
 inline GradWeightPlan toeplitz_grad_weight_plan_nchw(const Problem& p, const Tile& tile) {
-  constexpr int64_t kMultiprocessors = 132, kMostWaves = 4, kTogether = 40, kAlone = 27;
+  constexpr int64_t kMostWaves = 4, kTogether = 40, kAlone = 27;
   constexpr int64_t kWaveCost = 1100, kSecondPassCost = 900, kSplitCost = 9;
   const int64_t column_tiles = divide_up64(p.w, tile.columns), images = p.n * column_tiles;
   const int64_t positions = p.n * p.out_h * p.out_w;
@@ -207,7 +205,7 @@ inline GradWeightPlan toeplitz_grad_weight_plan_nchw(const Problem& p, const Til
 // Counted in rows of its stages: a block costs some beside them, more where it is alone on its multiprocessor, and so do
 // the second pass and what it reads. Images are cut into bands for splits that have no image otherwise.
 inline GradWeightPlan toeplitz_grad_weight_plan_nhwc(const Problem& p, const Tile& tile) {
-  constexpr int64_t kMultiprocessors = 132, kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 24;
+  constexpr int64_t kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 24;
   constexpr int64_t kTogether = 20, kAlone = 32;            // a row costs, in twentieths of one
   constexpr int64_t kSplitCost = 9, kSecondPassCost = 600;  // likewise
   const int64_t groups = divide_up64(p.out_c, tile.vector);
@@ -254,7 +252,7 @@ inline GradWeightPlan images_grad_weight_plan(const Problem& p, const Tile& tile
 // image_rows_grad_weight: a block for each of an H100's multiprocessors at a time. A block costs as much as some images
 // beside its own.
 inline GradWeightPlan image_rows_grad_weight_plan(const Problem& p) {
-  constexpr int64_t kMultiprocessors = 132, kMostWaves = 2, kBlockCost = 3;
+  constexpr int64_t kMostWaves = 2, kBlockCost = 3;
   const int64_t groups = divide_up64(p.out_c, kImageRowsChannels);
   const int64_t fewest = divide_up64(p.n * p.out_h * p.out_w, kMostPositions);
   int64_t least = 0, best = fewest;
@@ -285,7 +283,7 @@ inline GradWeightPlan images_fma_grad_weight_plan(const Problem& p, const Tile& 
 // One round of the blocks that an H100 holds, all of as many items. How many strips: the least work of a multiprocessor,
 // counted in stages of warps, of which four more stand for what so few warps leave unhidden of their latencies.
 inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile) {
-  constexpr int64_t kMultiprocessors = 132, kThreads = 512, kSharedBytes = 216 << 10;  // what each of them holds
+  constexpr int64_t kThreads = 512, kSharedBytes = 216 << 10;  // what each of them holds
   constexpr int64_t kUnhiddenWarps = 4;
   const GradWeightStreamShape shape =
       grad_weight_stream_shape(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),

@@ -35,9 +35,14 @@ struct Tile {
 };
 
 constexpr int64_t kInt32Max = 0x7fffffff;
+constexpr int kMultiprocessors = 132;  // an H100's, for which grads of weight are cut
 
 inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
+template <class A, class B>
+constexpr auto divide_up(A a, B b) {
+  return (a + b - 1) / b;
+}
 constexpr int floor_divide(int a, int b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 
 constexpr int modulo(int64_t a, int b) { return static_cast<int>((a % b + b) % b); }
@@ -355,7 +360,6 @@ struct ToeplitzCut {
 constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, int64_t splits, int bands, int slots,
                                    int room) {
   constexpr int kStageCost = 7, kFewestImages = 2, kStageRows = 72;
-  const auto divide_up = [](auto a, auto b) { return (a + b - 1) / b; };
   const int rows = divide_up(out_h, bands);
   ToeplitzCut cut{divide_up(out_h, rows), 1, 0};
   if (cut.bands == 1) {

@@ -67,7 +67,6 @@ inline Config select_images_fma(const Problem& p) {
 // Strips of rows on the tensor cores, 5x5 to 9x9. 32 images, fp16, H200, ms.
 inline Config select_strips(const Problem& p) {
   const DirectArgs args = direct_args(p);
-  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   if (p.kernel_h * p.kernel_w < k5x5 || p.n * divide_up(args.out_h, 7) * divide_up(args.out_w, 8) < kFewestStrips)
     return {};
   if (p.layout == Layout::kNhwc) {
@@ -90,9 +89,17 @@ inline Config select_strips(const Problem& p) {
 // 64x3x56x56, H100: 0.0152, toeplitz 0.0133; 27x27, 32x40x33x47: 0.0248, 0.0243).
 inline Config select_band_images(const Problem& p) {
   constexpr int64_t kFewestImages = 12, kFewestRows = 13, kFewestChannels = 64;
-  return p.n >= kFewestImages && p.kernel_h >= kFewestRows && p.c >= kFewestChannels
-             ? first_that_serves(p, Kernel::kBandImages)
-             : Config{};
+  if (p.n < kFewestImages || p.kernel_h < kFewestRows || p.c < kFewestChannels) return {};
+  // Of the two tiles the one that rounds up the rows less; of equals the first, which has more (13x13, 200x20x20, H100:
+  // four rows 0.0193, seven 0.0205).
+  const DirectArgs args = direct_args(p);
+  const auto padded = [&](int tile) {
+    const int rows = kBandImagesTiles[tile].rows;
+    return divide_up(args.out_h, rows) * rows;
+  };
+  const int tile = padded(1) < padded(0) ? 1 : 0;
+  return can_serve(p, Kernel::kBandImages, tile) ? Config{Kernel::kBandImages, tile}
+                                                 : first_that_serves(p, Kernel::kBandImages);
 }
 
 // Multiply-adds for many taps: the tile that fills its threads best, whose rows and columns divide the image's. fp32, us,
@@ -113,7 +120,6 @@ inline Config select_blocked(const Problem& p) {
   constexpr double kClearly = 1.02, kWorse = 0.9;
   const DirectArgs args = direct_args(p);
   const bool nchw = p.layout == Layout::kNchw;
-  const auto up = [](int a, int b) { return (a + b - 1) / b; };
   const auto tile_of = [](int columns, int rows) {
     int tile = 0;
     while (kBlockedTiles[tile].columns != columns || kBlockedTiles[tile].rows != rows) ++tile;
@@ -128,14 +134,15 @@ inline Config select_blocked(const Problem& p) {
     const int window =
         window_size(tile.columns, static_cast<int>(p.stride_w), args.kernel_w, static_cast<int>(p.dilation_w));
     const int rows = blocked_rows(tile, args.kernel_w, window);
-    const int all_w = up(args.out_w, tile.columns), all_h = up(args.out_h, rows), tiles_w = up(all_w, up(all_w, 32));
+    const int all_w = divide_up(args.out_w, tile.columns), all_h = divide_up(args.out_h, rows),
+              tiles_w = divide_up(all_w, divide_up(all_w, 32));
     double best = 0;
     // Blocks one tile high would mostly load.
     const int highest = threads / tiles_w < all_h ? threads / tiles_w : all_h;
     for (int tiles_h = highest; tiles_h == highest || tiles_h > 1; --tiles_h) {
       const int fitting = threads / (tiles_w * tiles_h), images = p.n < fitting ? static_cast<int>(p.n) : fitting;
-      const double blocks = static_cast<double>(up(all_w, tiles_w)) * up(all_h, tiles_h);
-      const double outputs = blocks * (up(tiles_w * tiles_h * images, 32) * 32) * rows * tile.columns;
+      const double blocks = static_cast<double>(divide_up(all_w, tiles_w)) * divide_up(all_h, tiles_h);
+      const double outputs = blocks * (divide_up(tiles_w * tiles_h * images, 32) * 32) * rows * tile.columns;
       const double share = static_cast<double>(images) * args.out_h * args.out_w / outputs;
       if (share > best) best = share;
     }
@@ -143,7 +150,7 @@ inline Config select_blocked(const Problem& p) {
   };
   const auto warps_of = [&](int index) {
     const Tile& tile = kBlockedTiles[index];
-    return p.n * p.out_c * up(args.out_w, tile.columns) * up(args.out_h, tile.rows) / 32;
+    return p.n * p.out_c * divide_up(args.out_w, tile.columns) * divide_up(args.out_h, tile.rows) / 32;
   };
   if ((args.kernel_h <= 9 || (nchw && warps_of(four) < kFewWarps)) && serves(three)) return {Kernel::kBlocked, three};
   Config config = first_that_serves(p, Kernel::kBlocked);
