@@ -34,8 +34,8 @@ inline Band band_of(const Problem& p) {
   // 64). channels_last: as many as the registers of sixteen warps hold.
   const auto rows_of = [&](int tiles_w) {
     if (p.layout == Layout::kNhwc) {
-      const bool wide = tiles_w > 7 || (tiles_w == 7 && (band.image_chunks == 0 || band.chunks < 4)) ||
-                        (tiles_w > 5 && band.chunks > 7);
+      const bool wide = tiles_w > 7 || (tiles_w == 7 && (band.image_chunks == 0 || band.chunks > 6)) ||
+                        (tiles_w > 5 && (band.chunks > 7 || band.chunks < 4));
       return wide ? 1 : tiles_w > 4 ? 2 : tiles_w == 3 ? 3 : 4;
     }
     return tiles_w > 2 ? 2 : 4;

@@ -34,6 +34,8 @@ struct ToeplitzTraits {
                     : kTilesW * kTilesH >= 16 && (!kChannelsLast || kChunks > 6 || kChunks < 4);
   static constexpr int kWarps = kChannelsLast ? (kManyRegisters ? 8 : 16) : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
+  // Sixteen warps with more registers than there are before sm_80, where products of bfloat16 are calls.
+  static constexpr bool kSinceSm80 = kChannelsLast && kWarps == 16 && (is_bfloat16<T_> || kTilesW * kTilesH >= 14);
   static constexpr int kMinBlocks = kChannelsLast ? 1 : (kManyRegisters ? 384 : 512) / kThreads;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;

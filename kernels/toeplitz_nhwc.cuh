@@ -275,6 +275,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   using T = typename Traits::T;
   using Unit = ToeplitzUnit<Traits>;
   using Slot = ToeplitzSlot<Traits>;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if constexpr (Traits::kSinceSm80) return;
+#endif
   extern __shared__ __align__(16) unsigned char shared_memory[];
   // What a unit is takes no registers while products are added up.
   __shared__ Unit units[4];
@@ -378,6 +381,8 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
   constexpr int kUnitBytes = 4 * sizeof(ToeplitzUnit<Traits>);
   constexpr int kMostInRows = 1 << 12, kMostRounds = 3;  // more rows find no room anywhere
   const DeviceLimits& device = device_limits();
+  // Blocks have as little as that before sm_80 alone.
+  if (Traits::kSinceSm80 && device.shared_bytes_block <= 64 << 10) return kTooLittleSharedMemory;
   const int pair_bytes = Traits::kChannels * args.kernel_h * Traits::kBand * 4;
   const int filter_chunks = divide_up(Traits::kChannels * args.kernel_h * args.kernel_w, kChunk);
   const int groups = divide_up(static_cast<int>(args.out_c), Traits::kChannels);
