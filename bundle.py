@@ -98,7 +98,7 @@ def declarations(header: str) -> Iterator[str]:
 
 
 def declared_names(declaration: str) -> set[str]:
-    """What a declaration gives a name to: a type, constants or a function."""
+    """What a declaration gives a name to, or specialises: a type, constants or a function."""
     code = bare(declaration).strip()
     while code.startswith("template"):  # its arguments are no names of the namespace
         ends = (match.end() for match in re.finditer(">", code))
@@ -109,7 +109,7 @@ def declared_names(declaration: str) -> set[str]:
     function = re.search(r"(\w+)(?:<[^()]*>)?\(", code)
     if function and "=" not in code[: function.start()]:
         return {function[1]}
-    return set(re.findall(r"(\w+)(?:\[\])? = ", code))
+    return set(re.findall(r"(\w+)(?:<\w+>)?(?:\[\])? = ", code))
 
 
 def needed_declarations(headers: dict[str, str], code: str) -> str:

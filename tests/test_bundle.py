@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -522,6 +523,14 @@ def assert_close(found, expected, dtype):
     tolerance = 1e-4 if dtype is torch.float32 else 1e-2
     assert found.dtype is dtype and found.shape == expected.shape
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_every_declaration_has_a_name():
+    """What has none would be left out of the strict forms, also where it specialises what is in them."""
+    for path in (Path(bundle.__file__).parent / "kernels").glob("*.*h"):
+        for declaration in bundle.declarations(path.read_text()):
+            code = bundle.bare(declaration).strip()
+            assert code.startswith("#") or bundle.declared_names(declaration), f"{path.name}: {code[:100]}"
 
 
 @pytest.mark.gpu
