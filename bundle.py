@@ -99,7 +99,7 @@ def declarations(header: str) -> Iterator[str]:
 
 def declared_names(declaration: str) -> set[str]:
     """What a declaration gives a name to, or specialises: a type, constants or a function."""
-    code = bare(declaration).strip()
+    code = re.sub(r"(?m)^#.*$", "", bare(declaration)).strip()
     while code.startswith("template"):  # its arguments are no names of the namespace
         ends = (match.end() for match in re.finditer(">", code))
         code = code[next(end for end in ends if code.count("<", 0, end) == code.count(">", 0, end)) :].lstrip()

@@ -274,7 +274,7 @@ UNITS = [  # of several images, of several columns of tiles, without room to fet
 ]
 
 
-@pytest.mark.parametrize(("multiprocessors", "shared", "problem"), UNITS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("multiprocessors", "shared", "problem"), UNITS, ids=str)
 def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
     """Of channels_last products with bands: a block has more than its warps hold at a time."""
     for direction, dtype in (("forward", F16), ("grad_input", BF16)):
