@@ -407,12 +407,16 @@ def _register_autograd(library: torch.library.Library, name: str, setup, backwar
 
 def _autocast(device_type: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Autocast's rule for convolutions: cast the floating-point tensors of the device, float64 excepted."""
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = _autocast_dtype(device_type)
 
     def is_cast(tensor: Tensor | None) -> bool:
-        if not isinstance(tensor, Tensor) or tensor.device.type != device_type:
-            return False
-        return tensor.is_floating_point() and tensor.dtype is not torch.float64
+        return (
+            isinstance(tensor, Tensor)
+            and tensor.dtype is not dtype
+            and tensor.device.type == device_type
+            and tensor.is_floating_point()
+            and tensor.dtype is not torch.float64
+        )
 
     return [tensor.to(dtype) if is_cast(tensor) else tensor for tensor in tensors]
 
@@ -455,6 +459,7 @@ _convolution_overrideable = torch.ops.aten.convolution_overrideable.default
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
+_autocast_dtype = torch.get_autocast_dtype
 _is_functorch_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack

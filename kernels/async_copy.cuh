@@ -38,25 +38,23 @@ struct CopyTarget {
 #endif
 };
 
-// Copies `bytes` of the 16 bytes at `global`, and zeros for the rest; both pointers are aligned to 16 bytes.
+// Copies `bytes` of the 16 bytes at `global`, an even number, and zeros for the rest; both pointers are aligned to 16 bytes.
+// cp.async itself can copy a part, but compute-sanitizer takes it to read all 16: an error at a tensor's end.
 __device__ __forceinline__ void copy_16_async(void* shared, const void* global, int bytes) {
-#if __CUDA_ARCH__ >= 800
-  ptx::copy_async<16>(shared, global, bytes);
-#else
-  const unsigned short* const source = static_cast<const unsigned short*>(global);
-  union {
-    uint4 word;
-    unsigned short half[8];
-  } copy{};
   if (bytes == 16) {
-    copy.word = __ldg(static_cast<const uint4*>(global));
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k)
-      if (2 * k < bytes) copy.half[k] = __ldg(source + k);
+    copy_async<16>(shared, global);
+    return;
   }
-  *static_cast<uint4*>(shared) = copy.word;
-#endif
+  const auto* const words = static_cast<const unsigned*>(global);
+  auto* const copies = static_cast<unsigned*>(shared);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int left = bytes - 4 * k;
+    if (left == 2)
+      copies[k] = __ldg(reinterpret_cast<const unsigned short*>(words + k));
+    else
+      copy_async<4>(copies + k, words + k, left > 0);
+  }
 }
 
 __device__ __forceinline__ void commit_copies() {

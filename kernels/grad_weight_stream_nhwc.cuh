@@ -85,7 +85,7 @@ __device__ __forceinline__ void copy_pixels(T* shared, const T* row, int pixel, 
   shared += first * Traits::kChannels + channel;
 #pragma unroll 2
   for (int k = first; k < columns; k += kPixels) {
-    copy_16_async(shared, source, static_cast<unsigned>(column + k) < end ? 16 : 0);
+    copy_async<16>(shared, source, static_cast<unsigned>(column + k) < end);
     source += kPixels * pixel;
     shared += kPixels * Traits::kChannels;
   }

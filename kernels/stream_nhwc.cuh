@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
         for (int r = 0; r < Shape::kStageRows; ++r) {
           const bool in_bounds =
               column_in_bounds && static_cast<unsigned>(next_row + r) < static_cast<unsigned>(args.h);
-          copy_16_async(target + r * row_elements, source + r * row_pitch, in_bounds ? 16 : 0);
+          copy_async<16>(target + r * row_elements, source + r * row_pitch, in_bounds);
         }
         source += pixel_step * pixel;
         target += pixel_step * Shared::kChannels;
