@@ -21,6 +21,7 @@ template <class T>
 struct CopyTarget {
 #if __CUDA_ARCH__ >= 800
   unsigned address;
+  __device__ __forceinline__ explicit CopyTarget(unsigned address) : address(address) {}
   __device__ __forceinline__ explicit CopyTarget(T* shared) : address(ptx::opaque(ptx::shared_address(shared))) {}
 
   template <int kBytes>

@@ -25,6 +25,7 @@ __device__ __forceinline__ void for_each_index(Body&& body) {
 // What the launchers need to know of the current device; all devices of one process count as alike.
 struct DeviceLimits {
   int multiprocessors, shared_bytes, shared_bytes_block;  // shared memory of a multiprocessor, and of a block at most
+  int l2_bytes;
 
   // What a block may take so that `blocks` of them share a multiprocessor; each costs 1 KB of its own.
   int shared_bytes_for(int blocks) const {
@@ -35,11 +36,12 @@ struct DeviceLimits {
 inline const DeviceLimits& device_limits() {
   static const DeviceLimits limits = [] {
     int device = 0;
-    DeviceLimits read{1, 64 << 10, 48 << 10};
+    DeviceLimits read{1, 64 << 10, 48 << 10, 0};
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&read.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&read.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&read.shared_bytes_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&read.l2_bytes, cudaDevAttrL2CacheSize, device);
     return read;
   }();
   return limits;

@@ -12,7 +12,7 @@
 
 #include <type_traits>
 
-#include "async_copy.cuh"
+#include "cache_policy.cuh"
 #include "direct.cuh"
 #include "grad_weight_plan.h"
 #include "second_pass.cuh"
@@ -70,11 +70,15 @@ struct PackedLoad {
 
   // Fills the first kWidth elements; a false predicate gives zeros.
   template <int kWidth = kCount, bool kShared = false>
-  __device__ __forceinline__ void load(const T* pointer, bool in_bounds) {
+  __device__ __forceinline__ void load(const T* pointer, bool in_bounds, CachePolicy policy) {
     using Word = typename RawWord<sizeof(T) * kWidth>::type;
     const Word* source = reinterpret_cast<const Word*>(pointer);
     Word loaded{};
-    if (in_bounds) loaded = kShared ? *source : __ldg(source);
+    if (in_bounds) loaded = kShared ? *source : policy.load(source);
+    keep(loaded);
+  }
+  template <class Word>
+  __device__ __forceinline__ void keep(Word loaded) {
     if constexpr (sizeof(Word) <= 4) {
       word[0] = loaded;
     } else {
@@ -82,14 +86,15 @@ struct PackedLoad {
       if constexpr (sizeof(Word) == 16) word[2] = loaded.z, word[3] = loaded.w;
     }
   }
-  // The same by way of a cell of shared memory, of sizeof(T) * kWidth bytes, from which `take` fetches it later.
+  // The same by way of sizeof(T) * kWidth bytes of shared memory, from which `take` fetches it later.
   template <int kWidth = kCount>
-  __device__ __forceinline__ static void request(void* cell, const T* pointer, bool in_bounds) {
-    copy_async<sizeof(T) * kWidth, true>(cell, pointer, in_bounds);
+  __device__ __forceinline__ static void request(CopyTarget<unsigned char> target, int offset, const T* pointer,
+                                                 bool in_bounds, CachePolicy policy) {
+    policy.copy_async<sizeof(T) * kWidth, true>(target, offset, pointer, in_bounds);
   }
   template <int kWidth = kCount>
   __device__ __forceinline__ void take(const void* cell) {
-    load<kWidth, true>(static_cast<const T*>(cell), true);
+    keep(*static_cast<const typename RawWord<sizeof(T) * kWidth>::type*>(cell));
   }
   __device__ __forceinline__ float operator[](int k) const {
     if constexpr (sizeof(T) == 4)

@@ -60,15 +60,19 @@ struct NchwStrip {
   static constexpr int kAhead = kQueued ? max_int(2, min_int(6, kAheadBytes / kStepBytes)) : Traits::kAhead;
   static constexpr int kQueueBytes = kQueued ? kAhead * kStepBytes * kGradWeightThreads : 0;
   unsigned char* queue;
-  __device__ __forceinline__ unsigned char* cell(int place, int first_byte, int bytes) const {
-    return queue + (place * kStepBytes + first_byte) * kGradWeightThreads + threadIdx.x * bytes;
+  // This thread's cell of `bytes` of a step, and how far those of later words are from the first.
+  __device__ __forceinline__ unsigned char* cell(int place, int bytes) const {
+    return queue + place * (kStepBytes * kGradWeightThreads) + threadIdx.x * bytes;
   }
+  static constexpr int of_word(int first_byte) { return first_byte * kGradWeightThreads; }
 
+  CachePolicy policy;
   // Which words lie inside the image, as bits: one register instead of a predicate a word.
   StripMask<Row::kWords> grad_mask = 0, input_mask = 0;
 
-  __device__ __forceinline__ NchwStrip(int grad_columns, int input_column, int input_columns, unsigned char* queue)
-      : queue(queue) {
+  __device__ __forceinline__ NchwStrip(int grad_columns, int input_column, int input_columns, unsigned char* queue,
+                                       CachePolicy policy)
+      : queue(queue), policy(policy) {
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
       if (v < grad_columns) grad_mask |= 1u << v;
@@ -93,8 +97,8 @@ struct NchwStrip {
     const auto mask = in_bounds ? grad_mask : 0;
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
-      registers.load[v / Traits::kGradVector].template load<Traits::kGradVector, Traits::kStaged>(row + v,
-                                                                                                  mask >> v & 1);
+      registers.load[v / Traits::kGradVector].template load<Traits::kGradVector, Traits::kStaged>(
+          row + v, mask >> v & 1, policy);
   }
 
   struct InputRow {
@@ -114,7 +118,7 @@ struct NchwStrip {
     if constexpr (kWord < Row::kWords) {
       constexpr int kStart = start(kWord);
       if constexpr (Row::low(kWord) < Row::high(kWord))
-        registers.load[kWord].template load<width(kWord), Traits::kStaged>(row + kStart, mask >> kWord & 1);
+        registers.load[kWord].template load<width(kWord), Traits::kStaged>(row + kStart, mask >> kWord & 1, policy);
       load_words<kWord + 1>(row, mask, registers);
     }
   }
@@ -123,8 +127,8 @@ struct NchwStrip {
     const auto mask = in_bounds ? grad_mask : 0;
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
-      PackedLoad<T, Traits::kGradVector>::request(cell(place, v * kBytes, Traits::kGradVector * kBytes), row + v,
-                                                  mask >> v & 1);
+      PackedLoad<T, Traits::kGradVector>::request(policy.target(cell(place, Traits::kGradVector * kBytes)),
+                                                  of_word(v * kBytes), row + v, mask >> v & 1, policy);
   }
   __device__ __forceinline__ void request_input(const T* row, bool in_bounds, int place, int step_row) const {
     const auto mask = in_bounds ? input_mask : 0;
@@ -132,21 +136,22 @@ struct NchwStrip {
       constexpr int kWord = decltype(index)::value;
       if constexpr (Row::low(kWord) < Row::high(kWord))
         PackedLoad<T, Traits::kVector>::template request<width(kWord)>(
-            cell(place, kGradBytes + step_row * kInputBytes + input_bytes(kWord), width(kWord) * kBytes),
-            row + start(kWord), mask >> kWord & 1);
+            policy.target(cell(place, width(kWord) * kBytes)),
+            of_word(kGradBytes + step_row * kInputBytes + input_bytes(kWord)), row + start(kWord), mask >> kWord & 1,
+            policy);
     });
   }
   __device__ __forceinline__ void take(int place, GradRow& grad, InputRow (&input)[Traits::kStrideH]) const {
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; v += Traits::kGradVector)
-      grad.load[v / Traits::kGradVector].take(cell(place, v * kBytes, Traits::kGradVector * kBytes));
+      grad.load[v / Traits::kGradVector].take(cell(place, Traits::kGradVector * kBytes) + of_word(v * kBytes));
 #pragma unroll
     for (int e = 0; e < Traits::kStrideH; ++e)
       for_each_index<Row::kWords>([&](auto index) {
         constexpr int kWord = decltype(index)::value;
         if constexpr (Row::low(kWord) < Row::high(kWord))
-          input[e].load[kWord].template take<width(kWord)>(
-              cell(place, kGradBytes + e * kInputBytes + input_bytes(kWord), width(kWord) * kBytes));
+          input[e].load[kWord].template take<width(kWord)>(cell(place, width(kWord) * kBytes) +
+                                                           of_word(kGradBytes + e * kInputBytes + input_bytes(kWord)));
       });
   }
 };
@@ -209,6 +214,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     return static_cast<const T*>(args.input) + (image * in_c + channel / args.multiplier) * args.h * args.w;
   };
 
+  const CachePolicy policy(args);
   float sum[kTaps][1] = {};
   float bias[1] = {}, bias_part[1] = {};
   for (int index = first_piece; index - static_cast<int>(threadIdx.x) < pieces.per_channel; index += piece_step) {
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     }
     if (index >= pieces.per_channel) break;
     const int column = piece.column * Traits::kStrideW;
-    const NchwStrip<Traits> strip(args.out_w - piece.column, column, args.w, shared_memory);
+    const NchwStrip<Traits> strip(args.out_w - piece.column, column, args.w, shared_memory, policy);
     march<Traits>(args, piece, strip, grad + piece.column, input + column, args.out_w, args.w, sum, bias, bias_part);
     bias[0] += bias_part[0];
     bias_part[0] = 0;

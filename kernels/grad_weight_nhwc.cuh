@@ -47,18 +47,20 @@ struct NhwcStrip {
   static constexpr int kAheadBytes = 264;  // wanted: of four blocks of a multiprocessor, 132 KB
   static constexpr int kAhead = kQueued ? max_int(2, min_int(6, kAheadBytes / kStepBytes)) : Traits::kAhead;
   static constexpr int kQueueBytes = kQueued ? kAhead * kStepBytes * kGradWeightThreads : 0;
+  CachePolicy policy;
   unsigned char* queue;  // the thread's
-  __device__ __forceinline__ unsigned char* cell(int place, int index) const {
-    return queue + (place * kStepBytes + index * kPixelBytes) * kGradWeightThreads;
+  __device__ __forceinline__ unsigned char* cell(int place) const {
+    return queue + place * (kStepBytes * kGradWeightThreads);
   }
+  static constexpr int of_pixel(int index) { return index * kPixelBytes * kGradWeightThreads; }
   // Of column k of a row of input, which is one of kUsed.
   static constexpr int input_cell(int row, int k) {
     return Traits::kColumns + row * kRowPixels + count_bits(Traits::kUsed & ((uint64_t{1} << k) - 1));
   }
 
   __device__ __forceinline__ NhwcStrip(int pixel, int grad_columns, int input_column, int input_columns,
-                                       unsigned char* shared_queue)
-      : pixel(pixel), queue(shared_queue + (threadIdx.y * blockDim.x + threadIdx.x) * kPixelBytes) {
+                                       unsigned char* shared_queue, CachePolicy policy)
+      : pixel(pixel), policy(policy), queue(shared_queue + (threadIdx.y * blockDim.x + threadIdx.x) * kPixelBytes) {
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; ++v)
       if (v < grad_columns) grad_mask |= 1u << v;
@@ -81,37 +83,40 @@ struct NhwcStrip {
   __device__ __forceinline__ void grad(const T* row, bool in_bounds, GradRow& registers) const {
     const auto mask = in_bounds ? grad_mask : 0;
 #pragma unroll
-    for (int v = 0; v < Traits::kColumns; ++v) registers.load[v].load(row + v * pixel, mask >> v & 1);
+    for (int v = 0; v < Traits::kColumns; ++v) registers.load[v].load(row + v * pixel, mask >> v & 1, policy);
   }
   __device__ __forceinline__ void input(const T* row, bool in_bounds, InputRow& registers) const {
     const auto mask = in_bounds ? input_mask : 0;
 #pragma unroll
     for (int k = 0; k < Traits::kWindow; ++k)
-      if (Traits::kUsed >> k & 1) registers.load[k].load(row + k * pixel, mask >> k & 1);
+      if (Traits::kUsed >> k & 1) registers.load[k].load(row + k * pixel, mask >> k & 1, policy);
   }
 
   __device__ __forceinline__ void request_grad(const T* row, bool in_bounds, int place) const {
     const auto mask = in_bounds ? grad_mask : 0;
+    const auto target = policy.target(cell(place));
 #pragma unroll
     for (int v = 0; v < Traits::kColumns; ++v)
-      PackedLoad<T, kChannels>::request(cell(place, v), row + v * pixel, mask >> v & 1);
+      PackedLoad<T, kChannels>::request(target, of_pixel(v), row + v * pixel, mask >> v & 1, policy);
   }
   __device__ __forceinline__ void request_input(const T* row, bool in_bounds, int place, int step_row) const {
     const auto mask = in_bounds ? input_mask : 0;
+    const auto target = policy.target(cell(place));
     for_each_index<Traits::kWindow>([&](auto index) {
       constexpr int k = decltype(index)::value;
       if constexpr (Traits::kUsed >> k & 1)
-        PackedLoad<T, kChannels>::request(cell(place, input_cell(step_row, k)), row + k * pixel, mask >> k & 1);
+        PackedLoad<T, kChannels>::request(target, of_pixel(input_cell(step_row, k)), row + k * pixel, mask >> k & 1,
+                                          policy);
     });
   }
   __device__ __forceinline__ void take(int place, GradRow& grad, InputRow (&input)[Traits::kStrideH]) const {
 #pragma unroll
-    for (int v = 0; v < Traits::kColumns; ++v) grad.load[v].take(cell(place, v));
+    for (int v = 0; v < Traits::kColumns; ++v) grad.load[v].take(cell(place) + of_pixel(v));
 #pragma unroll
     for (int e = 0; e < Traits::kStrideH; ++e)
       for_each_index<Traits::kWindow>([&](auto index) {
         constexpr int k = decltype(index)::value;
-        if constexpr (Traits::kUsed >> k & 1) input[e].load[k].take(cell(place, input_cell(e, k)));
+        if constexpr (Traits::kUsed >> k & 1) input[e].load[k].take(cell(place) + of_pixel(input_cell(e, k)));
       });
   }
 };
@@ -134,13 +139,14 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
     return static_cast<const T*>(args.input) + static_cast<int64_t>(image) * args.h * args.w * out_c + channel;
   };
 
+  const CachePolicy policy(args);
   float sum[kTaps][kChannels] = {};
   float bias[kChannels] = {}, bias_part[kChannels] = {};
   if (channel < out_c) {
     for (int index = first_piece; index < pieces.per_channel; index += piece_step) {
       const Piece piece = piece_at<Traits>(args, pieces, index);
       const int column = piece.column * Traits::kStrideW - args.padding_w;
-      const NhwcStrip<Traits> strip(out_c, args.out_w - piece.column, column, args.w, shared_memory);
+      const NhwcStrip<Traits> strip(out_c, args.out_w - piece.column, column, args.w, shared_memory, policy);
       march<Traits>(args, piece, strip, grad_plane(piece.image) + static_cast<int64_t>(piece.column) * out_c,
                     input_plane(piece.image) + static_cast<int64_t>(column) * out_c, args.out_w * out_c, args.w * out_c,
                     sum, bias, bias_part);

@@ -17,7 +17,7 @@
 // Chosen  select.h.
 #pragma once
 
-#include "async_copy.cuh"
+#include "cache_policy.cuh"
 #include "grad_weight_march.cuh"
 
 namespace depthwise {
@@ -75,7 +75,7 @@ __device__ __forceinline__ GradWeightStreamItem stream_item_at(const GradWeightA
 // pixel.
 template <class Traits, class T>
 __device__ __forceinline__ void copy_pixels(T* shared, const T* row, int pixel, int columns, int column, int end_column,
-                                            int channels, bool exists) {
+                                            int channels, bool exists, CachePolicy policy) {
   constexpr int kPixels = 32 / Traits::kCopies;
   const int lane = threadIdx.x % 32, channel = lane % Traits::kCopies * (16 / static_cast<int>(sizeof(T)));
   const int first = lane / Traits::kCopies;
@@ -85,7 +85,7 @@ __device__ __forceinline__ void copy_pixels(T* shared, const T* row, int pixel, 
   shared += first * Traits::kChannels + channel;
 #pragma unroll 2
   for (int k = first; k < columns; k += kPixels) {
-    copy_async<16>(shared, source, static_cast<unsigned>(column + k) < end);
+    policy.copy_async<16>(shared, source, static_cast<unsigned>(column + k) < end);
     source += kPixels * pixel;
     shared += kPixels * Traits::kChannels;
   }
@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
   const int64_t grad_image = static_cast<int64_t>(args.out_h) * args.out_w * out_c;
   GradWeightStreamItem next_item{};
   int next_index = begin, next_step = 0, next_slot = 0;
+  const CachePolicy policy(args);
   const auto request = [&](bool exists) {
     if (exists) {
       if (next_step == 0) {
@@ -144,7 +145,8 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
             of_input ? next_item.first_column * Traits::kStrideW - args.padding_w : next_item.first_column, width,
             out_c - first_channel,
             image < args.n &&
-                static_cast<unsigned>(row) < static_cast<unsigned>(of_input ? end_row : next_item.end_row));
+                static_cast<unsigned>(row) < static_cast<unsigned>(of_input ? end_row : next_item.end_row),
+            policy);
       }
       next_step += Traits::kStageSteps;
       if (next_step == item_stages * Traits::kStageSteps) next_step = 0;

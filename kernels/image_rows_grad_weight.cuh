@@ -18,6 +18,7 @@
 // Chosen  select.h.
 #pragma once
 
+#include "cache_policy.cuh"
 #include "exact_grad_weight.cuh"
 #include "images_grad_weight_sums.cuh"
 
@@ -83,11 +84,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) image_rows_grad_weight_ke
     uint4 first, second;
   };
   Pixels ahead[kAhead];
+  const CachePolicy policy(args);
   const auto load_image = [&](Pixels& pixels, bool exists) {
     pixels = {};
     if (loads && exists) {
-      pixels.first = __ldg(reinterpret_cast<const uint4*>(source));
-      pixels.second = __ldg(reinterpret_cast<const uint4*>(source + second));
+      pixels.first = policy.load(reinterpret_cast<const uint4*>(source));
+      pixels.second = policy.load(reinterpret_cast<const uint4*>(source + second));
     }
     source += image_step;
   };

@@ -148,6 +148,7 @@ struct GradWeightArgs {
   int multiplier, h, w, out_h, out_w, padding_h, padding_w, splits;
   int rows;                // of grad_output that a thread of a marching kernel takes
   int kernel_h, kernel_w;  // for kernels that are not compiled for theirs
+  bool evict_first;        // a CachePolicy
 };
 
 // blocked: rows of outputs a thread. More share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six,

@@ -103,6 +103,36 @@ __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
+// How soon the L2 cache gives up a line that is loaded so (sm_80): first of all, or as any other.
+__device__ __forceinline__ uint64_t cache_policy(bool evict_first) {
+  uint64_t first, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return evict_first ? first : normal;
+}
+__device__ __forceinline__ unsigned short load(const unsigned short* from, uint64_t policy) {
+  unsigned short word;
+  asm("ld.global.nc.L2::cache_hint.u16 %0, [%1], %2;" : "=h"(word) : "l"(from), "l"(policy));
+  return word;
+}
+__device__ __forceinline__ unsigned load(const unsigned* from, uint64_t policy) {
+  unsigned word;
+  asm("ld.global.nc.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(word) : "l"(from), "l"(policy));
+  return word;
+}
+__device__ __forceinline__ uint2 load(const uint2* from, uint64_t policy) {
+  uint2 word;
+  asm("ld.global.nc.L2::cache_hint.v2.u32 {%0, %1}, [%2], %3;" : "=r"(word.x), "=r"(word.y) : "l"(from), "l"(policy));
+  return word;
+}
+__device__ __forceinline__ uint4 load(const uint4* from, uint64_t policy) {
+  uint4 word;
+  asm("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+      : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+      : "l"(from), "l"(policy));
+  return word;
+}
+
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.
 // Copies of 16 bytes go past L1, unless somebody else reads the line.
 template <int kBytes, bool kThroughL1 = kBytes != 16>
@@ -118,6 +148,19 @@ __device__ __forceinline__ void copy_async(unsigned shared_address, const void* 
 template <int kBytes, bool kThroughL1 = kBytes != 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
   copy_async<kBytes, kThroughL1>(shared_address(shared), global, bytes);
+}
+// The same with a cache_policy. The address must not be one to which ptxas can add a uniform register: the instruction that
+// ptxas 13.0 writes then is one that no GPU executes ("illegal instruction", sm_90).
+template <int kBytes, bool kThroughL1 = kBytes != 16>
+__device__ __forceinline__ void copy_async(unsigned shared_address, const void* global, int bytes, uint64_t policy) {
+  if constexpr (!kThroughL1)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared_address), "l"(global),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::cache_hint [%0], [%1], %4, %2, %3;" ::"r"(shared_address), "l"(global),
+                 "r"(bytes), "l"(policy), "n"(kBytes)
+                 : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

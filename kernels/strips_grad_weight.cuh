@@ -10,6 +10,7 @@
 // serve 128 positions.
 #pragma once
 
+#include "cache_policy.cuh"
 #include "can_serve_strips.h"
 #include "direct.cuh"
 #include "exact_grad_weight.cuh"

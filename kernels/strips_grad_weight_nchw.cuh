@@ -30,7 +30,7 @@ struct StripsGradWeightNchwTraits {
 // of the first row, of `width` elements; bit r of `row_mask`: whether row r exists.
 template <int kVector, int kRows, class T>
 __device__ __forceinline__ void copy_line(T* shared, int shared_pitch, const T* global, int width, unsigned row_mask,
-                                          int first_column, int columns, int lane, int lanes) {
+                                          int first_column, int columns, int lane, int lanes, CachePolicy policy) {
 #pragma unroll 1
   for (int k = lane * kVector; k < columns; k += lanes * kVector) {
     const unsigned mask = static_cast<unsigned>(first_column + k) < static_cast<unsigned>(width) ? row_mask : 0;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void copy_line(T* shared, int shared_pitch, const T* 
       T* target = shared + k;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        copy_async<kVector * sizeof(T)>(target, source, mask >> r & 1);
+        policy.copy_async<kVector * sizeof(T)>(target, source, mask >> r & 1);
         source += width;
         target += shared_pitch;
       }
@@ -56,10 +56,11 @@ __device__ __forceinline__ void copy_line(T* shared, int shared_pitch, const T* 
 
 template <int kRows, class T>
 __device__ __forceinline__ void copy_line(int vector, T* shared, int shared_pitch, const T* global, int width,
-                                          unsigned row_mask, int first_column, int columns, int lane, int lanes) {
+                                          unsigned row_mask, int first_column, int columns, int lane, int lanes,
+                                          CachePolicy policy) {
   const auto copy = [&](auto constant) {
     copy_line<decltype(constant)::value, kRows>(shared, shared_pitch, global, width, row_mask, first_column, columns,
-                                                lane, lanes);
+                                                lane, lanes, policy);
   };
   switch (vector) {
     case 8: return copy(std::integral_constant<int, 8>{});
@@ -90,6 +91,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   int load_round = begin, load_stage = 0;
   const T *input = nullptr, *grad = nullptr;  // of the patch's next row; of a row that may not exist
   int input_row = 0, input_column = 0, input_rows = 0, grad_rows = 0;
+  const CachePolicy policy(args);
   const auto load = [&](T* shared) {
     if (load_round < end) {
       const int first_step = load_stage * kStageRows - tiling.head;
@@ -110,10 +112,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       if (first_step >= 0)
         copy_line<kStageRows>(tiling.input_vector, to, row_elements, input, args.w,
                               bits_between<kStageRows>(-input_row - first_step, input_rows - first_step), input_column,
-                              input_columns, copy_lane, tiling.lanes);
+                              input_columns, copy_lane, tiling.lanes, policy);
       copy_line<kStageRows>(tiling.grad_vector, to + input_columns, row_elements, grad, args.out_w,
                             bits_between<kStageRows>(-first_step, grad_rows - first_step), input_column + tiling.shift,
-                            grad_columns, copy_lane, tiling.lanes);
+                            grad_columns, copy_lane, tiling.lanes, policy);
       input += static_cast<int64_t>(kStageRows) * args.w;
       grad += static_cast<int64_t>(kStageRows) * args.out_w;
       if (++load_stage == tiling.stages) load_stage = 0, ++load_round;

@@ -78,13 +78,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                       (first_row * width + column) * channels + channel,
                   width * channels, -row, exists ? min(of_input ? tiling.steps : tiling.rows, height - row) : -row};
   };
+  const CachePolicy policy(args);
   const auto copy_word = [&](Source& source, unsigned char* shared, int word) {
     const int first_step = load_stage * kStageRows - tiling.head;
     const unsigned mask = bits_between<kStageRows>(source.low - first_step, source.high - first_step);
     unsigned char* target = shared + (word ^ (word / (4 * kEights) & 1)) * 16;
 #pragma unroll
     for (int r = 0; r < kStageRows; ++r) {
-      copy_async<16>(target, source.pixel, mask >> r & 1);
+      policy.copy_async<16>(target, source.pixel, mask >> r & 1);
       source.pixel += source.row_step;
       target += layout.raw_row;
     }

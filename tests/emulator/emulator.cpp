@@ -77,7 +77,8 @@ int dynamic_bytes, static_bytes, all_bytes, shared_end;
 std::vector<StaticShared> statics;
 std::vector<Memory> memory;
 std::map<const void*, int> allowed_shared_bytes;
-int device[3] = {132, 228 << 10, 227 << 10};  // an H200's multiprocessors; shared memory of each, of a block
+// An H200's multiprocessors; shared memory of each, of a block; L2 cache.
+int device[4] = {132, 228 << 10, 227 << 10, 50 << 20};
 
 void (*body)(const void*);
 const void* body_arguments;

@@ -59,6 +59,15 @@ template <int kBytes>
 void copy_async(unsigned shared_address, const void* global, int bytes) {
   copy_async(at_shared_address(shared_address), global, kBytes, bytes);
 }
+inline uint64_t cache_policy(bool) { return 0; }
+template <class Word>
+Word load(const Word* from, uint64_t) {
+  return __ldg(from);
+}
+template <int kBytes, bool kThroughL1 = false>
+void copy_async(unsigned shared_address, const void* global, int bytes, uint64_t) {
+  copy_async(at_shared_address(shared_address), global, kBytes, bytes);
+}
 void commit_copies();
 void wait_for_copies(int pending);
 template <int kPending>
