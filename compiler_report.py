@@ -5,6 +5,8 @@ bench.py prints it where speed cannot be measured; the tests assert from it that
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -31,6 +33,7 @@ class Report:
     architecture: str
     seconds: float
     kernels: tuple[Kernel, ...]
+    illegal: tuple[str, ...]  # instructions that no GPU executes; none are found where there is no disassembler
 
 
 def compile_for(architecture: str, sources: Sequence[str] | None = None) -> Report:
@@ -59,6 +62,7 @@ def compile_for(architecture: str, sources: Sequence[str] | None = None) -> Repo
         started = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         seconds = time.perf_counter() - started
+        illegal = _illegal_instructions(file.with_suffix(".cubin")) if done.returncode == 0 else ()
     if done.returncode != 0:
         raise depthwise_inline.BuildError(f"depthwise_inline: compiling for {architecture} failed:\n{done.stdout}")
     blocks = re.split(r"Compiling entry function ", done.stdout)[1:]
@@ -77,7 +81,25 @@ def compile_for(architecture: str, sources: Sequence[str] | None = None) -> Repo
         )
         for name, block in zip(names, blocks, strict=True)
     ]
-    return Report(architecture, seconds, tuple(kernels))
+    return Report(architecture, seconds, tuple(kernels), illegal)
+
+
+def _illegal_instructions(cubin: Path) -> tuple[str, ...]:
+    """Copies whose descriptor has an odd register: see ptx::copy_async on what ptxas 13.0 writes now and then."""
+    tool = _disassembler()
+    if tool is None:
+        return ()
+    done = subprocess.run([tool, "-c", cubin], stdout=subprocess.PIPE, text=True, check=True)
+    return tuple(re.findall(r"LDGSTS[^;]*desc\[UR\d*[13579]\][^;]*", done.stdout))
+
+
+def _disassembler() -> str | None:
+    """nvdisasm of the CUDA toolkit, or that of Triton, which comes with PyTorch."""
+    spec = importlib.util.find_spec("triton")
+    folders = [os.environ.get("PATH", "")]
+    if spec is not None and spec.origin is not None:
+        folders.append(str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    return shutil.which("nvdisasm", path=os.pathsep.join(folders))
 
 
 def _demangle(names: list[str]) -> list[str]:

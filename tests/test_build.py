@@ -108,6 +108,7 @@ def test_no_shipped_kernel_spills(architecture, specialisations, request):
     print(f"sm_{architecture}: {len(sources)} of {len(specialisations)} specialisations, {len(kernels)} kernels")
     bad = [f"{k.spill_bytes} bytes spilled: {k.name}" for k in kernels if k.spill_bytes]
     assert not bad, f"{len(bad)} of {len(kernels)} kernels:\n" + "\n".join(bad)
+    assert not [text for report in reports for text in report.illegal]
 
 
 @needs_compiler
