@@ -431,9 +431,10 @@ def measure_models(names: Sequence[str], save: Callable[[Sequence[dict[str, Any]
     depthwise_inline._obtain_all(sources)
     print(
         f"\nforward and backward at {IMAGE_SIZE}x{IMAGE_SIZE}, bfloat16 under autocast, cudnn.benchmark on, "
-        "milliseconds of wall time a step"
+        "milliseconds of wall time a step; then of a step as a CUDA graph"
     )
-    print(f"{'model':<16} {'batch':>5} {'precision':<10} {'layout':<6} {'PyTorch':>9} {'ours':>9} {'speedup':>8}")
+    columns = f"{'PyTorch':>9} {'ours':>9} {'speedup':>8}"
+    print(f"{'model':<16} {'batch':>5} {'precision':<10} {'layout':<6} {columns}   {columns}")
     models: list[dict[str, Any]] = []
     for network in networks:
         for precision, layout in itertools.product(network.precisions, LAYOUTS):
@@ -446,8 +447,10 @@ def measure_models(names: Sequence[str], save: Callable[[Sequence[dict[str, Any]
                 failed += 1
             else:
                 models.append(model)
-                before, after = model["pytorch_step_ms"], model["ours_step_ms"]
-                print(f"{before:9.2f} {after:9.2f} {before / after:7.2f}x{slower(before / after)}", flush=True)
+                kinds = [kind for kind in ("step", "graph") if f"ours_{kind}_ms" in model]
+                pairs = [(model[f"pytorch_{kind}_ms"], model[f"ours_{kind}_ms"]) for kind in kinds]
+                texts = [f"{before:9.2f} {after:9.2f} {before / after:7.2f}x" for before, after in pairs]
+                print("   ".join(texts) + slower(min(before / after for before, after in pairs)), flush=True)
                 save(models)
     return failed
 
@@ -482,21 +485,37 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
     images = torch.randn(network.batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)
     images = images.contiguous(memory_format=LAYOUTS[layout])
     labels = torch.randint(1000, (network.batch,), device=device)
-    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "float32")
+    # Each weight is cast once a step, so the cache of casts, which a CUDA graph must not see, would have no hits.
+    enabled = precision != "float32"
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
-    def steps_ms(model: nn.Module, count: int) -> float:
+    def step(model: nn.Module) -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast:
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+
+    def steps_ms(run: Callable[[], None], count: int) -> float:
         """Milliseconds of one of `count` training steps."""
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(count):
-            model.zero_grad(set_to_none=True)
-            with autocast:
-                loss = F.cross_entropy(model(images), labels)
-            loss.backward()
+            run()
         torch.cuda.synchronize()
-        elapsed = time.perf_counter() - begin
+        return (time.perf_counter() - begin) / count * 1e3
+
+    def count_of(run: Callable[[], None]) -> int:
+        return max(1, round(STEPS_MS / steps_ms(run, 1)))
+
+    def graph_ms(model: nn.Module) -> float:
+        """Milliseconds of a step as a CUDA graph: what the GPU needs, whatever the host."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(model)
+        count = count_of(graph.replay)
+        times = [steps_ms(graph.replay, count) for _ in range(ROUNDS)]
         model.zero_grad(set_to_none=True)
-        return elapsed / count * 1e3
+        return round(statistics.median(times), 3)
 
     torch.backends.cudnn.benchmark = True
     try:
@@ -505,13 +524,21 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
         if not error <= (1e-3 if precision == "float32" else 5e-2):
             raise RuntimeError(f"the outputs differ by {error:.1e} after replace_depthwise")
         networks = [before.train(), after.train()]
+        steps = [functools.partial(step, model) for model in networks]
+        for run in steps:
+            steps_ms(run, 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
+        counts = [count_of(run) for run in steps]
+        samples = [[steps_ms(*pair) for pair in zip(steps, counts, strict=True)] for _ in range(ROUNDS)]
+        before_ms, after_ms = (round(statistics.median(times), 3) for times in zip(*samples, strict=True))
         for model in networks:
-            steps_ms(model, 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
-        counts = [max(1, round(STEPS_MS / steps_ms(model, 1))) for model in networks]
-        samples = [[steps_ms(*pair) for pair in zip(networks, counts, strict=True)] for _ in range(ROUNDS)]
+            model.zero_grad(set_to_none=True)
+        graphs = {}
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            for name, model in zip(("pytorch_graph_ms", "ours_graph_ms"), networks, strict=True):
+                graphs[name] = graph_ms(model)
     finally:
         torch.backends.cudnn.benchmark = False
-    before_ms, after_ms = (round(statistics.median(times), 3) for times in zip(*samples, strict=True))
     return {
         "model": network.title,
         "batch": network.batch,
@@ -519,6 +546,7 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
         "precision": precision,
         "pytorch_step_ms": before_ms,
         "ours_step_ms": after_ms,
+        **graphs,
     }
 
 

@@ -333,25 +333,32 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
         lines += [
             "",
             "Training step at 224x224 (forward and backward; bfloat16 under autocast) before and after "
-            "`replace_depthwise`:",
+            "`replace_depthwise`: wall time, and that of the same step as a CUDA graph, in which the host has no part:",
             "",
         ]
-        lines += _table_head("network", "batch", "precision", "layout", "PyTorch ms", "ours ms", "speedup")
+        columns = ("PyTorch ms", "ours ms", "speedup", "PyTorch graph ms", "ours graph ms", "speedup")
+        lines += _table_head("network", "batch", "precision", "layout", *columns)
         lines += [
             _table_row(
                 m["model"],
                 m["batch"],
                 m["precision"],
                 m["layout"],
-                f"{m['pytorch_step_ms']:.1f}",
-                f"{m['ours_step_ms']:.1f}",
-                f"{m['pytorch_step_ms'] / m['ours_step_ms']:.2f}",
+                *_step_columns(m, "step"),
+                *_step_columns(m, "graph"),
             )
             for m in models
         ]
     return "\n".join(
         [*lines, "", f"[All {len(rows)} rows]({table_path(record, RESULTS).relative_to(ROOT).as_posix()})"]
     )
+
+
+def _step_columns(model: dict[str, Any], kind: str) -> tuple[str, str, str]:
+    if f"ours_{kind}_ms" not in model:
+        return "-", "-", "-"
+    before, after = model[f"pytorch_{kind}_ms"], model[f"ours_{kind}_ms"]
+    return f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}"
 
 
 def table(record: dict[str, Any]) -> str:
