@@ -181,8 +181,8 @@ int launch_forward(const Problem& p, const DirectArgs& args, cudaStream_t stream
   for (int tile = 0; tile < tile_table(compiled.kernel, p.dtype).size; ++tile) {
     const bool serves = can_serve(p, compiled.kernel, tile) &&
                         specialisation_of(p, {compiled.kernel, tile}) == compiled.specialisation;
-    const int error = serves ? compiled.launch(&args, tile, stream) : kTooLittleSharedMemory;
-    if (error != kTooLittleSharedMemory) return error;
+    const int answer = serves ? compiled.launch(&args, tile, stream) : kTooLittleSharedMemory;
+    if (!is_refusal(answer)) return answer;
   }
   switch (p.dtype) {
     case DType::kFloat32: return launch_general<float>(p, args, stream);

@@ -67,7 +67,6 @@ double blocked_grad_weight_cycles(const Args& args, const BlockedGradWeightShape
   constexpr double kIssueRate = 0.84, kWarpRate = 0.52, kTail = 0.18, kMultiplyAddCycles = 1.3;
   constexpr double kStartCycles = 13600, kStageCycles = 3500, kEndCycles = 3800, kBytes = 1750;
   const double float_cycles = channels_last ? 1 : 0.33;
-  const auto least = [](int a, int b) { return a < b ? a : b; };
   const int n = static_cast<int>(args.n), h = static_cast<int>(args.h), w = static_cast<int>(args.w);
   const int out_h = static_cast<int>(args.out_h), padding_h = static_cast<int>(args.padding_h);
   const int threads = cut.threads(), warps = threads / 32, strips = cut.tile_columns / kStrip;
@@ -76,13 +75,13 @@ double blocked_grad_weight_cycles(const Args& args, const BlockedGradWeightShape
   int all_steps = 0, most_steps = 0;
   for (int tile = 0; tile < cut.tiles_h; ++tile) {
     const int shift = tile * shape.rows - padding_h;
-    const int steps = least(out_h + shape.rows - 1, h - shift) - (shift < 0 ? -shift : 0);
+    const int steps = min_int(out_h + shape.rows - 1, h - shift) - (shift < 0 ? -shift : 0);
     if (steps > 0) all_steps += steps;
     if (steps > most_steps) most_steps = steps;
   }
   const int between = (cut.num_bands - 1) * (shape.rows - 1);
   const double mean = (static_cast<double>(all_steps) / cut.tiles_h + between) / cut.num_bands;
-  const double most = least(most_steps, cut.band_rows + shape.rows - 1);
+  const double most = min_int(most_steps, cut.band_rows + shape.rows - 1);
   // Issue slots of a strip: steps of multiply-adds, loads and sums of parts, and what surrounds them.
   const int taps = shape.rows * shape.columns;
   const double step_slots = kMultiplyAddCycles * taps * kStrip + shape.columns / 4 + 8 + taps / 16,
@@ -96,9 +95,9 @@ double blocked_grad_weight_cycles(const Args& args, const BlockedGradWeightShape
 
   const int by_memory = kSharedBytes / (cut.shared_bytes(shape) + 1024),
             by_threads = shape.threads * shape.blocks / threads;
-  const int places = by_memory < 1 ? 1 : least(by_memory, by_threads);
+  const int places = by_memory < 1 ? 1 : min_int(by_memory, by_threads);
   const int blocks = divide_up(args.out_c * splits, kMultiprocessors);  // of the multiprocessor that has most
-  const int in_columns = least(w, cut.input_pitch);
+  const int in_columns = min_int(w, cut.input_pitch);
   const double floats =
       cut.images * (static_cast<double>(cut.input_rows) * in_columns + cut.band_rows * cut.tile_columns);
   const double load = kStartCycles + kEndCycles + stages * kStageCycles;
@@ -119,8 +118,6 @@ template <class Args>
 BlockedGradWeightCut blocked_grad_weight_cut(const Args& args, const BlockedGradWeightShape& shape, int64_t splits,
                                              int shared_bytes, bool channels_last) {
   constexpr int kFewestRows = 8, kMostTries = 6;
-  const auto least = [](int a, int b) { return a < b ? a : b; };
-  const auto most = [](int a, int b) { return a > b ? a : b; };
   const int h = static_cast<int>(args.h), kernel_h = static_cast<int>(args.kernel_h);
   const int out_h = static_cast<int>(args.out_h), out_w = static_cast<int>(args.out_w);
   BlockedGradWeightCut cut{};
@@ -136,7 +133,7 @@ BlockedGradWeightCut blocked_grad_weight_cut(const Args& args, const BlockedGrad
     cut.images = images;
     cut.band_rows = divide_up(out_h, bands);
     cut.num_bands = divide_up(out_h, cut.band_rows);
-    cut.input_rows = least(h, cut.band_rows + kernel_h - 1);
+    cut.input_rows = min_int(h, cut.band_rows + kernel_h - 1);
     cut.stages = divide_up(args.n, images) * cut.num_bands * cut.num_column_tiles;
     // The fewest groups that need no more rounds than all would.
     cut.groups = divide_up(images * strips, divide_up(images * strips, max_groups));
@@ -145,7 +142,7 @@ BlockedGradWeightCut blocked_grad_weight_cut(const Args& args, const BlockedGrad
     return cut.shared_bytes(shape) <= shared_bytes;
   };
   // Few images: bands, so that every split has a stage; or as many as fit.
-  int fewest = most(1, least(divide_up(splits, args.n * cut.num_column_tiles), divide_up(out_h, kFewestRows)));
+  int fewest = max_int(1, min_int(divide_up(splits, args.n * cut.num_column_tiles), divide_up(out_h, kFewestRows)));
   while (!set(fewest, 1) && cut.band_rows > 1) ++fewest;
   BlockedGradWeightCut best = cut;
   double cycles = blocked_grad_weight_cycles(args, shape, cut, splits, channels_last);
@@ -160,7 +157,7 @@ BlockedGradWeightCut blocked_grad_weight_cut(const Args& args, const BlockedGrad
   // channels_last: two stages at least, as loads take long there (13x13, 32x200x20x20, five splits, H100: a stage of one
   // image 82 us, of four 84; 31x31, 8x40x96x96: two stages a block 219, one 234).
   const int share = channels_last ? divide_up(divide_up(args.n, splits), 2) : divide_up(args.n, splits);
-  for (int images = most(2, share - kMostTries); images <= share; ++images) look(1, images);
+  for (int images = max_int(2, share - kMostTries); images <= share; ++images) look(1, images);
   return best;
 }
 

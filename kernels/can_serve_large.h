@@ -2,6 +2,7 @@
 // multiply-adds blocked and blocked_grad_weight.
 #pragma once
 
+#include "toeplitz_grad_weight_tiling.h"
 #include "variants.h"
 
 namespace depthwise {
@@ -140,15 +141,13 @@ inline bool can_serve_blocked(const Problem& p, const Tile& tile) {
 constexpr int kMaxLargeGradWeight = 64;
 
 // toeplitz_grad_weight, channels_last: shared memory of a block that takes as few rows a step as it can.
-inline int64_t toeplitz_grad_weight_least_bytes(const Problem& p, const Tile& tile) {
-  constexpr int64_t kStepRows = 4, kMostTaps = 2048;
-  const int64_t rows = (p.kernel_h + 15) / 16 * 16, columns = (p.kernel_w + 15) / 16 * 16;
-  const bool two_groups = rows * columns > kMostTaps;  // of warps, for half of the channels
-  const int64_t ring_rows = (two_groups ? kMaxLargeGradWeight : rows) + kStepRows;
-  const int64_t eights = toeplitz_eights(p.w, tile.columns), grad_columns = 8 * eights + columns + 8;
-  const int64_t plane = ring_rows * 8 * (eights | 1) + kStepRows * grad_columns + 8;
-  const int64_t pixels = kStepRows * (8 * eights + grad_columns);
-  return 2 * (plane * (two_groups ? tile.vector / 2 : tile.vector) + pixels * 8);
+inline int toeplitz_grad_weight_least_bytes(const Problem& p, const Tile& tile) {
+  constexpr int kRows = kFewestToeplitzStepRows;
+  const int eights = toeplitz_eights(p.w, tile.columns);
+  const ToeplitzGradWeightLayout layout = toeplitz_grad_weight_layout(
+      static_cast<int>(divide_up(p.kernel_h, 16)), static_cast<int>(divide_up(p.kernel_w, 16)), eights, true);
+  return layout.shared_bytes(1, layout.plane_elements(layout.kernel_rows() + kRows, kRows),
+                             kRows * (8 * eights + layout.grad_pitch));
 }
 
 inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int tile) {
@@ -157,10 +156,10 @@ inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int til
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw)) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (kernel == Kernel::kToeplitzGradWeight && p.dtype == DType::kFloat32) return false;
+  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
   if (kernel == Kernel::kToeplitzGradWeight && channels_last &&
       toeplitz_grad_weight_least_bytes(p, kToeplitzGradWeightTiles[tile]) > kSharedBytesEverywhere)
     return false;
-  if (p.kernel_h > kMaxLargeGradWeight || p.kernel_w > kMaxLargeGradWeight) return false;
   // Columns of grad_output that meet padding alone would be missed by the bias.
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
   const int64_t channels = channels_last ? p.out_c : 1;  // that lie between neighbouring columns

@@ -8,9 +8,6 @@
 
 namespace depthwise {
 
-constexpr int min_int(int a, int b) { return a < b ? a : b; }
-constexpr int max_int(int a, int b) { return a > b ? a : b; }
-
 template <class Body, int... kIndices>
 __device__ __forceinline__ void for_each_index(std::integer_sequence<int, kIndices...>, Body&& body) {
   (body(std::integral_constant<int, kIndices>{}), ...);
@@ -52,6 +49,13 @@ template <class Kernel>
 int allow_shared_bytes(Kernel kernel, int bytes, int static_bytes = 0) {
   if (bytes + static_bytes <= 48 << 10) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+// Elements of 16 bits a copy may take: a power of two up to `most` that divides the rows and the address.
+inline int copy_width(const void* tensor, int64_t row, int most = 8) {
+  int width = most;
+  while (row % width != 0 || reinterpret_cast<uintptr_t>(tensor) / 2 % width != 0) width /= 2;
+  return width;
 }
 
 // Division by a number known at launch alone: a multiplication and a shift. For dividends below 2^31.

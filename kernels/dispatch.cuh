@@ -70,13 +70,14 @@ inline bool launch_specialised(const Problem& p, const void* input, const void* 
   args.weight = weight;
   args.bias = bias;
   args.out = out;
-  for (const bool frugal : {false, true}) {
-    const Choice choice = choose(p, frugal);
+  int answer = cudaSuccess;
+  for (int choices = 0; choices < 2; ++choices) {
+    const Choice choice = choose(p, answer);
     const Launcher launcher = obtain_launcher(p, choice, stream);
     if (launcher == nullptr) return false;
-    const int error = launcher(&args, choice.config.tile, stream);
-    if (error == kTooLittleSharedMemory) continue;
-    check_launch(error);
+    answer = launcher(&args, choice.config.tile, stream);
+    if (is_refusal(answer)) continue;
+    check_launch(answer);
     return true;
   }
   return false;

@@ -12,8 +12,8 @@ namespace {
 template <class T>
 void launch_general(const Problem& p, int splits, const void* grad_output, const void* input, accumulator_t<T>* partial,
                     accumulator_t<T>* partial_bias, cudaStream_t stream) {
-  const int64_t channels = p.layout == Layout::kNhwc ? divide_up64(p.out_c, 32) : p.out_c;
-  const int64_t taps = p.kernel_h * divide_up64(p.kernel_w, kGeneralTapsPerBlock);
+  const int64_t channels = p.layout == Layout::kNhwc ? divide_up(p.out_c, 32) : p.out_c;
+  const int64_t taps = p.kernel_h * divide_up(p.kernel_w, kGeneralTapsPerBlock);
   if (taps > 65535) throw std::runtime_error("depthwise_inline: kernel too large");
   const auto launch = [&](auto kernel) {
     kernel<<<dim3(channels, taps, splits), dim3(32, kGeneralThreads / 32), 0, stream>>>(

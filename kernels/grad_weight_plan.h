@@ -4,22 +4,23 @@
 
 #include "blocked_grad_weight_tiling.h"
 #include "select.h"
+#include "toeplitz_grad_weight_tiling.h"
 
 namespace depthwise {
 
 constexpr int64_t kMaxWorkspace = 16 << 20;  // bytes, unless one split needs more
 
 constexpr int kGeneralTapsPerBlock = 8;
-constexpr int64_t kGeneralBlocks = 2048;     // two waves of 8 blocks on each of an H100's 132 multiprocessors
+constexpr int64_t kGeneralBlocks = 2048;     // about two waves of 8 blocks on each of an H100's multiprocessors
 constexpr int64_t kGeneralPositions = 2048;  // a split worth its second pass
 
 constexpr int kGradWeightLanes = 32;                // channels_last: threads along channels, at most
-constexpr int64_t kGradWeightAllThreads = 1 << 17;  // a multiprocessor's worth for each of an H100's 132
+constexpr int64_t kGradWeightAllThreads = 1 << 17;  // about a multiprocessor's worth for each of an H100's
 
-// Blocks of the kernels for large sizes: whole rounds of what an H100's 132 multiprocessors hold (two blocks each of
+// Blocks of the kernels for large sizes: whole rounds of what an H100's multiprocessors hold (two blocks each of
 // toeplitz_grad_weight), and few of them, as each leaves a kernel's worth of sums (31x31 on 32x128x56x56, channels_last, fp16,
 // H100: 256 blocks 0.111 ms, 512 0.119).
-constexpr int64_t kToeplitzBlocksNhwc = 264, kBlockedBlocks = 1056;
+constexpr int64_t kToeplitzBlocksNhwc = 2 * kMultiprocessors, kBlockedBlocks = 8 * kMultiprocessors;
 // strips_grad_weight: an H100's multiprocessors, of which one block each is enough (see its tiles).
 constexpr int64_t kStripsBlocks = kMultiprocessors, kMostStripsWaves = 8;
 constexpr int kStripsSharedBytes = 226 << 10;  // of a multiprocessor
@@ -61,8 +62,6 @@ struct GradWeightPlan {
   int rows;  // of grad_output that a thread marches down, at most
 };
 
-inline int64_t divide_up64(int64_t a, int64_t b) { return divide_up(a, b); }
-
 inline int64_t grad_weight_split_bytes(const Problem& p) {
   return p.out_c * (p.kernel_h * p.kernel_w + 1) * (p.dtype == DType::kFloat64 ? 8 : 4);
 }
@@ -74,8 +73,8 @@ inline int64_t bounded_splits(const Problem& p, int64_t wanted) {
 }
 
 inline GradWeightPlan general_grad_weight_plan(const Problem& p) {
-  const int64_t channels = p.layout == Layout::kNhwc ? divide_up64(p.out_c, 32) : p.out_c;
-  const int64_t taps = p.kernel_h * divide_up64(p.kernel_w, kGeneralTapsPerBlock);
+  const int64_t channels = p.layout == Layout::kNhwc ? divide_up(p.out_c, 32) : p.out_c;
+  const int64_t taps = p.kernel_h * divide_up(p.kernel_w, kGeneralTapsPerBlock);
   const int64_t splits = kGeneralBlocks / (channels * taps);
   const int64_t worthwhile = p.n * p.out_h * p.out_w / kGeneralPositions;
   return {bounded_splits(p, splits < worthwhile ? splits : worthwhile), 0};
@@ -94,11 +93,11 @@ inline int64_t queued_march_blocks(const Problem& p, const Tile& tile) {
 // Marching kernels: a thread takes a strip of columns down `rows` rows. Rows are cut until there are threads enough,
 // but not so short that the kernel's own height of rows, which the next piece reads again, costs much.
 inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& tile) {
-  const int64_t rows = divide_up64(p.out_h, p.dilation_h);  // rows `dilation_h` apart are a problem of their own
-  const int64_t strips = p.n * p.dilation_h * divide_up64(p.out_w, tile.columns);  // of one channel
+  const int64_t rows = divide_up(p.out_h, p.dilation_h);  // rows `dilation_h` apart are a problem of their own
+  const int64_t strips = p.n * p.dilation_h * divide_up(p.out_w, tile.columns);  // of one channel
   const bool channels_last = p.layout == Layout::kNhwc;
   const int64_t lanes = channels_last ? p.c / tile.vector : p.out_c;
-  const int64_t fewest_rows = 3 * divide_up64(p.kernel_h, p.stride_h) < 8 ? 8 : 3 * divide_up64(p.kernel_h, p.stride_h);
+  const int64_t fewest_rows = 3 * divide_up(p.kernel_h, p.stride_h) < 8 ? 8 : 3 * divide_up(p.kernel_h, p.stride_h);
   int64_t pieces = 1;
   // Queues hide latencies, so that threads need not be many: what a single wave of blocks takes is not cut into two waves
   // (7x7, 32x96x56x56, H100: 0.066 ms, in two pieces 0.073; 192x28x28: 0.041, 0.052).
@@ -106,14 +105,14 @@ inline GradWeightPlan marching_grad_weight_plan(const Problem& p, const Tile& ti
       channels_last && tile.queued ? kMultiprocessors * kGradWeightThreads * queued_march_blocks(p, tile) : 0;
   const auto is_one_wave = [&] { return strips * lanes * pieces <= held && strips * lanes * 2 * pieces > held; };
   while (!tile.staged && strips * lanes * pieces < kGradWeightAllThreads &&
-         divide_up64(rows, 2 * pieces) >= fewest_rows && !is_one_wave())
+         divide_up(rows, 2 * pieces) >= fewest_rows && !is_one_wave())
     pieces *= 2;
 
-  const int64_t x = channels_last ? divide_up64(lanes, divide_up64(lanes, kGradWeightLanes)) : 1;
+  const int64_t x = channels_last ? divide_up(lanes, divide_up(lanes, kGradWeightLanes)) : 1;
   const int64_t threads = kGradWeightThreads / x;  // of a block, for one channel
   const int64_t per_thread = strips * lanes * pieces / kGradWeightAllThreads;
-  const int64_t splits = divide_up64(strips * pieces, threads * (per_thread < 1 ? 1 : per_thread));
-  return {bounded_splits(p, splits), static_cast<int>(divide_up64(rows, pieces))};
+  const int64_t splits = divide_up(strips * pieces, threads * (per_thread < 1 ? 1 : per_thread));
+  return {bounded_splits(p, splits), static_cast<int>(divide_up(rows, pieces))};
 }
 
 // Kernels whose blocks take one channel, or several, and a share of the images: `blocks` blocks wanted in all.
@@ -130,12 +129,12 @@ inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels,
 // 16x200x48x48: 16 splits 0.411, 8 splits 0.412, 4 splits 0.436.)
 inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   constexpr int kSharedBytes = 228 << 10;
-  constexpr int64_t kFewestBlocks = 132, kMostBlocks = 4224;  // one and 32 for each of an H100's multiprocessors
+  constexpr int64_t kFewestBlocks = kMultiprocessors, kMostBlocks = 32 * kMultiprocessors;
   constexpr double kClearly = 0.93;
   const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
   const BlockedGradWeightShape shape = blocked_grad_weight_shape(taps.rows, taps.columns, p.dtype == DType::kFloat32);
-  const int64_t images = p.n * divide_up64(p.out_w, kBlockedTileColumns);
-  const int64_t fewest = divide_up64(p.n * p.out_h * p.out_w, kMostPositions);
+  const int64_t images = p.n * divide_up(p.out_w, kBlockedTileColumns);
+  const int64_t fewest = divide_up(p.n * p.out_h * p.out_w, kMostPositions);
   const int64_t worthwhile = p.n * p.out_h * p.out_w / kLargePositions;
   int64_t most = bounded_splits(p, worthwhile < kMostBlocks / p.out_c ? worthwhile : kMostBlocks / p.out_c);
   const int64_t first = bounded_splits(p, fewest < kFewestBlocks / p.out_c ? kFewestBlocks / p.out_c : fewest);
@@ -152,12 +151,12 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
     const double cycles = cycles_of(splits);
     if (cycles < least) least = cycles, best = splits;
   };
-  int64_t splits = divide_up64(images, divide_up64(images, first < images ? first : images));
+  int64_t splits = divide_up(images, divide_up(images, first < images ? first : images));
   while (splits <= most) {
     if (splits >= first) look_at(splits);
-    const int64_t share = divide_up64(images, splits);  // of a split
+    const int64_t share = divide_up(images, splits);  // of a split
     if (share == 1) break;
-    splits = divide_up64(images, share - 1);
+    splits = divide_up(images, share - 1);
   }
   for (int64_t bands = 2; bands * images <= most && bands <= p.out_h; ++bands)
     if (bands * images >= first) look_at(bands * images);
@@ -173,7 +172,7 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
 inline GradWeightPlan toeplitz_grad_weight_plan_nchw(const Problem& p, const Tile& tile) {
   constexpr int64_t kMostWaves = 4, kTogether = 40, kAlone = 27;
   constexpr int64_t kWaveCost = 1100, kSecondPassCost = 900, kSplitCost = 9;
-  const int64_t column_tiles = divide_up64(p.w, tile.columns), images = p.n * column_tiles;
+  const int64_t column_tiles = divide_up(p.w, tile.columns), images = p.n * column_tiles;
   const int64_t positions = p.n * p.out_h * p.out_w;
   const int out_h = static_cast<int>(p.out_h);
   const int64_t fewest = bounded_splits(p, positions / kMostPositions);
@@ -188,13 +187,13 @@ inline GradWeightPlan toeplitz_grad_weight_plan_nchw(const Problem& p, const Til
   };
   int64_t best = fewest, least = 0;
   for (int bands = 1; toeplitz_cuts_into(bands, out_h); ++bands) {
-    const int64_t stages = images * divide_up64(out_h, divide_up64(out_h, bands));
+    const int64_t stages = images * divide_up(p.out_h, divide_up(p.out_h, bands));
     for (int64_t splits = fewest;;) {
       const int64_t split_cost = cost(splits, bands);
       if (least == 0 || split_cost < least) least = split_cost, best = splits;
-      const int64_t share = divide_up64(stages, splits);
+      const int64_t share = divide_up(stages, splits);
       if (share == 1) break;
-      splits = divide_up64(stages, share - 1);
+      splits = divide_up(stages, share - 1);
       if (splits > most) break;
     }
   }
@@ -208,26 +207,26 @@ inline GradWeightPlan toeplitz_grad_weight_plan_nhwc(const Problem& p, const Til
   constexpr int64_t kMostWaves = 8, kMostStages = 8, kManyChannels = 128, kBlockCost = 24;
   constexpr int64_t kTogether = 20, kAlone = 32;            // a row costs, in twentieths of one
   constexpr int64_t kSplitCost = 9, kSecondPassCost = 600;  // likewise
-  const int64_t groups = divide_up64(p.out_c, tile.vector);
+  const int64_t groups = divide_up(p.out_c, tile.vector);
   const GradWeightPlan usual = large_grad_weight_plan(p, groups, kToeplitzBlocksNhwc);
   if (p.out_c >= kManyChannels || usual.splits == 1) return usual;
-  const int64_t images = p.n * divide_up64(p.w, tile.columns);
+  const int64_t images = p.n * divide_up(p.w, tile.columns);
   const int64_t fewest = p.n * p.out_h * p.out_w / kMostPositions;
   const auto cost = [&](int64_t splits, int bands) {
-    const int64_t rows = divide_up64(p.out_h, bands);
-    const int64_t split_cost = divide_up64(images * divide_up64(p.out_h, rows), splits) * (rows + p.kernel_h);
-    const int64_t waves = divide_up64(groups * splits, kMultiprocessors);
+    const int64_t rows = divide_up(p.out_h, bands);
+    const int64_t split_cost = divide_up(images * divide_up(p.out_h, rows), splits) * (rows + p.kernel_h);
+    const int64_t waves = divide_up(groups * splits, kMultiprocessors);
     return waves * (split_cost + kBlockCost) * (waves > 1 ? kTogether : kAlone) + splits * kSplitCost +
            (splits > 1 ? kSecondPassCost : 0);
   };
-  int64_t best = usual.splits, least = cost(usual.splits, static_cast<int>(divide_up64(usual.splits, images)));
+  int64_t best = usual.splits, least = cost(usual.splits, static_cast<int>(divide_up(usual.splits, images)));
   least -= least / 10;  // others have to be worth it
   for (int bands = 1; toeplitz_cuts_into(bands, static_cast<int>(p.out_h)); ++bands) {
-    const int64_t stages = images * divide_up64(p.out_h, divide_up64(p.out_h, bands));
-    const int64_t fewest_stages = divide_up64(stages * groups, kMostWaves * kMultiprocessors);
+    const int64_t stages = images * divide_up(p.out_h, divide_up(p.out_h, bands));
+    const int64_t fewest_stages = divide_up(stages * groups, kMostWaves * kMultiprocessors);
     const int64_t most_stages = bands > 1 ? 1 : fewest_stages + kMostStages;
     for (int64_t k = fewest_stages; k <= most_stages; ++k) {
-      const int64_t splits = divide_up64(stages, k), split_cost = cost(splits, bands);
+      const int64_t splits = divide_up(stages, k), split_cost = cost(splits, bands);
       if (splits >= fewest && split_cost < least && bounded_splits(p, splits) == splits)
         least = split_cost, best = splits;
     }
@@ -235,14 +234,15 @@ inline GradWeightPlan toeplitz_grad_weight_plan_nhwc(const Problem& p, const Til
   return {best, 0};
 }
 
-// images_grad_weight: blocks wanted, as many as are at once on an H100's 132 multiprocessors.
-constexpr int64_t kImagesBlocksNchw = 528, kImagesBlocksLarge = 132;  // channels_last, and 32 columns
+// images_grad_weight: blocks wanted, as many as are at once on an H100's multiprocessors; `Large`: channels_last, and 32
+// columns.
+constexpr int64_t kImagesBlocksNchw = 4 * kMultiprocessors, kImagesBlocksLarge = kMultiprocessors;
 
 inline GradWeightPlan images_grad_weight_plan(const Problem& p, const Tile& tile) {
   const bool channels_last = p.layout == Layout::kNhwc;
   const int live = live_rows_of(p).count;
-  const int64_t channels = divide_up64(p.out_c, images_channels(channels_last, tile.columns));
-  const int64_t stages = divide_up64(p.n, images_stage(channels_last, tile.columns, live));
+  const int64_t channels = divide_up(p.out_c, images_channels(channels_last, tile.columns));
+  const int64_t stages = divide_up(p.n, images_stage(channels_last, tile.columns, live));
   const int64_t splits = (channels_last || tile.columns == 32 ? kImagesBlocksLarge : kImagesBlocksNchw) / channels;
   const int64_t fewest = p.n * p.out_h / kMostPositions;
   const int64_t wanted = splits < fewest ? fewest : splits;
@@ -253,29 +253,29 @@ inline GradWeightPlan images_grad_weight_plan(const Problem& p, const Tile& tile
 // beside its own.
 inline GradWeightPlan image_rows_grad_weight_plan(const Problem& p) {
   constexpr int64_t kMostWaves = 2, kBlockCost = 3;
-  const int64_t groups = divide_up64(p.out_c, kImageRowsChannels);
-  const int64_t fewest = divide_up64(p.n * p.out_h * p.out_w, kMostPositions);
+  const int64_t groups = divide_up(p.out_c, kImageRowsChannels);
+  const int64_t fewest = divide_up(p.n * p.out_h * p.out_w, kMostPositions);
   int64_t least = 0, best = fewest;
   for (int64_t splits = fewest; splits <= p.n; ++splits) {
-    const int64_t waves = divide_up64(groups * splits, kMultiprocessors);
+    const int64_t waves = divide_up(groups * splits, kMultiprocessors);
     if (waves > kMostWaves && splits > fewest) break;
-    const int64_t cost = waves * (divide_up64(p.n, splits) + kBlockCost);
+    const int64_t cost = waves * (divide_up(p.n, splits) + kBlockCost);
     if (least == 0 || cost < least) least = cost, best = splits;
   }
   return {bounded_splits(p, best), 0};
 }
 
 // Blocks of images_fma_grad_weight: four rounds of what an H100's multiprocessors hold.
-constexpr int64_t kImagesFmaBlocks = 1056;
+constexpr int64_t kImagesFmaBlocks = 8 * kMultiprocessors;
 
 // A split is some groups of images. Only the workspace can add up several of them: then there are two splits at least.
 inline GradWeightPlan images_fma_grad_weight_plan(const Problem& p, const Tile& tile) {
   const bool whole_plane = tile.columns > 0;
   const LaneCut cut = images_fma_grad_weight_cut(p, whole_plane, p.layout == Layout::kNhwc);
   const int64_t groups = lane_groups(p.n, cut);
-  const int64_t channel_blocks = divide_up64(p.out_c, lane_units(whole_plane) << cut.channel_bits);
+  const int64_t channel_blocks = divide_up(p.out_c, lane_units(whole_plane) << cut.channel_bits);
   if (groups == 1) return {1, 0};
-  const int64_t wanted = divide_up64(kImagesFmaBlocks, channel_blocks);
+  const int64_t wanted = divide_up(kImagesFmaBlocks, channel_blocks);
   const int64_t splits = bounded_splits(p, wanted < groups ? wanted : groups);
   return {splits < 2 ? 2 : splits, 0};
 }
@@ -293,16 +293,16 @@ inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile
   const int64_t threads = tile.vector / shape.vector * tiling.tiles_w * tiling.images;
   const int64_t by_memory = kSharedBytes / (2 * tiling.stage_bytes), by_threads = kThreads / threads;
   const int64_t blocks = kMultiprocessors * (by_memory < by_threads ? by_memory : by_threads);
-  const int64_t channels = divide_up64(p.out_c, tile.vector);
+  const int64_t channels = divide_up(p.out_c, tile.vector);
   const int64_t wanted = bounded_splits(p, blocks < channels ? 1 : blocks / channels);
   GradWeightPlan best{};
   int64_t least = 0;
   for (const int64_t strips : {1, 2, 3, 4, 6, 8, 12, 16}) {
-    const int64_t rows = divide_up64(p.out_h, strips);
-    const int64_t all = tiling.items * divide_up64(p.out_h, rows), items = divide_up64(all, wanted);  // of a block
-    const int64_t splits = divide_up64(all, items);
-    const int64_t warps = divide_up64(channels * splits, kMultiprocessors) * divide_up64(threads, 32);
-    const int64_t cost = items * divide_up64(rows + shape.depth - 1, shape.stage_steps) * (warps + kUnhiddenWarps);
+    const int64_t rows = divide_up(p.out_h, strips);
+    const int64_t all = tiling.items * divide_up(p.out_h, rows), items = divide_up(all, wanted);  // of a block
+    const int64_t splits = divide_up(all, items);
+    const int64_t warps = divide_up(channels * splits, kMultiprocessors) * divide_up(threads, 32);
+    const int64_t cost = items * divide_up(rows + shape.depth - 1, shape.stage_steps) * (warps + kUnhiddenWarps);
     if (least == 0 || cost < least) least = cost, best = {splits, static_cast<int>(rows)};
   }
   return best;
@@ -317,15 +317,15 @@ inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
   const int kernel_h = static_cast<int>(p.kernel_h), blocks = strips_blocks_nhwc(kernel_h);
   const int stage_rows = strips_stage_rows(kernel_h, kStripsFewestRowsNhwc);
   const StripsCutNhwc cut = strips_cut_nhwc(kernel_h, static_cast<int>(p.out_w), kStripsSharedBytes / blocks);
-  const int64_t groups = divide_up64(p.out_c, kStripsGradWeightChannels);
+  const int64_t groups = divide_up(p.out_c, kStripsGradWeightChannels);
   int64_t least = 0, best = 1;
   for (int64_t pieces = 1; pieces <= kMostPieces && pieces <= p.out_h; ++pieces) {
-    const int64_t stages = divide_up64(divide_up64(p.out_h, pieces) + kernel_h - 1, stage_rows);
+    const int64_t stages = divide_up(divide_up(p.out_h, pieces) + kernel_h - 1, stage_rows);
     for (int lines = cut.lines; lines > 0; --lines) {
-      const int64_t all_rounds = divide_up64(p.n * cut.segments * pieces, lines);
+      const int64_t all_rounds = divide_up(p.n * cut.segments * pieces, lines);
       for (int64_t rounds = 1; rounds <= kMostRounds && rounds <= all_rounds; ++rounds) {
-        const int64_t splits = divide_up64(all_rounds, rounds);
-        const int64_t cost = divide_up64(groups * splits, blocks * kStripsBlocks) *
+        const int64_t splits = divide_up(all_rounds, rounds);
+        const int64_t cost = divide_up(groups * splits, blocks * kStripsBlocks) *
                              (rounds * stages * stage_rows * (kStepCost + lines * cut.windows) +
                               kBlockCost * (kStepCost + cut.lines * cut.windows));
         if (least == 0 || cost < least) least = cost, best = splits;
@@ -333,7 +333,7 @@ inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
     }
   }
   // More waves of blocks than this are even enough.
-  const int64_t most = divide_up64(kMostStripsWaves * kStripsBlocks, groups);
+  const int64_t most = divide_up(kMostStripsWaves * kStripsBlocks, groups);
   const int64_t fewest = p.n * p.out_h * p.out_w / kMostPositions;
   return {bounded_splits(p, best < most ? best : most > fewest ? most : fewest), 0};
 }

@@ -35,9 +35,14 @@ struct Tile {
 };
 
 constexpr int64_t kInt32Max = 0x7fffffff;
-constexpr int kMultiprocessors = 132;  // an H100's, for which grads of weight are cut
+constexpr int kMultiprocessors = 132;  // an H100's, for which kernels are selected and grads of weight are cut
 
 inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
+constexpr int max_int(int a, int b) { return a > b ? a : b; }
+constexpr int64_t min_int64(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max_int64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class A, class B>
 constexpr auto divide_up(A a, B b) {
@@ -126,9 +131,9 @@ constexpr int warps_columns(int out_width) {
 // Rows of a stage: a multiple of how often vectors begin anew; stages of the ring: 16 rows, or two stages.
 constexpr int warps_stage_rows(int kernel_h) { return (kernel_h + 3) / 4 * 4; }
 constexpr int warps_depth(int kernel_h) { return warps_stage_rows(kernel_h) <= 4 ? 4 : 2; }
-// Elements of a row in shared memory, whose windows begin `shift` elements right of a vector. Copies of 16 bytes want its
-// lines where those of global memory are: else they read 1.5 times as much from L2 (H100). There may be zeros on its left,
-// which are the right ones of the row before.
+// Elements of a row in shared memory, whose windows begin `shift` elements right of a vector. For copies of 16 bytes
+// its lines lie as those of global memory do; what that saves of the reads from L2 was not measured. There may be zeros on
+// its left, which are the right ones of the row before.
 constexpr int kWarpsLine = 64;
 constexpr int warps_pitch(int vector, int shift, int kernel_w) {
   const int columns = 31 * kWarpsColumns + (shift + 2 * kWarpsColumns + kernel_w - 2) / kWarpsColumns * kWarpsColumns;
@@ -342,45 +347,6 @@ constexpr int images_cuts(bool channels_last, int columns, int live) {
 constexpr int kImageRowsSize = 16, kMaxImageRowsKernel = 7, kImageRowsChannels = 16;
 constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
 
-// toeplitz_grad_weight: input columns of a stage, in eights, where stages have `most` columns at most.
-constexpr int toeplitz_eights(int64_t width, int most) {
-  const int64_t tiles = (width + most - 1) / most;
-  return static_cast<int>(((width + tiles - 1) / tiles + 7) / 8);
-}
-
-// NCHW: how images are cut into stages, for which a block's `slots` (warps, or pairs of them) take rows: a stage is some
-// images, or a band of rows of one.
-constexpr int kToeplitzWarps = 8, kMostToeplitzBands = 8;
-constexpr int kRollingRows = 16;  // from one of a warp's rows to the next
-
-struct ToeplitzCut {
-  int bands, images;
-  int64_t cost;  // of the split that has most stages: in rows of all slots, and what stages cost beside
-};
-// `bands`: as many as are wanted; `room`: for images of a stage.
-constexpr ToeplitzCut toeplitz_cut(int64_t n, int64_t column_tiles, int out_h, int64_t splits, int bands, int slots,
-                                   int room) {
-  constexpr int kStageCost = 7, kFewestImages = 2, kStageRows = 72;
-  const int rows = divide_up(out_h, bands);
-  ToeplitzCut cut{divide_up(out_h, rows), 1, 0};
-  if (cut.bands == 1) {
-    const int64_t share = divide_up(n, splits),
-                  enough = rows * kFewestImages > kStageRows ? kFewestImages : kStageRows / rows,
-                  most = enough < room ? enough : room;
-    const int64_t images = most < 1 ? 1 : most < share ? most : share;
-    cut.images = static_cast<int>(divide_up(share, divide_up(share, images)));
-  }
-  const int64_t stages = divide_up(divide_up(n, static_cast<int64_t>(cut.images)) * cut.bands * column_tiles, splits);
-  // Of the slot that has most of them: whole rounds, and what is left of all images, dealt evenly.
-  const int64_t slot_rows = cut.images * (rows / kRollingRows) * (kRollingRows / slots) +
-                            divide_up(cut.images * (rows % kRollingRows), slots);
-  cut.cost = stages * (slot_rows * slots + cut.images * kStageCost);
-  return cut;
-}
-constexpr bool toeplitz_cuts_into(int bands, int out_h) {
-  return bands <= kMostToeplitzBands && (bands - 1) * kToeplitzWarps < out_h;
-}
-
 // Kernels whose lanes are images (images_fma_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
 // lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
 constexpr int kMaxLaneImage = 16;  // rows and columns
@@ -446,8 +412,9 @@ constexpr LaneCut images_fma_grad_weight_cut(const Args& args, bool whole_plane,
   return lane_cut(args.n, units, 4 * 32 * units * (planes + kMaxLaneImage / 2), 0, channels_last);
 }
 
-// What a launcher answers where the current device's shared memory is too small for its kernel: nothing was launched.
-constexpr int kTooLittleSharedMemory = -1;
+// What a launcher answers where its kernel is not for the current device, and nothing was launched; else CUDA's answer.
+constexpr int kTooLittleSharedMemory = -1, kBeforeSm80 = -2;
+constexpr bool is_refusal(int answer) { return answer < 0; }
 
 // Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs or GradWeightArgs, as
 // its kernel takes.

@@ -20,41 +20,6 @@ struct Rectangle {
   int low, high;
 };
 
-// For every kVector-th column of the rectangle: store(shared, load(shared, global row, column)), kBatch loads before
-// the first store. Columns and rows outside the image are told by `row` null and by the column.
-template <int kVector, int kBatch, class Shared, class T, class Load, class Store>
-__device__ __forceinline__ void for_each_vector(const Rectangle<Shared, T>& r, int lanes, Load load, Store store) {
-  const int step = blockDim.x / lanes, first = r.low + static_cast<int>(threadIdx.x % lanes) * kVector;
-  int image = 0, row = threadIdx.x / lanes, k = first;
-  if (r.rows <= 0 || first >= r.high) return;
-  while (row >= r.rows) row -= r.rows, ++image;
-#pragma unroll 1
-  while (image < r.images) {
-    int offset[kBatch];
-    decltype(load(r.shared, r.global, 0)) values[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      offset[b] = -1;
-      if (image < r.images) {
-        const bool in_bounds = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height);
-        offset[b] = image * r.image_pitch + row * r.pitch + k;
-        values[b] = load(r.shared + offset[b],
-                         in_bounds ? r.global + image * r.image_stride + (r.first_row + row) * r.row_stride : nullptr,
-                         r.first_column + k);
-        k += lanes * kVector;
-        if (k >= r.high) {
-          k = first;
-          row += step;
-          while (row >= r.rows) row -= r.rows, ++image;
-        }
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b)
-      if (offset[b] >= 0) store(r.shared + offset[b], values[b]);
-  }
-}
-
 // The threads that share a rectangle, this one's number among them, and those along a row: 1 << lane_bits.
 struct CopyThreads {
   int count, index, lane_bits;
@@ -213,6 +178,5 @@ inline int row_lane_bits(int vectors) {
   while (1 << bits < vectors && bits < 5) ++bits;
   return bits;
 }
-inline int row_lanes(int vectors) { return 1 << row_lane_bits(vectors); }
 
 }  // namespace depthwise

@@ -85,13 +85,13 @@ inline Config select_strips(const Problem& p) {
 
 // Very large filters on the tensor cores, sixteen images a product. 32 images, fp16, H200, ms: 31x31, 128x56x56: 0.068,
 // toeplitz 0.090; 29x29, 256x28x28: seven rows a unit 0.036, four 0.039, toeplitz 0.058. 13x13, 200x20x20, H100: 0.0196,
-// toeplitz 0.0223. Smaller ones: not measured. Not few channels, which leave multiprocessors without a block (31x31,
-// 64x3x56x56, H100: 0.0152, toeplitz 0.0133; 27x27, 32x40x33x47: 0.0248, 0.0243).
+// toeplitz 0.0223. Smaller kernels and batches: not measured. Not few channels, which leave multiprocessors without a
+// block (31x31, 64x3x56x56, H100: 0.0152, toeplitz 0.0133; 27x27, 32x40x33x47: 0.0248, 0.0243).
 inline Config select_band_images(const Problem& p) {
   constexpr int64_t kFewestImages = 12, kFewestRows = 13, kFewestChannels = 64;
   if (p.n < kFewestImages || p.kernel_h < kFewestRows || p.c < kFewestChannels) return {};
-  // Of the two tiles the one that rounds up the rows less; of equals the first, which has more (13x13, 200x20x20, H100:
-  // four rows 0.0193, seven 0.0205).
+  // Of the two tiles the one that rounds up the rows less; of equals the first, which has more. That rests on one shape
+  // (13x13, 200x20x20, H100: four rows 0.0193, seven 0.0205), and for equals on another (29x29, 256x28x28, above).
   const DirectArgs args = direct_args(p);
   const auto padded = [&](int tile) {
     const int rows = kBandImagesTiles[tile].rows;
@@ -106,7 +106,7 @@ inline Config select_band_images(const Problem& p) {
 // H100, grad of input; columns x rows, where 7x4 are six rows from 29 columns on. NCHW, 7x4 / 7x7 / 14x7 / 7x3 / 12x3 /
 // 10x5: 31x31, 8x40x96x96: 156 / 194 / 196 / - / 121 / -; 29x29, 16x200x48x48: 334 / 385 / 384 / - / 254 / -; 27x27,
 // 32x40x33x47: 90 / 114 / 113 / 93 / 79 / -; 13x13, 32x200x20x20: 41 / 43 / 54 / 44 / - / 34; 31x31, 64x3x56x56: 66 / 52 /
-// 86 / 41 / 54 / -; 32x128x56x56: 14x7 473, 12x4 608; 29x29, 32x256x28x28: 244 / 184 / - / - / - / 222. channels_last, 7x4
+// 86 / 41 / 54 / -; 32x128x56x56: 14x7 473; 29x29, 32x256x28x28: 244 / 184 / - / - / - / 222. channels_last, 7x4
 // / 12x3 / 10x5: 16x200x48x48: 387 / 290 / -; 32x40x33x47: 108 / 96 / -; 32x200x20x20: 51 / - / 45; 64x3x56x56: 7x3 55.
 // 7x4 also on small images (27x27, 32x512x14x14, channels_last, H200: 105, 7x7 166) and for small kernels; 14x7 in NCHW,
 // where that makes warps enough. 7x3 where even 7x4 leaves multiprocessors with little to do, or most loads meet few
@@ -115,7 +115,7 @@ inline Config select_blocked(const Problem& p) {
   // 7x7 loads less for as many multiply-adds; of fewer warps than this (two rounds of the twelve that each of an H100's
   // multiprocessors holds) smaller tiles are dealt more evenly. With fewer than two of 7x4 for each of the schedulers,
   // of which a multiprocessor has four, some have twice the work of others.
-  constexpr int64_t kManyWarps = 3168, kFewWarps = 1056;
+  constexpr int64_t kManyWarps = 24 * kMultiprocessors, kFewWarps = 8 * kMultiprocessors;
   // How much better a tile has to fill its threads than one with more warps; how much worse 12x3 and 10x5 may than 7x4.
   constexpr double kClearly = 1.02, kWorse = 0.9;
   const DirectArgs args = direct_args(p);
@@ -227,7 +227,8 @@ inline Config select_direct_nchw(const Problem& p) {
 
 // warps_nchw: rows that begin within vectors, on one side or the other, and fill a warp. 3x7, 32x128x128x256, fp16, H100:
 // forward 0.191, direct 0.207; grad of input 0.197, direct 0.247. Not few taps, of which direct_nchw reads wide windows
-// without waiting for them, nor half as wide rows (1x11, 16x64x128x128: 0.034, direct 0.029).
+// without waiting for them, nor half as wide rows (1x11, 16x64x128x128: 0.034, direct 0.029). The
+// thresholds, 10 to 49 taps and 192 columns, rest on these two shapes alone: 21 taps at 250 columns, 11 at 118.
 inline Config select_warps_nchw(const Problem& p) {
   constexpr int kFewestColumns = 192;
   const DirectArgs args = direct_args(p);
@@ -309,7 +310,8 @@ inline Config select_images_grad_weight(const Problem& p) {
     // 512x14x14: 0.017, toeplitz 0.087; 29x29, 256x32x32: 0.042, 0.081; not 7x7, 192x28x28: 0.022, strips 0.018.
     // channels_last: 3x3, 960x7x7: 0.0111, marching 0.0113; 7x7, 384x14x14: 0.018, strips 0.026; 768x7x7: 0.011, 0.018;
     // 27x27, 512x14x14: 0.036, toeplitz 0.064; not 3x3, 384x14x14: 0.017, marching 0.013. Few kernel rows, by the rows of
-    // an image (H100): 7x7, 384x14x14: 0.0174, images 0.0196, strips 0.0204; 5x5, 672x14x14: 0.0208, 0.0276, 0.0233.
+    // an image (H100): 7x7, 384x14x14: 0.0174, images 0.0196, strips 0.0204; 5x5, 672x14x14: 0.0208, 0.0276, 0.0233;
+    // that images up to 16x16 and kernels up to seven rows are alike rests on these two shapes alone.
     const Kernel kernel = nchw ? Kernel::kImagesGradWeightNchw : Kernel::kImagesGradWeightNhwc;
     for (int tile = tile_table(kernel, p.dtype).size - 1; tile >= 0; --tile) {
       const int columns = tile_table(kernel, p.dtype)[tile].columns;
@@ -409,7 +411,7 @@ inline Config select_grad_weight(const Problem& p) {
   return marching;
 }
 
-// `frugal`: without the kernels that some GPUs have too little shared memory for.
+// `frugal`: without the kernels that some GPUs refuse.
 inline Config select_config(const Problem& p, bool frugal = false) {
   const bool nchw = p.layout == Layout::kNchw;
   if (p.direction == Direction::kGradWeight) return select_grad_weight(p);

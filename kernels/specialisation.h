@@ -7,6 +7,7 @@
 #include <string>
 
 #include "can_serve.h"
+#include "toeplitz_grad_weight_tiling.h"
 
 namespace depthwise {
 

@@ -29,12 +29,13 @@ Launcher find_launcher(const Specialisation& specialisation) {
   return found == launchers().end() ? nullptr : found->second;
 }
 
-Config config_for(const Problem& problem, bool frugal) {
-  if (!is_forced) return select_config(problem, frugal);
+Config config_for(const Problem& problem, int refusal) {
+  if (!is_forced) return select_config(problem, is_refusal(refusal));
   const std::shared_lock lock(mutex);
-  if (frugal)
-    throw std::runtime_error("depthwise_inline: the forced variant '" + forced +
-                             "' needs more shared memory than this GPU has");
+  if (is_refusal(refusal))
+    throw std::runtime_error("depthwise_inline: the forced variant '" + forced + "' needs " +
+                             (refusal == kBeforeSm80 ? "a GPU of compute capability 8.0 or higher"
+                                                     : "more shared memory than this GPU has"));
   Config config;
   if (!forced_config(problem, forced, &config))
     throw std::runtime_error("depthwise_inline: the forced variant '" + forced + "' cannot serve this problem");
@@ -59,7 +60,7 @@ size_t slot_of(const Problem& p, size_t slots) {
 
 }  // namespace
 
-Choice choose(const Problem& problem, bool frugal) {
+Choice choose(const Problem& problem, int refusal) {
   struct Remembered {
     Problem problem;
     bool frugal;
@@ -67,13 +68,14 @@ Choice choose(const Problem& problem, bool frugal) {
     unsigned generation = 0;
   };
   constexpr size_t kSlots = 256;
+  const bool frugal = is_refusal(refusal);
   thread_local const std::unique_ptr<std::array<Remembered, kSlots>> all{new std::array<Remembered, kSlots>()};
   Remembered& remembered = (*all)[(slot_of(problem, kSlots) + frugal) % kSlots];
   const unsigned now = generation.load(std::memory_order_acquire);
   if (remembered.generation == now && remembered.frugal == frugal && same(remembered.problem, problem))
     return remembered.choice;
 
-  const Config config = config_for(problem, frugal);
+  const Config config = config_for(problem, refusal);
   const bool general = config.kernel == Kernel::kGeneral;
   const Choice choice{config, general ? nullptr : find_launcher(specialisation_of(problem, config))};
   remembered = {problem, frugal, choice, now};

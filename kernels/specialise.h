@@ -25,8 +25,8 @@ struct Choice {
   Config config;      // select_config's, or the forced one
   Launcher launcher;  // of its specialisation; null: not built yet, or the general kernel
 };
-// What serves a problem; throws where the forced variant cannot. `frugal`: what select_config says for GPUs that have too
-// little shared memory for that; throws where a variant is forced.
-Choice choose(const Problem& problem, bool frugal = false);
+// What serves a problem; throws where the forced variant cannot. `refusal`: what the launcher of the first choice answered
+// where its kernel is not for this GPU; then what select_config says for such GPUs, and throws where a variant is forced.
+Choice choose(const Problem& problem, int refusal = 0);
 
 }  // namespace depthwise

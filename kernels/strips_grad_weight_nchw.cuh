@@ -208,22 +208,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     store(tap, exact_strips<T>(args, tiling, false, channel, tap, begin, end));
 }
 
-// The widest copy that rows of `width` elements allow.
-template <class T>
-int strips_vector(const void* tensor, int width) {
-  int vector = 8;
-  while (width % vector != 0 || reinterpret_cast<uintptr_t>(tensor) % (vector * sizeof(T)) != 0) vector /= 2;
-  return vector;
-}
-
 template <class Traits>
 StripsTiling strips_tiling_nchw(const GradWeightArgs& args) {
-  using T = typename Traits::T;
   StripsTiling tiling{};
-  tiling.input_vector = strips_vector<T>(args.input, args.w);
+  tiling.input_vector = copy_width(args.input, args.w);
 
   // The shift that allows the widest copies of grad_output; of equals the one with the fewest windows.
-  const int row_vector = strips_vector<T>(args.grad_output, args.out_w);
+  const int row_vector = copy_width(args.grad_output, args.out_w);
   int windows = 0;
   for (int shift = args.padding_w; shift <= args.padding_w + kMaxSmallGradWeight - args.kernel_w; ++shift) {
     int vector = row_vector;

@@ -228,8 +228,7 @@ int launch_strips_nchw(const DirectArgs& args, int, cudaStream_t stream) {
   if (bytes > device.shared_bytes_block) return kTooLittleSharedMemory;
 
   const auto copy_plan = [&](const void* pointer, int row, int boundary, int columns) {
-    CopyPlan copy{boundary};
-    while (row % copy.vector != 0 || reinterpret_cast<uintptr_t>(pointer) / 2 % copy.vector != 0) copy.vector /= 2;
+    CopyPlan copy{copy_width(pointer, row, boundary)};
     while (1 << copy.lanes < divide_up(min_int(row, columns * kChunk), copy.vector)) ++copy.lanes;
     while (32 * warps() >> copy.lanes < Traits::kRows) --copy.lanes;
     copy.rows = (32 * warps() >> copy.lanes) / Traits::kRows * Traits::kRows;

@@ -302,11 +302,4 @@ __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& 
                           [&](int tap) -> unsigned { return __ldg(&filter[tap].bits); });
 }
 
-// Elements a copy may take: a power of two up to 16 bytes that divides the row and the address.
-inline int copy_width(const void* pointer, int64_t row) {
-  int width = 8;
-  while (row % width != 0 || reinterpret_cast<uintptr_t>(pointer) / 2 % width != 0) width /= 2;
-  return width;
-}
-
 }  // namespace depthwise

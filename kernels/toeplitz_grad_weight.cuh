@@ -31,7 +31,8 @@
 #include "exact_grad_weight.cuh"
 #include "rectangle.cuh"
 #include "tensor_core.cuh"
-#include "toeplitz_grad_weight_tiling.cuh"
+#include "toeplitz_grad_weight_stages.cuh"
+#include "toeplitz_grad_weight_sums.cuh"
 
 namespace depthwise {
 
@@ -312,10 +313,10 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
       commit_copies();
     };
     const auto multiply_stage = [&](const ToeplitzStage& stage, const T* shared) {
-      // Of each image the warp takes some of the rows 0 to kRollingRows - 1, and for each of them all that are a multiple of
-      // kRollingRows below. Other ones of every image, as some have a row more.
+      // Of each image the warp takes some of the rows 0 to kToeplitzRowStep - 1, and for each of them all that are a multiple
+      // of kToeplitzRowStep below. Other ones of every image, as some have a row more.
       constexpr int kStep = Traits::kChannelsLast ? 1 : Traits::kSlots;
-      const int first_rows = min(stage.rows, kRollingRows);
+      const int first_rows = min(stage.rows, kToeplitzRowStep);
       int image = 0, h = Traits::kChannelsLast ? 0 : slot;
       const unsigned* grad;
       unsigned input;
@@ -329,7 +330,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
         const T* const input_row = shared + (image * tiling.image_rows + h + kernel_row) * Traits::kInputPitch;
         grad = reinterpret_cast<const unsigned*>(grad_row) + first_word;
         input = ptx::shared_address(input_row) + partner;
-        rows = (stage.rows - h + kRollingRows - 1) / kRollingRows;
+        rows = (stage.rows - h + kToeplitzRowStep - 1) / kToeplitzRowStep;
         h += kStep;
         return true;
       };
@@ -345,7 +346,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
           for (int u = 0; u < kGroupTiles; ++u) {
             const bool rolls = --rows > 0;
             if (rolls) {
-              grad += kRollingRows * Traits::kGradPitch / 2;
+              grad += kToeplitzRowStep * Traits::kGradPitch / 2;
               input += kTileBytes;
             } else {
               exists = begin_rows();  // or loads the last row once more
@@ -382,69 +383,8 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
 
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) bias += __shfl_xor_sync(~0u, bias, offset);
-  // The sums through shared memory to where they are stored, tap by tap.
   auto* const sums = reinterpret_cast<float*>(shared_memory);
-  const auto place = [&](int i, int j) {  // of a kernel row, counted from a warp's first, and column in a warp's sums
-    const int tile = i / 16 * kTilesJ + j / 16 * 2 + ((j & 1) ^ parity);
-    return (tile * 4 + i / 8 % 2 * 2 + j / 2 % 2) * Traits::kSumPitch + i % 8 * 4 + j % 16 / 4;
-  };
-  const int channel = first_channel + (Traits::kChannelsLast ? slot : 0);
-  bool finite = true;
-  const auto store = [&](int64_t c, int tap, float value) {
-    store_grad_weight<T>(args, blockIdx.y, c * taps + tap, args.out_c * taps, value);
-  };
-  if constexpr (Traits::kChannelsLast) {
-    if (channel < args.out_c && group == 0 && lane == 0) store_grad_bias<T>(args, blockIdx.y, channel, bias);
-    float* const own = sums + warp * Traits::kWarpSums;
-#pragma unroll
-    for (int n = 0; n < kGroupTiles; ++n) {
-#pragma unroll
-      for (int k = 0; k < 4 * kTilesJ; ++k) own[k * Traits::kSumPitch + lane] = sum[n][k / 4][k % 4];
-      __syncwarp();
-      const int first = group * Traits::kGroupRows + n * Traits::kTileRows;
-      const int rows = min(Traits::kTileRows, args.kernel_h - first);
-      for (int tap = lane; channel < args.out_c && tap < rows * args.kernel_w; tap += 32) {
-        const int i = tap / args.kernel_w;
-        const float value = own[place(i, tap - i * args.kernel_w)];
-        finite = finite && is_finite(value);
-        store(channel, first * args.kernel_w + tap, value);
-      }
-      __syncwarp();
-    }
-  } else {  // added up in a fixed order
-    constexpr int kHalf = Traits::kSlots / 2;
-    float* const own = sums + (slot % kHalf * Traits::kGroups + group) * Traits::kWarpSums + lane;
-    const float* const flat = &sum[0][0][0];
-    if (slot >= kHalf) {
-#pragma unroll
-      for (int k = 0; k < Traits::kSums; ++k) own[k * Traits::kSumPitch] = flat[k];
-    }
-    __syncthreads();
-    if (slot < kHalf) {
-#pragma unroll
-      for (int k = 0; k < Traits::kSums; ++k) own[k * Traits::kSumPitch] += flat[k];
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int tap = threadIdx.x; tap < taps; tap += Traits::kThreads) {
-      const int i = tap / args.kernel_w, from = i / Traits::kGroupRows;
-      const float* const part =
-          sums + from * Traits::kWarpSums + place(i - from * Traits::kGroupRows, tap - i * args.kernel_w);
-      float value = part[0];
-#pragma unroll
-      for (int k = 1; k < kHalf; ++k) value += part[k * Traits::kGroups * Traits::kWarpSums];
-      finite = finite && is_finite(value);
-      store(channel, tap, value);
-    }
-    __syncthreads();
-    if (group == 0 && lane == 0) sums[slot] = bias;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      bias = 0.f;
-      for (int k = 0; k < Traits::kSlots; ++k) bias += sums[k];
-      store_grad_bias<T>(args, blockIdx.y, channel, bias);
-    }
-  }
+  const bool finite = store_sums<Traits>(args, sum, bias, parity, sums, first_channel, {warp, lane, group, slot});
   if (!__syncthreads_or(!finite)) return;
 
   const int channels = min(Traits::kChannels, static_cast<int>(args.out_c) - first_channel);
@@ -461,7 +401,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
                                     {stage.first_image, stage.first_image + stage.images, stage.first_row,
                                      stage.first_row + stage.rows, first_column, first_column + stage.columns});
     }
-    store(c, tap, total);
+    store_grad_weight<T>(args, blockIdx.y, static_cast<int64_t>(c) * taps + tap, args.out_c * taps, total);
   }
 }
 

@@ -16,244 +16,10 @@
 //         25.7; 13x13 on 32x200x20x20: 22.5, 34, 26. All warps fetch: 115, 60, 69, 24.1, 23.1.
 #pragma once
 
+#include "toeplitz_nhwc_pixels.cuh"
 #include "toeplitz_products.cuh"
 
 namespace depthwise {
-
-constexpr int kChunkBytes = 16;
-constexpr int kTogether = 4;  // copies, loads and stores that are on their way together
-constexpr int kTurned = 4;    // chunks that a warp turns around at a time: a matrix for each two of its eight pixels
-
-// How a launch is cut. An item is sixteen rows of outputs by a block's columns; rows are counted through all images, or
-// each image's from a new item on. A unit is some items that follow each other.
-struct ToeplitzNhwcTiling {
-  int items, image_items;  // of a tile of columns; of an image, 0: rows are counted through all images
-  int merged;              // items of a unit, at most
-  int share, longer;       // items of a block; blocks of a channel group that have one more
-  IntDivider items_divider{1}, image_divider{1}, row_divider{1};  // by items, image_items, rows of an output image
-  int plane, stage;            // chunks from channel to channel, of the input and of the staged outputs
-  int tile;                    // chunks of all of them
-  int rest_slots;              // of a group that has fewer channels: warps a channel
-  SmallDivider rest_divider;   // by those channels
-  bool ahead;                  // pixels come while others are multiplied
-  bool in_pixels, out_pixels;  // are aligned
-
-  __device__ __forceinline__ int first_item(int part) const { return part * share + min(part, longer); }
-};
-// Planes half the banks apart.
-constexpr int plane_chunks(int chunks) { return divide_up(chunks, 8) * 8 + 4; }
-
-// What is computed and read at a time: rows that lie one after the other in memory, even if of several images. Rows of
-// input are those inside the images that the first and the last row of outputs reach, and all between.
-template <class Traits>
-struct ToeplitzUnit {
-  int item, items;  // items: 0 behind the block's last
-  int column;
-  int image, row, rows;  // outputs: the first row's image, and its place there
-  int in_row, in_rows;   // input, from `image` on
-  int first_column;      // of those that are stored
-
-  __device__ __forceinline__ void find(const DirectArgs& args, const ToeplitzNhwcTiling& tiling, int first) {
-    item = first;
-    const int strip = tiling.items_divider.quotient(item), in_strip = item - strip * tiling.items;
-    column = strip * Traits::kColumns;
-    first_column = column * Traits::kStrideW + kChunk * Traits::kOrigin + 2 * kChunk * Traits::kFirstPair;
-
-    items = min(min(tiling.first_item(blockIdx.y + 1) - item, tiling.items - in_strip), tiling.merged);
-    image = 0, row = in_strip * kTileRows;
-    int end = args.out_h;
-    if (tiling.image_items > 0) {
-      image = tiling.image_divider.quotient(in_strip);
-      row -= image * tiling.image_items * kTileRows;
-      items = min(items, tiling.image_items - row / kTileRows);
-    } else {
-      end *= static_cast<int>(args.n);
-    }
-    rows = min(items * kTileRows, end - row);
-    const int skipped = tiling.row_divider.quotient(row), last = row + rows - 1;
-    const int last_image = tiling.row_divider.quotient(last) - skipped;
-    const int last_row = last - (skipped + last_image) * args.out_h;
-    image += skipped, row -= skipped * args.out_h;
-    in_row = min(args.h, max(0, row * args.stride_h - args.padding_h));
-    const int in_end = last_row * args.stride_h - args.padding_h + (args.kernel_h - 1) * args.dilation_h + 1;
-    in_rows = max(0, last_image * args.h + min(args.h, max(0, in_end)) - in_row);
-  }
-  // The first stored pixel, though it may lie before the image's row.
-  __device__ __forceinline__ const typename Traits::T* input(const DirectArgs& args) const {
-    return static_cast<const typename Traits::T*>(args.input) +
-           ((static_cast<int64_t>(image) * args.h + in_row) * args.w + first_column) * args.out_c +
-           blockIdx.x * Traits::kChannels;
-  }
-};
-
-template <class Traits>
-__device__ __forceinline__ int block_channels(const DirectArgs& args) {
-  return min(Traits::kChannels, static_cast<int>(args.out_c - blockIdx.x * Traits::kChannels));
-}
-
-// The filters as they lie in memory come to where the input will be.
-template <class Traits>
-__device__ __forceinline__ void fetch_weights(typename Traits::T* staged, const DirectArgs& args, int channel,
-                                              int channels) {
-  using T = typename Traits::T;
-  const int taps = args.kernel_h * args.kernel_w, elements = channels * taps;
-  const T* const filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  if (reinterpret_cast<uintptr_t>(filters) % kChunkBytes == 0) {
-    for (int k = threadIdx.x * kChunk; k < elements; k += Traits::kThreads * kChunk)
-      copy_16_async(staged + k, filters + k, min(kChunk, elements - k) * static_cast<int>(sizeof(T)));
-  } else {
-#pragma unroll 8
-    for (int k = threadIdx.x; k < elements; k += Traits::kThreads)
-      staged[k] = load_or_zero<1>(filters + k, true).value[0];
-  }
-}
-
-// A unit's pixels as they lie, in the order of the chunks that they are to fill, with zeros outside the image; within a
-// chunk such that the eight rows of a matrix that turn_pixels reads lie in banks of their own. The calling thread is the
-// thread `worker` of so many.
-template <class Traits>
-__device__ __forceinline__ void fetch_pixels(typename Traits::T* pixels, const DirectArgs& args,
-                                             const ToeplitzUnit<Traits>& unit, int worker, int workers) {
-  constexpr int kColumns = Traits::kStored * kChunk;
-  const int all = unit.in_rows * kColumns, first_column = unit.first_column;
-  const auto* const input = unit.input(args);
-#pragma unroll kTogether
-  for (int k = worker; k < all; k += workers) {
-    const int row = k / kColumns, column = k - row * kColumns, chunk = row * Traits::kPitch + column / kChunk;
-    const int place = chunk * kChunk + (k % kChunk ^ chunk % kTurned * 2);
-    const bool in_bounds = static_cast<unsigned>(first_column + column) < static_cast<unsigned>(args.w);
-    copy_async<kChunkBytes>(pixels + place * kChunk, input + (row * args.w + column) * args.out_c, in_bounds);
-  }
-}
-
-// Lane 4 * g + t gets chunk t of channel g.
-template <class Traits>
-__device__ __forceinline__ void turn_pixels(typename Traits::T* tile, const typename Traits::T* pixels, int in_rows,
-                                            int plane) {
-  constexpr int kStep = Traits::kWarps * kTurned;
-  const int thread = ptx::thread_index(), lane = thread % 32, first = thread / 32 * kTurned;
-  const int chunks = in_rows * Traits::kPitch;
-  // Row r of matrix m is pixel 2 * m + r % 2 of chunk r / 2.
-  const int from_chunk = lane % 8 / 2, from_pixel = lane / 8 * 2 + lane % 2;
-  unsigned from =
-      ptx::shared_address(pixels) + ((first + from_chunk) * kChunk + (from_pixel ^ from_chunk * 2)) * kChunkBytes;
-  auto* to = tile + (lane / 4 * plane + first + lane % 4) * kChunk;
-#pragma unroll 1
-  for (int k = first; k < chunks; k += kTogether * kStep) {
-    unsigned words[kTogether][4];
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j)
-      if (k + j * kStep < chunks) ptx::load_matrices_transposed(words[j], from + j * kStep * kChunk * kChunkBytes);
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j)
-      if (k + j * kStep + lane % 4 < chunks)
-        *reinterpret_cast<uint4*>(to + j * kStep * kChunk) = uint4{words[j][0], words[j][1], words[j][2], words[j][3]};
-    from += kTogether * kStep * kChunk * kChunkBytes;
-    to += kTogether * kStep * kChunk;
-  }
-}
-
-// The same from memory: a thread turns two neighbouring pixels.
-template <class Traits>
-__device__ __forceinline__ void load_pixels(typename Traits::T* tile, const DirectArgs& args,
-                                            const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
-  using T = typename Traits::T;
-  using Pixel = Vector<T, kChannelsNhwc>;
-  const int channels = block_channels<Traits>(args), rows = unit.in_rows, first_column = unit.first_column;
-  const T* const input = unit.input(args);
-  constexpr int kAhead = 2;
-  Walk at(ptx::thread_index(), Traits::kThreads, Traits::kStored * kChunk / 2, max(1, rows));
-  while (at.outer == 0 && at.middle < rows) {
-    Pixel left[kAhead], right[kAhead];
-    T* target[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k, at.advance()) {
-      const T* const from = input + (static_cast<int64_t>(at.middle) * args.w + 2 * at.inner) * args.out_c;
-      const int column = first_column + 2 * at.inner;
-      const bool exists = at.outer == 0 && at.middle < rows;
-      const bool has_left = exists && static_cast<unsigned>(column) < static_cast<unsigned>(args.w);
-      const bool has_right = exists && static_cast<unsigned>(column + 1) < static_cast<unsigned>(args.w);
-      target[k] = exists ? tile + at.middle * Traits::kPitch * kChunk + 2 * at.inner : nullptr;
-      if (tiling.in_pixels) {
-        left[k] = load_or_zero<kChannelsNhwc>(from, has_left);
-        right[k] = load_or_zero<kChannelsNhwc>(from + args.out_c, has_right);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e) {
-          left[k].value[e] = load_or_zero<1>(from + e, has_left && e < channels).value[0];
-          right[k].value[e] = load_or_zero<1>(from + args.out_c + e, has_right && e < channels).value[0];
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (target[k] != nullptr)
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e)
-          *reinterpret_cast<unsigned*>(target[k] + e * tiling.plane * kChunk) =
-              left[k].value[e].bits | static_cast<unsigned>(right[k].value[e].bits) << 16;
-  }
-}
-
-// Staged outputs that are NaN, computed again.
-template <class Traits>
-__device__ __noinline__ void mend_outputs(typename Traits::T* staged, const DirectArgs& args,
-                                          const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
-  const int rows = unit.rows, columns = min(Traits::kColumns, args.out_w - unit.column);
-  const int channels = block_channels<Traits>(args), channel = blockIdx.x * Traits::kChannels;
-  for (Walk at(ptx::thread_index(), Traits::kThreads, columns, rows); at.outer < channels; at.advance()) {
-    auto& value = staged[(at.outer * tiling.stage + at.middle * Traits::kStagePitch) * kChunk + at.inner];
-    const int image = (unit.row + at.middle) / args.out_h;
-    if (is_nan(value))
-      value = from_float<typename Traits::T>(toeplitz_exact<Traits>(args, unit.image + image, channel + at.outer,
-                                                                    unit.row + at.middle - image * args.out_h,
-                                                                    unit.column + at.inner));
-  }
-}
-
-// Lane 4 * g + t gets pixel g of chunk t.
-template <class Traits>
-__device__ __forceinline__ void store_pixels(const typename Traits::T* staged, const DirectArgs& args,
-                                             const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
-  using T = typename Traits::T;
-  constexpr int kStep = Traits::kWarps * kTurned;
-  const int thread = ptx::thread_index(), lane = thread % 32, first = thread / 32 * kTurned;
-  const int chunks = unit.rows * Traits::kStagePitch, columns = args.out_w - unit.column;
-  const int channels = block_channels<Traits>(args);
-  // Row r of matrix m is channel 2 * m + r % 2 of chunk r / 2.
-  unsigned from =
-      ptx::shared_address(staged) + ((lane / 8 * 2 + lane % 2) * tiling.stage + first + lane % 8 / 2) * kChunkBytes;
-  T* const out = static_cast<T*>(args.out) +
-                 ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c +
-                 blockIdx.x * Traits::kChannels;
-  // Several loads before the first use, several stores before registers are used again.
-#pragma unroll 1
-  for (int first_chunk = first; first_chunk < chunks; first_chunk += kTogether * kStep) {
-    union {
-      unsigned word[4];
-      Vector<T, kChannelsNhwc> vector;
-    } values[kTogether];
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j)
-      if (first_chunk + j * kStep < chunks)
-        ptx::load_matrices_transposed(values[j].word, from + j * kStep * kChunkBytes);
-    from += kTogether * kStep * kChunkBytes;
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int chunk = first_chunk + j * kStep + lane % 4, row = chunk / Traits::kStagePitch;  // of all images
-      const int column = (chunk - row * Traits::kStagePitch) * kChunk + lane / 4;
-      if (chunk >= chunks || column >= min(Traits::kColumns, columns)) continue;
-      T* const to = out + (row * args.out_w + column) * args.out_c;
-      if (tiling.out_pixels) {
-        store_streaming(to, values[j].vector);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e)
-          if (e < channels) to[e] = values[j].vector.value[e];
-      }
-    }
-  }
-}
 
 // A channel's tiles are dealt to `slots` warps.
 template <class Traits>
@@ -364,15 +130,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 inline int64_t toeplitz_in_rows(const DirectArgs& args, int64_t rows, bool all) {
   const int64_t stride = args.stride_h, span = (args.kernel_h - 1) * args.dilation_h + 1, h = args.h,
                 out_h = args.out_h;
-  const auto most_of = [](int64_t a, int64_t b) { return a > b ? a : b; };
-  const auto least_of = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  int64_t most = least_of(h, (least_of(rows, out_h) - 1) * stride + span);
+  int64_t most = min_int64(h, (min_int64(rows, out_h) - 1) * stride + span);
   if (!all) return most;
-  const int64_t above = most_of(0, h + args.padding_h - out_h * stride),
-                below = most_of(0, span - stride - args.padding_h);
-  for (int64_t whole = most_of(0, divide_up(rows, out_h) - 2); whole <= (rows - 2) / out_h; ++whole)
-    most = most_of(most, whole * h + least_of(2 * h, (rows - whole * out_h) * stride + above + below));
-  return least_of(most, args.n * h);
+  const int64_t above = max_int64(0, h + args.padding_h - out_h * stride),
+                below = max_int64(0, span - stride - args.padding_h);
+  for (int64_t whole = max_int64(0, divide_up(rows, out_h) - 2); whole <= (rows - 2) / out_h; ++whole)
+    most = max_int64(most, whole * h + min_int64(2 * h, (rows - whole * out_h) * stride + above + below));
+  return min_int64(most, args.n * h);
 }
 
 template <class Traits>
@@ -382,7 +146,7 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
   constexpr int kMostInRows = 1 << 12, kMostRounds = 3;  // more rows find no room anywhere
   const DeviceLimits& device = device_limits();
   // Blocks have as little as that before sm_80 alone.
-  if (Traits::kSinceSm80 && device.shared_bytes_block <= 64 << 10) return kTooLittleSharedMemory;
+  if (Traits::kSinceSm80 && device.shared_bytes_block <= 64 << 10) return kBeforeSm80;
   const int pair_bytes = Traits::kChannels * args.kernel_h * Traits::kBand * 4;
   const int filter_chunks = divide_up(Traits::kChannels * args.kernel_h * args.kernel_w, kChunk);
   const int groups = divide_up(static_cast<int>(args.out_c), Traits::kChannels);

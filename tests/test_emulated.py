@@ -266,6 +266,18 @@ def test_selected_where_shared_memory_is_too_small(emulator):
         assert "'strips11_nhwc' needs more shared memory" in messages("forward", "strips11_nhwc", problem, F16, "nhwc")
 
 
+def test_selected_where_registers_are_too_few(emulator):
+    """Before sm_80, where products of bfloat16 are calls."""
+    variants = (None, "band", "blocked")
+    with emulator.device(*T4):
+        for variant in variants:
+            emulator.obtain(only("forward", variant, LARGE, BF16, "nhwc"))
+        found = {variant: messages("forward", variant, LARGE, BF16, "nhwc") for variant in variants}
+        assert "toeplitz" in reference.select("forward", LARGE, BF16, "nhwc")[0]
+    assert "'band' needs a GPU of compute capability 8.0" in found.pop("band")
+    assert set(found.values()) == {""}
+
+
 UNITS = [  # of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block
     (2, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),

@@ -1,9 +1,11 @@
-// How toeplitz_grad_weight is compiled for a kernel's size, and how a launch of it is cut into stages.
+// How toeplitz_grad_weight is compiled for a kernel's size, how a launch of it is cut into stages, and what is copied of
+// them.
 #pragma once
 
 #include "direct.cuh"
 #include "rectangle.cuh"
 #include "tensor_core.cuh"
+#include "toeplitz_grad_weight_tiling.h"
 
 namespace depthwise {
 
@@ -15,20 +17,18 @@ struct ToeplitzGradWeightTraits {
   static constexpr int kEights = kEights_;  // of input columns
   static constexpr int kTileColumns = 8 * kEights, kPairs = kEights / 2;
   static constexpr bool kHasSingle = kEights % 2 == 1;  // an eight that has no partner
-  static constexpr int kTileRows = 16;
-  static constexpr int kTilesI = kRowSixteens, kTilesJ = 2 * kColumnSixteens;  // of 16 kernel rows; of 8 kernel columns
-  static constexpr int kMaxSums = 64;                                          // a thread
-  static constexpr int kGroups = divide_up(4 * kTilesI * kTilesJ, kMaxSums);   // warps that share the kernel's rows
-  static constexpr int kGroupTiles = divide_up(kTilesI, kGroups), kGroupRows = kTileRows * kGroupTiles;
+  static constexpr ToeplitzGradWeightLayout kLayout =
+      toeplitz_grad_weight_layout(kRowSixteens, kColumnSixteens, kEights, kChannelsLast);
+  static constexpr int kTileRows = kToeplitzTileRows, kTilesJ = kLayout.tiles_j;
+  static constexpr int kGroups = kLayout.groups, kGroupTiles = kLayout.group_tiles;
+  static constexpr int kGroupRows = kTileRows * kGroupTiles;
   static_assert(kGroups <= 2);
 
-  static constexpr int kChannels = !kChannelsLast ? 1 : kGroups == 1 ? 8 : 4;
+  static constexpr int kChannels = kLayout.channels;
   static constexpr int kWarps = kChannelsLast ? kChannels * kGroups : kToeplitzWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kSlots = kWarps / kGroups;  // NCHW: warps that share the rows; channels_last: the channels
   static constexpr int kStages = kChannelsLast ? 1 : 2;
-  // channels_last: rows of the gradient that a step of a ring multiplies; powers of two that divide kTileRows.
-  static constexpr int kMostStepRows = 16, kFewestStepRows = 4;
   // A row's Toeplitz fragments of even and of odd offsets: a step of two columns to the right is one, of two tiles of
   // kernel columns to the left.
   static constexpr int kFragments = kEights + kTilesJ - 2;
@@ -49,10 +49,7 @@ struct ToeplitzGradWeightTraits {
   static constexpr int kHeld = kSums + 2 * kEights * kGroupTiles + 2 * kFragments;
   static constexpr int kBlocks = kSums > 32 || kHeld > kMostHeld ? 1 : 2;
 
-  // Elements from row to row. Input: an odd number of 16-byte words, so that ldmatrix meets no bank twice.
-  // Gradient: the columns a tile of input columns meets, and room to start at a multiple of eight.
-  static constexpr int kInputPitch = 8 * (kEights | 1);
-  static constexpr int kGradPitch = kTileColumns + 8 * kTilesJ + 8;
+  static constexpr int kInputPitch = kLayout.input_pitch, kGradPitch = kLayout.grad_pitch;
   // The sums' way out: floats from one of a thread's sums to the next, so that those of a kernel row meet few banks
   // twice. NCHW: of half of the warps; channels_last: of 16 kernel rows.
   static constexpr int kSumPitch = 33, kWarpSums = kSumPitch * (kChannelsLast ? 4 * kTilesJ : kSums);
@@ -123,61 +120,62 @@ struct ToeplitzWalk {
   }
 };
 
+struct ToeplitzSizes {
+  int64_t image, row;  // elements
+  int height, width;
+};
+// Of a tile of columns: [low, high) from `start` on, which itself is counted from the tile's first input column.
+struct ToeplitzColumns {
+  int start, low, high;
+};
+
 // What is copied of a stage's rows; where to, and which channel of NCHW or which pixels, is to be completed.
+template <class T>
+__device__ __forceinline__ Rectangle<T, T> toeplitz_rows(const void* tensor, ToeplitzSizes sizes,
+                                                         ToeplitzColumns columns, const ToeplitzStage& stage,
+                                                         int first_row, int rows) {
+  Rectangle<T, T> r;
+  r.global = static_cast<const T*>(tensor) + stage.first_image * sizes.image;
+  r.image_stride = sizes.image;
+  r.row_stride = sizes.row;
+  r.images = stage.images;
+  r.rows = rows;
+  r.first_row = first_row;
+  r.height = sizes.height;
+  r.first_column = stage.first_column + columns.start;
+  r.width = sizes.width;
+  r.low = columns.low;
+  r.high = columns.high;
+  return r;
+}
 template <class Traits>
 __device__ __forceinline__ Rectangle<typename Traits::T, typename Traits::T> toeplitz_input(
     const GradWeightArgs& args, const ToeplitzGradWeightTiling& tiling, const ToeplitzStage& stage, int first_row,
     int rows) {
-  using T = typename Traits::T;
-  Rectangle<T, T> in;
-  in.global = static_cast<const T*>(args.input) + stage.first_image * tiling.input_image;
-  in.image_stride = tiling.input_image;
-  in.row_stride = Traits::kChannelsLast ? static_cast<int64_t>(args.w) * tiling.in_channels : args.w;
-  in.images = stage.images;
-  in.rows = rows;
-  in.first_row = first_row;
-  in.height = args.h;
-  in.first_column = stage.first_column;
-  in.width = args.w;
-  in.low = 0;
-  in.high = tiling.num_column_tiles == 1 ? args.w : tiling.tile_columns;
-  return in;
+  const ToeplitzSizes sizes{tiling.input_image,
+                            Traits::kChannelsLast ? static_cast<int64_t>(args.w) * tiling.in_channels : args.w, args.h,
+                            args.w};
+  const ToeplitzColumns columns{0, 0, tiling.num_column_tiles == 1 ? args.w : tiling.tile_columns};
+  return toeplitz_rows<typename Traits::T>(args.input, sizes, columns, stage, first_row, rows);
 }
 template <class Traits>
 __device__ __forceinline__ Rectangle<typename Traits::T, typename Traits::T> toeplitz_grad(
     const GradWeightArgs& args, const ToeplitzGradWeightTiling& tiling, const ToeplitzStage& stage, int first_row,
     int rows) {
-  using T = typename Traits::T;
   const bool one_column_tile = tiling.num_column_tiles == 1;
-  Rectangle<T, T> out;
-  out.global = static_cast<const T*>(args.grad_output) + stage.first_image * tiling.grad_image;
-  out.image_stride = tiling.grad_image;
-  out.row_stride = Traits::kChannelsLast ? args.out_w * args.out_c : args.out_w;
-  out.images = stage.images;
-  out.rows = rows;
-  out.first_row = first_row;
-  out.height = args.out_h;
-  out.first_column = stage.first_column + tiling.grad_start;
-  out.width = args.out_w;
-  out.low = one_column_tile ? -tiling.grad_start : 0;
-  out.high = one_column_tile ? args.out_w - tiling.grad_start : Traits::kGradPitch;
-  return out;
-}
-
-// The widest copy that rows of `width` elements allow.
-template <class T>
-int toeplitz_vector(const void* tensor, int width) {
-  int vector = 8;
-  while (width % vector != 0 || reinterpret_cast<uintptr_t>(tensor) % (vector * sizeof(T)) != 0) vector /= 2;
-  return vector;
+  const ToeplitzSizes sizes{tiling.grad_image, Traits::kChannelsLast ? args.out_w * args.out_c : args.out_w, args.out_h,
+                            args.out_w};
+  const ToeplitzColumns columns{tiling.grad_start, one_column_tile ? -tiling.grad_start : 0,
+                                one_column_tile ? args.out_w - tiling.grad_start : Traits::kGradPitch};
+  return toeplitz_rows<typename Traits::T>(args.grad_output, sizes, columns, stage, first_row, rows);
 }
 
 // Planes, and of channels_last the pixels of a step: of input, then of the gradient.
 template <class Traits>
 int toeplitz_shared_bytes(const ToeplitzGradWeightTiling& tiling) {
-  const int elements =
-      Traits::kStages * Traits::kChannels * tiling.plane_elements + tiling.step_pixels * kPixelElements;
-  return max_int(Traits::kReductionBytes, 2 * elements);
+  static_assert(kPixelElements == kGranule);
+  return max_int(Traits::kReductionBytes,
+                 Traits::kLayout.shared_bytes(Traits::kStages, tiling.plane_elements, tiling.step_pixels));
 }
 
 template <class Traits>
@@ -185,7 +183,7 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   using T = typename Traits::T;
   constexpr int kInputRow = Traits::kInputPitch * 2, kGradRow = Traits::kGradPitch * 2;
   const int budget = device_limits().shared_bytes_for(Traits::kBlocks);
-  constexpr int kRowsOfKernel = Traits::kGroups * Traits::kGroupRows;
+  constexpr int kRowsOfKernel = Traits::kLayout.kernel_rows();
   ToeplitzGradWeightTiling tiling{};
   tiling.num_column_tiles = divide_up(args.w, Traits::kTileColumns);
   tiling.tile_columns = divide_up(divide_up(args.w, tiling.num_column_tiles), 8) * 8;
@@ -202,8 +200,7 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
     tiling.grad_eights = SmallDivider(tiling.grad_columns / 8);
     const auto fits = [&] {
       const int grad_rows = divide_up(tiling.step_rows, 4) * 4;
-      const int elements = tiling.input_rows * Traits::kInputPitch + grad_rows * Traits::kGradPitch;
-      tiling.plane_elements = (elements / 8 | 1) * 8;  // stores to eight planes meet no bank twice
+      tiling.plane_elements = Traits::kLayout.plane_elements(tiling.input_rows, grad_rows);
       tiling.step_pixels = tiling.step_input_rows * Traits::kTileColumns + grad_rows * tiling.grad_columns;
       return toeplitz_shared_bytes<Traits>(tiling) <= budget;
     };
@@ -213,10 +210,10 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
     tiling.input_rows = max_int(args.padding_h + tiling.step_input_rows, args.out_h + kRowsOfKernel - 1);
     if (tiling.num_bands > 1 || !fits()) {  // a ring
       tiling.zero_rows = 0;
-      for (int rows = Traits::kMostStepRows;; rows /= 2) {
+      for (int rows = kMostToeplitzStepRows;; rows /= 2) {
         tiling.step_rows = tiling.step_input_rows = rows;
         tiling.input_rows = kRowsOfKernel + rows;
-        if (fits() || rows == Traits::kFewestStepRows) break;
+        if (fits() || rows == kFewestToeplitzStepRows) break;
       }
       tiling.first_input_row = kRowsOfKernel - args.padding_h;
       // In one step, if that takes no more pixels than others.
@@ -271,8 +268,8 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
     tiling.input_lane_bits = row_lane_bits(Traits::kTileColumns / step(tiling.input_vector));
     tiling.grad_lane_bits = row_lane_bits(tiling.grad_columns / step(tiling.grad_vector));
   } else {
-    tiling.input_vector = toeplitz_vector<T>(args.input, args.w);
-    tiling.grad_vector = toeplitz_vector<T>(args.grad_output, args.out_w);
+    tiling.input_vector = copy_width(args.input, args.w);
+    tiling.grad_vector = copy_width(args.grad_output, args.out_w);
     const auto step = [](int vector) { return vector == 1 ? kEight : vector; };  // rows on any boundary: by eights
     tiling.input_lane_bits = row_lane_bits(divide_up(min_int(args.w, tiling.tile_columns), step(tiling.input_vector)));
     tiling.grad_lane_bits = row_lane_bits(divide_up(min_int(args.out_w, Traits::kGradPitch), step(tiling.grad_vector)));
