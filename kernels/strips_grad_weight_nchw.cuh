@@ -44,12 +44,19 @@ __device__ __forceinline__ void copy_line(T* shared, int shared_pitch, const T* 
     } else {
       const T* source = global + k;
       T* target = shared + k;
+      const auto copy_rows = [&](auto copy) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        policy.copy_async<kVector * sizeof(T)>(target, source, mask >> r & 1);
-        source += width;
-        target += shared_pitch;
-      }
+        for (int r = 0; r < kRows; ++r) {
+          copy(target, source, mask >> r & 1);
+          source += width;
+          target += shared_pitch;
+        }
+      };
+      constexpr int kBytes = kVector * sizeof(T);
+      if (policy.evicts_first())
+        copy_rows([&](T* to, const T* from, bool exists) { policy.copy_async<kBytes>(to, from, exists); });
+      else
+        copy_rows([](T* to, const T* from, bool exists) { copy_async<kBytes>(to, from, exists); });
     }
   }
 }
