@@ -32,6 +32,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     case Kernel::kStripsGradWeightNhwc: return can_serve_strips_grad_weight(p, kernel);
     case Kernel::kImagesNchw:
     case Kernel::kImagesNhwc: return can_serve_images(p, kernel, t);
+    case Kernel::kImageBandsNhwc: return can_serve_image_bands(p);
     case Kernel::kImagesGradWeightNchw:
     case Kernel::kImagesGradWeightNhwc: return can_serve_images_grad_weight(p, kernel, t);
     case Kernel::kImageRowsGradWeight: return can_serve_image_rows_grad_weight(p);

@@ -45,6 +45,20 @@ inline bool can_serve_images(const Problem& p, Kernel kernel, const Tile& tile) 
   return shape.shifts > 0 && registers <= kMaxImageRegisters && registers * tile.vector * 32 <= 64 << 10;
 }
 
+// image_bands_nhwc: rows of input that a band of outputs meets, which are registers.
+constexpr int kMaxImageBandsRows = 14;
+
+inline bool can_serve_image_bands(const Problem& p) {
+  if (p.layout != Layout::kNhwc || (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.multiplier != 1 || !p.aligned || p.c % 8 != 0) return false;
+  if (p.h > kMaxImageSize || p.w > kMaxImageSize || p.out_h > kMaxImageSize || p.out_w > kMaxImageSize) return false;
+  if (p.c > kInt32Max / (kImagesTogether * kMaxImageSize * kMaxImageSize) || p.kernel_h * p.kernel_w > kInt32Max / 2 ||
+      p.n > kMaxGridY * kImagesTogether / kImageBands)
+    return false;
+  const ImageShape shape = image_shape_of(p);
+  return shape.shifts > 0 && image_bands_rows(shape.out_h, shape.shifts, shape.shift_step) <= kMaxImageBandsRows;
+}
+
 // images_grad_weight: the kernel rows that meet the image, as differences between an input row and an output row.
 struct LiveRows {
   int first, count;

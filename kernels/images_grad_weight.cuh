@@ -59,9 +59,17 @@ struct ImagesGradWeightTraits {
   static constexpr int kSegments = kColumns == 16 && !kChannelsLast && kImageWarps == 1 ? 2 : 1;
   static constexpr int kCuts = kNarrow ? 1 : images_cuts(kChannelsLast, kColumns, kLive);
   static constexpr int kSegmentRows = divide_up(kLive, kCuts);
-  // Of a multiprocessor, as registers allow.
+  // Of a multiprocessor, as registers allow. Six of few rows: 5x5 on 672x14x14, 672 blocks, are a single wave. Before sm_80
+  // the same code takes more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  static constexpr int kMostBlocks = 4;
+#else
+  static constexpr int kMostBlocks = 6;
+#endif
+  static constexpr bool kFewRows = kColumns == 16 && !kChannelsLast && kSegmentRows <= 3;
   static constexpr int kBlocks = kColumns == 32                 ? (kWarps == 4 ? 3 : 16 / kWarps)
                                  : kChannelsLast                ? 1
+                                 : kFewRows                     ? kMostBlocks
                                  : !kNarrow && kSegmentRows > 5 ? 3
                                                                 : 4;
   static constexpr int kMaxItems = kChannels * kImageWarps * kCuts;
@@ -76,7 +84,7 @@ struct ImagesGradWeightTraits {
   // Floats; 2 * (pitch - 1) is 8 modulo 32. 32 columns: they take the place of the planes.
   static constexpr int kDiagonalPitch = 32 * kTiles + 5;
   static constexpr bool kOverlays = kColumns == 32;
-  static constexpr int kDiagonalBuffers = kOverlays ? 1 : 2;
+  static constexpr int kDiagonalBuffers = kOverlays || kFewRows ? 1 : 2;  // that many blocks have room for one
   static constexpr int kDiagonalFloats = kDiagonalBuffers * 8 * kDiagonalPitch;
   // What takes the place of the planes after the last stage, and what is beside them.
   static constexpr int late_bytes(int channels) {

@@ -321,6 +321,15 @@ constexpr int image_registers(int height, int width, int out_height, int out_wid
   return 2 * height + 4 * round_rows + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
          kRest[image_rounds(width, out_height, out_width, shifts) - 1];
 }
+// image_bands_nhwc: bands of an image, channels of a block, rows of input that a band meets; registers of a thread, likewise.
+constexpr int kImageBands = 2, kImageBandsChannels = 16;
+constexpr int image_bands_rows(int out_height, int shifts, int shift_step) {
+  return divide_up(out_height, kImageBands) + (shifts - 1) * shift_step;
+}
+constexpr int image_bands_registers(int out_height, int shifts, int shift_step) {
+  return 4 * divide_up(image_bands_rows(out_height, shifts, shift_step), 2) + 4 * divide_up(out_height, kImageBands) +
+         28;
+}
 constexpr int kGranule = 8;  // elements of 16 bytes
 // channels_last: words so that the planes of a channel and of the eighth one on are half the banks apart.
 constexpr int plane_pitch(int pixels, bool channels_last) {

@@ -45,9 +45,14 @@ inline Config select_images(const Problem& p) {
     const int tile = args.h * args.w <= 64 && args.out_h * args.out_w <= 64 ? 1 : 0;
     return can_serve(p, Kernel::kImagesNchw, tile) ? Config{Kernel::kImagesNchw, tile} : Config{};
   }
-  // channels_last: 3x3, 960x7x7: 0.0079, stream 0.0083; 7x7, 384x14x14: 0.011, strips 0.018; 27x27, 512x14x14: 0.015,
-  // toeplitz 0.043; not few taps on larger images (3x3, 384x14x14: 0.0106, stream 0.0097; 5x5, 672x14x14: 0.0185, 0.0180).
-  const bool few = p.kernel_h * p.kernel_w <= k5x5 && args.h * args.w > 64;
+  // channels_last. Few kernel rows on more than eight columns, in bands (H100): 5x5, 672x14x14: 0.0146, whole images 0.0197,
+  // stream 0.0190; 7x7, 384x14x14: 0.0120, 0.0121; not 3x3, 384x14x14: 0.0108, 0.0115, stream 0.0104.
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  if (taps >= k5x5 && !is_narrow_image(args.w, args.out_w) && can_serve(p, Kernel::kImageBandsNhwc, 0))
+    return Config{Kernel::kImageBandsNhwc, 0};
+  // 3x3, 960x7x7: 0.0079, stream 0.0083; 27x27, 512x14x14: 0.015, toeplitz 0.043; not few taps on larger images (5x5,
+  // 672x14x14: 0.0185, 0.0180).
+  const bool few = taps <= k5x5 && args.h * args.w > 64;
   return !few && can_serve(p, Kernel::kImagesNhwc, 0) ? Config{Kernel::kImagesNhwc, 0} : Config{};
 }
 

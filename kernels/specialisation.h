@@ -24,7 +24,7 @@ struct Specialisation {
   int height;            // images_fma: of whole planes, else 0
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
-  ImageShape image;      // images, which takes the kernel's width at run time
+  ImageShape image;      // images and image_bands, which take the kernel's width at run time
   Band band;             // toeplitz and band_images, which take the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
@@ -46,7 +46,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.tile = config.tile;
     return s;
   }
-  if (is_images(kernel)) {
+  if (is_images(kernel) || kernel == Kernel::kImageBandsNhwc) {
     s.image = image_shape_of(p);
     s.tile = config.tile;
     return s;
@@ -155,7 +155,7 @@ inline std::string specialisation_name(const Specialisation& s) {
                   tile_table(s.kernel, s.dtype)[s.tile].name);
     return name;
   }
-  if (is_images(s.kernel)) {
+  if (is_images(s.kernel) || s.kernel == Kernel::kImageBandsNhwc) {
     const ImageShape& i = s.image;
     std::snprintf(name, sizeof(name), "%s_%s_%dx%d_%dx%d_f%s%d_r%d_d%d_%s", kernel_name(s.kernel), dtype_name(s.dtype),
                   i.h, i.w, i.out_h, i.out_w, i.first_shift < 0 ? "m" : "", std::abs(i.first_shift), i.shifts,
@@ -273,6 +273,12 @@ inline std::string specialisation_source(const Specialisation& s) {
                   kTypes[static_cast<int>(s.dtype)], i.h, i.w, i.out_h, i.out_w, i.first_shift, i.shifts, i.shift_step,
                   tile_table(s.kernel, s.dtype)[s.tile].vector, s.kernel == Kernel::kImagesNhwc ? "true" : "false");
     traits = std::string("ImagesTraits<") + arguments;
+  }
+  if (s.kernel == Kernel::kImageBandsNhwc) {
+    const ImageShape& i = s.image;
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+                  i.h, i.w, i.out_h, i.out_w, i.first_shift, i.shifts, i.shift_step);
+    traits = std::string("ImageBandsTraits<") + arguments;
   }
   if (is_images_fma(s.kernel)) {
     char sizes[64];

@@ -152,22 +152,25 @@ __host__ __device__ constexpr int strips_chunk(const StripsPlan& plan, int image
 }
 
 // The filters of some channels, between the zeros that lie there: element p of a kernel row is the tap p - kFirstTap -
-// offset; the second copy holds element p + 1 at p.
+// offset; the second copy holds element p + 1 at p. Here element k of them.
+template <class Traits>
+__device__ __forceinline__ void store_strips_filter(typename Traits::T* filters, const DirectArgs& args,
+                                                    const StripsPlan& plan, int k, typename Traits::T value) {
+  const int taps = Traits::kKernelH * args.kernel_w, c = plan.tap_divider.quotient(k);
+  const int straight = k - c * taps, tap = args.flip ? taps - 1 - straight : straight;
+  const int i = plan.column_divider.quotient(tap), p = tap - i * args.kernel_w + plan.offset + kFirstTap;
+  typename Traits::T* const to = filters + c * Traits::kFilterElements + i * kFilterPitch + p;
+  to[0] = value;
+  to[Traits::kKernelH * kFilterPitch - 1] = value;
+}
+
 template <class Traits>
 __device__ __forceinline__ void load_strips_filters(typename Traits::T* filters, const DirectArgs& args,
                                                     const StripsPlan& plan, int channel, int channels) {
-  using T = typename Traits::T;
   const int taps = Traits::kKernelH * args.kernel_w;
-  const T* const global = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  for (int k = threadIdx.x; k < channels * taps; k += blockDim.x) {
-    const int c = plan.tap_divider.quotient(k);
-    const int straight = k - c * taps, tap = args.flip ? taps - 1 - straight : straight;
-    const int i = plan.column_divider.quotient(tap), p = tap - i * args.kernel_w + plan.offset + kFirstTap;
-    const T value = load_or_zero<1>(global + k, true).value[0];
-    T* const to = filters + c * Traits::kFilterElements + i * kFilterPitch + p;
-    to[0] = value;
-    to[Traits::kKernelH * kFilterPitch - 1] = value;
-  }
+  const auto* const global = static_cast<const typename Traits::T*>(args.weight) + static_cast<int64_t>(channel) * taps;
+  for (int k = threadIdx.x; k < channels * taps; k += blockDim.x)
+    store_strips_filter<Traits>(filters, args, plan, k, load_or_zero<1>(global + k, true).value[0]);
 }
 
 // A lane's words of the bands: B[2t, 2t+1][g] and B[2t+8, 2t+9][g] of each kernel row.

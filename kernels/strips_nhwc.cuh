@@ -57,6 +57,42 @@ __device__ __forceinline__ void find_sources(ChunkSource* sources, const DirectA
   }
 }
 
+// The filters of a block, on their way from memory while it finds out where its input lies; but not very many, for which
+// there are no registers.
+template <class Traits>
+struct StripsFilters {
+  using T = typename Traits::T;
+  static constexpr int kLoads = divide_up(kStripsChannels * Traits::kKernelH * kStripsTaps, Traits::kThreads);
+  static constexpr bool kAhead = kLoads <= 4;
+  T value[kLoads];
+  int channel, channels;
+
+  __device__ __forceinline__ StripsFilters(const DirectArgs& args, int channel, int channels)
+      : channel(channel), channels(channels) {
+    if constexpr (kAhead) {
+      const int taps = Traits::kKernelH * args.kernel_w;
+      const T* const global = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const int k = threadIdx.x + u * Traits::kThreads;
+        value[u] = load_or_zero<1>(global + k, k < channels * taps).value[0];
+      }
+    }
+  }
+  __device__ __forceinline__ void store(T* filters, const DirectArgs& args, const StripsPlan& plan) const {
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const int k = threadIdx.x + u * Traits::kThreads;
+        if (k < channels * Traits::kKernelH * args.kernel_w)
+          store_strips_filter<Traits>(filters, args, plan, k, value[u]);
+      }
+    } else {
+      load_strips_filters<Traits>(filters, args, plan, channel, channels);
+    }
+  }
+};
+
 // The input of a step as it lies in memory, zeros outside the images: pixels of sixteen channels, in the order of the
 // chunks that they are to fill. The second octet comes first in every other four pixels, for the banks' sake.
 template <class Traits>
@@ -74,10 +110,12 @@ __device__ __forceinline__ void load_strips_nhwc(typename Traits::T* tile, const
       static_cast<const T*>(args.input) + image * plan.in_image + pixel * static_cast<int>(args.out_c) + channel;
   const int first_chunk = warp * kUnitChunks + lane / (kChunk * kStripsOctets);
   T* const to = tile + (first_chunk * kChunk * kStripsOctets + pixel * kStripsOctets + (octet ^ pixel / 4)) * 8;
+  ChunkSource next = sources[first_chunk];  // one ahead, as it takes as long as a copy's instructions
 #pragma unroll
   for (int u = 0; u < Traits::kUnits; ++u) {
     if (warp + u * Traits::kWarps >= units) break;
-    const ChunkSource source = sources[first_chunk + u * kStep];
+    const ChunkSource source = next;
+    if (u + 1 < Traits::kUnits) next = sources[first_chunk + (u + 1) * kStep];
     const bool exists = channel_exists && source.image < images &&
                         static_cast<unsigned>(pixel - source.first) < static_cast<unsigned>(source.count);
     copy_async<16>(to + u * kStep * kChunk * kStripsChannels, input + source.offset, exists);
@@ -173,16 +211,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   ChunkSource* const sources = reinterpret_cast<ChunkSource*>(filters + kStripsChannels * Traits::kFilterElements);
   T* const tile = reinterpret_cast<T*>(sources + Traits::kChunks);
 
+  const StripsFilters<Traits> all_filters(args, block.channel, channels);
   find_sources<Traits>(sources, args, plan, block);
   clear_shared(filters, kStripsChannels * Traits::kFilterElements * static_cast<int>(sizeof(T)));
   const unsigned address = ptx::opaque(strips_address<Traits>(tile, plan, 0));
+  const auto load_images = [&](int image) {
+    if (image < block.image_end) load_strips_nhwc<Traits>(tile, sources, args, plan, block, image, units);
+  };
 
   __syncthreads();
-
+  load_images(block.image);
+  all_filters.store(filters, args, plan);
 #pragma unroll 1
   for (int image = block.image; image < block.image_end; image += plan.images) {
-    load_strips_nhwc<Traits>(tile, sources, args, plan, block, image, units);
-    if (image == block.image) load_strips_filters<Traits>(filters, args, plan, block.channel, channels);
     wait_for_copies<0>();
     __syncwarp();  // a warp turns around what it has copied itself
     transpose_strips<Traits>(tile, plan);
@@ -208,7 +249,24 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     }
     store_strips_nhwc<Traits>(tile, args, plan, block, image);
     __syncthreads();
+    load_images(image + plan.images);
   }
+}
+
+// How many of its `all_steps` steps a block takes, where three or more share a multiprocessor, which then is the faster the
+// more it has: k blocks of as many steps take as long as k + 1.3. To begin a block costs as much as half a step. (us, H100,
+// fp16, by steps; 5x5, 32x240x28x28: 1: 19.2, 2: 20.9, 3: 23.6, 4: 25.3; 7x7, 32x192x28x28: 16.1, 20.2, 21.1, 24.3;
+// 32x96x56x56: 27.5, 26.9, 28.9, 31.7.)
+inline int best_steps_of_many(int64_t blocks, int all_steps) {
+  constexpr int kMostSteps = 32, kStep = 2, kBegin = 1, kTenths = 10, kAlone = 13;
+  int64_t least = 0;
+  int best = 1;
+  for (int steps = 1; steps <= min_int(all_steps, kMostSteps); ++steps) {
+    const int64_t shared = divide_up<int64_t>(blocks * divide_up(all_steps, steps), device_limits().multiprocessors);
+    const int64_t cost = (kStep * steps + kBegin) * (kTenths * shared + kAlone);
+    if (least == 0 || cost < least) least = cost, best = even_part(all_steps, steps);
+  }
+  return best;
 }
 
 // Cuts images into steps of sixteen strips: in time, a warp's walk counts as much as loading as many rows of chunks as it
@@ -250,8 +308,9 @@ int launch_strips_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
   }
   if (least == 0) return kTooLittleSharedMemory;
   const int64_t blocks = static_cast<int64_t>(groups) * best.blocks_w * best.blocks_h;  // of an image
-  best.steps = best_steps(blocks, divide_up(images, best.images),
-                          min_int(Traits::kMinBlocks, device.shared_bytes / (bytes + kBlockSharedBytes)), 3, 1);
+  const int resident = min_int(Traits::kMinBlocks, device.shared_bytes / (bytes + kBlockSharedBytes));
+  const int all_steps = divide_up(images, best.images);
+  best.steps = resident < 3 ? best_steps(blocks, all_steps, resident, 3, 1) : best_steps_of_many(blocks, all_steps);
 
   const auto kernel = strips_nhwc_kernel<Traits>;
   if (const int error = allow_shared_bytes(kernel, bytes)) return error;

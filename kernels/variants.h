@@ -23,6 +23,7 @@ enum class Kernel : int {
   kBandImages,
   kImagesNchw,
   kImagesNhwc,
+  kImageBandsNhwc,
   kBlocked,
   kStripsNchw,
   kStripsNhwc,
@@ -52,6 +53,7 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kBandImages,
                                           Kernel::kImagesNchw,
                                           Kernel::kImagesNhwc,
+                                          Kernel::kImageBandsNhwc,
                                           Kernel::kBlocked,
                                           Kernel::kStripsNchw,
                                           Kernel::kStripsNhwc,
@@ -161,6 +163,7 @@ constexpr Tile kBandImagesTiles[] = {{"band_images7", 32, 7, 8}, {"band_images4"
 // Columns of the images, at most; channels of a block.
 constexpr Tile kImagesNchwTiles[] = {{"images_c4", 16, 0, 4}, {"images_c8", 16, 0, 8}};
 constexpr Tile kImagesNhwcTiles[] = {{"images_c16_nhwc", 16, 0, 16}};
+constexpr Tile kImageBandsNhwcTiles[] = {{"image_bands_nhwc", 16, 0, 16}};
 // `vector`: taps of a kernel row that a step takes, at most.
 constexpr Tile kBlockedTiles[] = {
     {"blocked", 7, 4, 64},       {"blocked_rows7", 7, 7, 64},      {"blocked_wide", 14, 7, 16},
@@ -214,6 +217,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kBandImages: return kBandImagesTiles;
     case Kernel::kImagesNchw: return kImagesNchwTiles;
     case Kernel::kImagesNhwc: return kImagesNhwcTiles;
+    case Kernel::kImageBandsNhwc: return kImageBandsNhwcTiles;
     case Kernel::kBlocked: return kBlockedTiles;
     case Kernel::kStripsNchw: return kStripsNchwTiles;
     case Kernel::kStripsNhwc: return kStripsNhwcTiles;
@@ -248,6 +252,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "band_images",
                                     "images_nchw",
                                     "images_nhwc",
+                                    "image_bands_nhwc",
                                     "blocked",
                                     "strips_nchw",
                                     "strips_nhwc",

@@ -307,6 +307,7 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "band_images4", LARGE, F16, "nchw"),
     ("forward", "band_images7", LARGE, BF16, "nchw"),
     ("forward", "images_c4", SMALL, BF16, "nchw"),
+    ("forward", "image_bands_nhwc", SMALL, BF16, "nhwc"),
     ("forward", "strips7", SMALL, F16, "nchw"),
     ("forward", "strips7_nhwc", SMALL, BF16, "nhwc"),
     ("grad_weight", "weight_band", LARGE, BF16, "nchw"),
