@@ -4,14 +4,17 @@
 //         below the kernel's size, any image size, alignment and depth multiplier.
 // Owns    a block: one channel and a share of the stages (a stage: some images, or a band of rows and a tile of columns
 //         of one). A thread: kRows x kColumns taps, summed over strips of four columns of grad_output, which it marches
-//         down: a step reads a window of one input row and the next row of the strip, and the kRows rows of the strip
-//         met last are kept in registers: kRows * kColumns * 4 multiply-adds for (kColumns + 8) / 4 loads of 16 bytes.
+//         down: a step reads a window of one input row and the kRows rows of the strip that meet it: kRows * kColumns * 4
+//         multiply-adds for (kColumns + 4) / 4 + kRows loads of 16 bytes. Rows of a strip kept in registers would save
+//         loads, but for them the compiler unrolls steps and shuffles their multiply-adds, half of which then read three
+//         registers of two banks, where one of them could be the one before's.
 //         Threads are laid out kernel rows slowest, those as far from the middle side by side, so that warps skip the
-//         steps whose input row is padding. The threads' sums are added in a fixed order, and the splits by
-//         add_splits_kernel: no atomics.
+//         steps whose input row is padding. Neighbouring groups of threads take neighbouring strips, and of the last
+//         ones, of which there are too few, a share of the steps. The threads' sums are added in a fixed order, and the
+//         splits by add_splits_kernel: no atomics.
 // Memory  a stage's input and gradient as fp32, and zeros around them, or two stages', of which one is loaded meanwhile:
-//         as much as a multiprocessor has for each of the blocks that its registers hold: three, or four of few taps (see
-//         blocked_grad_weight_tiling.h).
+//         as much as a multiprocessor has for each of the blocks that its registers hold, four of 128 threads (see
+//         blocked_grad_weight_tiling.h). Strips lie one after the other, so that their rows are a constant apart.
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, term by term.
 // Chosen  select.h.
 #pragma once
@@ -27,25 +30,24 @@ template <class T_, int kRows_, int kColumns_>
 struct BlockedGradWeightTraits {
   using T = T_;
   static constexpr int kRows = kRows_, kColumns = kColumns_;  // taps of a thread
-  static constexpr int kVector = kColumns % 4 == 0 ? 4 : 2;   // floats of the window a load
+  static constexpr TapTile kTaps = {kRows, kColumns};
+  static constexpr int kVector = kColumns % 4 == 0 ? 4 : 2;  // floats of the window a load
   static constexpr int kWindow = (kColumns + kStrip - 1 + kVector - 1) / kVector * kVector;
   static_assert(kColumns % 2 == 0);
   // Terms are added up in parts before they join the sums: a long running sum loses bits with every term, and equal
-  // terms would round the same way every time (32x128x56x56, 31x31: a thread's sum has 1568 terms). Where multiply-adds
-  // are all that counts, as for the large tiles, parts are as long as the sums of them. 16-bit results hide it.
+  // terms would round the same way every time (32x128x56x56, 31x31: a thread's sum has 1568 terms). 16-bit results hide
+  // it.
   static constexpr bool kSumsParts = sizeof(T) == 4;
-  static constexpr bool kIsLarge = kRows * kColumns > 20;
-  static constexpr int kPartTerms = 64;
-  static constexpr int kPartRounds = kIsLarge ? max_int(1, kPartTerms / kStrip / kRows) : 1;  // of kRows rows
-  static constexpr int kPartRows = kIsLarge || kRows <= 3 ? kRows : (kRows + 1) / 2;          // of a round
-  static constexpr BlockedGradWeightShape kShape = blocked_grad_weight_shape(kRows, kColumns, kSumsParts);
-  static constexpr int kThreads = kShape.threads, kBlocks = kShape.blocks;
+  static constexpr int kPartSteps = 64 / kStrip;
 };
 
 // How a launch is cut.
 struct BlockedGradWeightTiling : BlockedGradWeightCut {
   bool channels_last;
-  bool grad_vectors;  // rows of grad_output are whole words of four columns
+  bool grad_vectors;  // rows of grad_output are whole words of kStrip columns
+  int input_vector;   // columns of input that are loaded at once
+  int lead;           // columns that a window begins left of tap 0, as far as its tiles have room, for words of these
+  int input_lane_bits, grad_lane_bits;  // threads that copy a row
 
   // Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image.
   __device__ int tile_of(int place) const {
@@ -64,46 +66,62 @@ struct BlockedGradWeightStage {
 
   __device__ __forceinline__ BlockedGradWeightStage(const GradWeightArgs& args, const BlockedGradWeightTiling& tiling,
                                                     int idx) {
-    const int rest = idx / tiling.num_column_tiles;
-    first_image = static_cast<int64_t>(rest / tiling.num_bands) * tiling.images;
+    // A division takes as long as a step of a march.
+    const int rest = tiling.num_column_tiles == 1 ? idx : idx / tiling.num_column_tiles;
+    const int group = tiling.num_bands == 1 ? rest : rest / tiling.num_bands;  // of images
+    first_image = static_cast<int64_t>(group) * tiling.images;
     images = static_cast<int>(min(static_cast<int64_t>(tiling.images), args.n - first_image));
-    first_row = rest % tiling.num_bands * tiling.band_rows;
+    first_row = (rest - group * tiling.num_bands) * tiling.band_rows;
     rows = min(tiling.band_rows, args.out_h - first_row);
-    first_column = idx % tiling.num_column_tiles * tiling.tile_columns;
+    first_column = (idx - rest * tiling.num_column_tiles) * tiling.tile_columns;
     first_input_row = max(0, first_row - args.padding_h);
     const int last_input_row = min(args.h, first_row + rows + args.kernel_h - 1 - args.padding_h);
     input_rows = max(0, last_input_row - first_input_row);
   }
 };
 
-// kVector columns at a time, as fp32. `column_stride`: elements from column to column.
-template <int kVector, class T>
-__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int64_t column_stride) {
-  const T* const corner = r.global + r.first_row * r.row_stride + (r.first_column + r.low) * column_stride;
-  float* const shared = r.shared + r.low;
-  if (r.rows <= 0 || r.high <= r.low) return;
+// kVector columns at a time, as fp32, 1 << lane_bits threads a row. `column_stride`: elements from column to column.
+// kStrips: of shared memory whose pitch is from strip to strip, of whole columns.
+template <int kVector, bool kStrips = false, class T>
+__device__ __forceinline__ void copy_as_float(const Rectangle<float, T>& r, int64_t column_stride, int lane_bits) {
+  const int columns = kVector << lane_bits, rows = blockDim.x >> lane_bits;  // that all threads copy at once
+  const int first = kVector * static_cast<int>(threadIdx.x & ((1 << lane_bits) - 1)), count = r.high - r.low;
+  int row = threadIdx.x >> lane_bits, image = 0;
+  if (r.rows <= 0 || first >= count) return;
+  const int first_column = r.first_column + r.low;
+  const int row_pitch = kStrips ? kStrip : r.pitch, columns_pitch = kStrips ? columns / kStrip * r.pitch : columns;
+  const T* from = r.global + (r.first_row + row) * r.row_stride + (first_column + first) * column_stride;
+  float* to = r.shared + r.low + row * row_pitch + (kStrips ? first / kStrip * r.pitch + first % kStrip : first);
+  const int64_t next_rows = rows * r.row_stride, next_image = r.image_stride - r.rows * r.row_stride;
+  const int64_t next_columns = columns * column_stride;
+#pragma unroll 1
+  while (true) {
+    while (row >= r.rows) row -= r.rows, ++image, from += next_image, to += r.image_pitch - r.rows * row_pitch;
+    if (image >= r.images) break;
+    const int width = static_cast<unsigned>(r.first_row + row) < static_cast<unsigned>(r.height) ? r.width : 0;
+    const T* column_from = from;
+    float* column_to = to;
 #pragma unroll 4
-  for (Walk at(threadIdx.x, blockDim.x, divide_up(r.high - r.low, kVector), r.rows); at.outer < r.images;
-       at.advance()) {
-    const int column = at.inner * kVector;
-    const bool valid = static_cast<unsigned>(r.first_row + at.middle) < static_cast<unsigned>(r.height) &&
-                       static_cast<unsigned>(r.first_column + r.low + column) < static_cast<unsigned>(r.width);
-    const T* const from =
-        valid ? corner + at.outer * r.image_stride + at.middle * r.row_stride + column * column_stride : r.global;
-    float* const to = shared + at.outer * r.image_pitch + at.middle * r.pitch + column;
-    if constexpr (sizeof(T) == 4)
-      copy_async<4 * kVector>(to, from, valid);
-    else
-      *to = to_float(load_or_zero<1>(from, valid).value[0]);
+    for (int k = first; k < count; k += columns) {
+      const bool valid = static_cast<unsigned>(first_column + k) < static_cast<unsigned>(width);
+      if constexpr (sizeof(T) == 4)
+        copy_async<4 * kVector>(column_to, valid ? column_from : r.global, valid);
+      else
+        *column_to = to_float(load_or_zero<1>(valid ? column_from : r.global, valid).value[0]);
+      column_from += next_columns;
+      column_to += columns_pitch;
+    }
+    row += rows, from += next_rows, to += rows * row_pitch;
   }
 }
 
-template <int kCount>
-__device__ __forceinline__ void load_strip(float (&strip)[kCount], const float* shared) {
+template <int kVector, int kCount>
+__device__ __forceinline__ void load_floats(float (&to)[kCount], const float* shared) {
 #pragma unroll
-  for (int k = 0; k < kCount; k += 4) {
-    const float4 four = *reinterpret_cast<const float4*>(shared + k);
-    strip[k] = four.x, strip[k + 1] = four.y, strip[k + 2] = four.z, strip[k + 3] = four.w;
+  for (int k = 0; k < kCount; k += kVector) {
+    const auto values = *reinterpret_cast<const Vector<float, kVector>*>(shared + k);
+#pragma unroll
+    for (int e = 0; e < kVector; ++e) to[k + e] = values.value[e];
   }
 }
 
@@ -119,7 +137,7 @@ __device__ __forceinline__ float sum_every(const float* values, int step, int co
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+__global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
     blocked_grad_weight_kernel(const GradWeightArgs args, const BlockedGradWeightTiling tiling,
                                const int shared_bytes) {
   using T = typename Traits::T;
@@ -132,18 +150,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   __syncthreads();
   float* const buffers = reinterpret_cast<float*>(shared_memory);
   const int stage_elements = tiling.stage_elements(kRows), ahead = tiling.buffers - 1;
-  const int input_pitch = tiling.input_pitch, grad_pitch = tiling.tile_columns;
-  const int grad_image = (tiling.band_rows + kRows - 1) * grad_pitch;
+  const int input_pitch = tiling.input_pitch, strip_pitch = tiling.strip_rows(kRows) * kStrip;
 
   const int64_t channel = blockIdx.x;
-  const int begin = static_cast<int>(static_cast<int64_t>(tiling.stages) * blockIdx.y / args.splits);
-  const int end = static_cast<int>(static_cast<int64_t>(tiling.stages) * (blockIdx.y + 1) / args.splits);
+  const int share = tiling.stages / args.splits, more = tiling.stages - share * args.splits;  // blocks of a stage more
+  const int split = static_cast<int>(blockIdx.y), begin = split * share + min(split, more);
+  const int end = begin + share + (split < more ? 1 : 0);
   // Warps take turns from block to block: those of other kernel rows have other amounts of work.
   const unsigned turn = (blockIdx.x + blockIdx.y) % (blockDim.x / 32) * 32;
-  const int worker = static_cast<int>((threadIdx.x + turn) % blockDim.x);
-  const int tile_w = worker % tiling.tiles_w, group = worker / tiling.tiles_w % tiling.groups;
-  const int tile_h = tiling.tile_of(worker / tiling.tiles_w / tiling.groups);
-  const int strips = tiling.tile_columns / kStrip;
+  const int worker = static_cast<int>(threadIdx.x + turn - (threadIdx.x + turn < blockDim.x ? 0 : blockDim.x));
+  const int all_groups = worker / tiling.tiles_w, tile_w = worker - all_groups * tiling.tiles_w;
+  const int place = all_groups / tiling.groups, group = all_groups - place * tiling.groups;
+  const int tile_h = tiling.tile_of(place);
+  const int strips = tiling.strips(), grad_image = strips * strip_pitch;
   const bool one_column_tile = tiling.num_column_tiles == 1;
 
   float sum[kRows][kColumns] = {};
@@ -171,13 +190,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       in.rows = stage.input_rows;
       in.first_row = stage.first_input_row;
       in.height = args.h;
-      in.first_column = stage.first_column - args.padding_w;
+      in.first_column = stage.first_column - args.padding_w - tiling.lead;
       in.width = args.w;
-      in.low = one_column_tile ? args.padding_w : 0;
-      in.high = one_column_tile ? min(args.w + args.padding_w, input_pitch) : input_pitch;
-      copy_as_float<1>(in, in_step);
-      out.shared = shared_grad + (kRows - 1) * grad_pitch;
-      out.pitch = grad_pitch;
+      in.low = one_column_tile ? args.padding_w + tiling.lead : 0;
+      in.high = one_column_tile ? min(args.w + in.low, input_pitch) : input_pitch;
+      out.shared = shared_grad + (kRows - 1) * kStrip;
+      out.pitch = strip_pitch;
       out.image_pitch = grad_image;
       out.global = static_cast<const T*>(args.grad_output) + stage.first_image * out_image + channel * grad_plane;
       out.image_stride = out_image;
@@ -189,14 +207,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       out.first_column = stage.first_column;
       out.width = args.out_w;
       out.low = 0;
-      out.high = one_column_tile ? args.out_w : grad_pitch;
+      out.high = one_column_tile ? args.out_w : tiling.tile_columns;
       if constexpr (sizeof(T) == 4) {
-        if (tiling.grad_vectors)
-          copy_as_float<kStrip>(out, grad_step);
+        if (tiling.input_vector == 4)
+          copy_as_float<4>(in, in_step, tiling.input_lane_bits);
+        else if (tiling.input_vector == 2)
+          copy_as_float<2>(in, in_step, tiling.input_lane_bits);
         else
-          copy_as_float<1>(out, grad_step);
+          copy_as_float<1>(in, in_step, tiling.input_lane_bits);
+        if (tiling.grad_vectors)
+          copy_as_float<kStrip, true>(out, grad_step, tiling.grad_lane_bits);
+        else
+          copy_as_float<1, true>(out, grad_step, tiling.grad_lane_bits);
       } else {
-        copy_as_float<1>(out, grad_step);
+        copy_as_float<1>(in, in_step, tiling.input_lane_bits);
+        copy_as_float<1, true>(out, grad_step, tiling.grad_lane_bits);
       }
     }
     commit_copies();
@@ -213,68 +238,68 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
     if (args.partial_bias != nullptr || args.grad_bias != nullptr)
       bias +=
-          sum_every(shared_grad + (kRows - 1) * grad_pitch + threadIdx.x, blockDim.x,
+          sum_every(shared_grad + threadIdx.x, blockDim.x,
                     divide_up(stage.images * grad_image - static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
 
     // Step s multiplies input row first_row + s + tile_h * kRows - padding_h by the rows s, s - 1, ... of the strip.
     const int input_shift = stage.first_row + tile_h * kRows - args.padding_h - stage.first_input_row;
     const int first_step = max(0, -input_shift),
-              last_step = min(stage.rows + kRows - 1, stage.input_rows - input_shift);
+              all_steps = min(stage.rows + kRows - 1, stage.input_rows - input_shift) - first_step;
     const auto march = [&](const float* input, const float* grad, int steps) {
-      float strip[kRows][kStrip];  // row s in strip[s % kRows], steps counted from 0
       float part[kRows][kColumns] = {};
+#pragma unroll 1
+      while (steps > 0) {
+#pragma unroll 1
+        for (const int end = max(0, steps - Traits::kPartSteps); steps > end; --steps) {
+          float window[Traits::kWindow], strip[kRows][kStrip];
+          load_floats<Traits::kVector>(window, input);
 #pragma unroll
-      for (int r = 1; r < kRows; ++r) load_strip(strip[kRows - r], grad - r * grad_pitch);
-      const auto take_step = [&](int phase) {
-        float window[Traits::kWindow];
+          for (int i = 0; i < kRows; ++i) load_floats<kStrip>(strip[i], grad - i * kStrip);
+          // In the order of which the compiler makes the fewest multiply-adds that read three registers anew.
+          const auto multiply_add = [&](int i, int j, int w) {
+            float& to = Traits::kSumsParts ? part[i][j] : sum[i][j];
+            to = fmaf(window[j + w], strip[i][w], to);
+          };
+          if constexpr (Traits::kVector == 4) {
 #pragma unroll
-        for (int k = 0; k < Traits::kWindow; k += Traits::kVector) {
-          const auto part = *reinterpret_cast<const Vector<float, Traits::kVector>*>(input + k);
+            for (int w = kStrip - 1; w >= 0; --w)
 #pragma unroll
-          for (int e = 0; e < Traits::kVector; ++e) window[k + e] = part.value[e];
+              for (int i = 0; i < kRows; ++i)
+#pragma unroll
+                for (int j = 0; j < kColumns; ++j) multiply_add(i, j, w);
+          } else {
+#pragma unroll
+            for (int k = kColumns + kStrip - 2; k >= 0; --k)
+#pragma unroll
+              for (int w = 0; w < kStrip; ++w)
+#pragma unroll
+                for (int i = 0; i < kRows; ++i)
+                  if (k - w >= 0 && k - w < kColumns) multiply_add(i, k - w, w);
+          }
+          input += input_pitch;
+          grad += kStrip;
         }
-        load_strip(strip[phase], grad);
-#pragma unroll
-        for (int w = 0; w < kStrip; ++w)
-#pragma unroll
-          for (int i = 0; i < kRows; ++i)
-#pragma unroll
-            for (int j = 0; j < kColumns; ++j) {
-              float& to = Traits::kSumsParts ? part[i][j] : sum[i][j];
-              to = fmaf(window[j + w], strip[(phase - i + kRows) % kRows][w], to);
-            }
-        input += input_pitch;
-        grad += grad_pitch;
-      };
-      const auto add_part = [&] {
         if constexpr (Traits::kSumsParts) {
 #pragma unroll
           for (int i = 0; i < kRows; ++i)
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) sum[i][j] += part[i][j], part[i][j] = 0.f;
         }
-      };
-#pragma unroll 1
-      for (; steps >= kRows; steps -= kRows) {
-#pragma unroll
-        for (int phase = 0; phase < kRows; ++phase) {
-          take_step(phase);
-          if (Traits::kPartRows < kRows && (phase + 1) % Traits::kPartRows == 0) add_part();
-        }
-        if (steps / kRows % Traits::kPartRounds == 0) add_part();
       }
-#pragma unroll
-      for (int phase = 0; phase < kRows - 1; ++phase)
-        if (phase < steps) take_step(phase);
-      add_part();
     };
-    if (first_step < last_step && tile_h < tiling.tiles_h)
-      for (int unit = group; unit < stage.images * strips; unit += tiling.groups) {
-        const int image = unit / strips, column = unit % strips * kStrip;
-        march(shared_input + (image * tiling.input_rows + first_step + input_shift) * input_pitch + column +
+    if (tile_h < tiling.tiles_h)
+      for (int unit = group, units = stage.images * strips; units > 0; units -= tiling.groups, unit += tiling.groups) {
+        int begin = 0, end = all_steps;
+        if (units < tiling.groups) {  // which share the steps
+          const int shares = tiling.groups / units, share = group / units;
+          if (share >= shares) break;
+          unit -= share * units;
+          begin = all_steps * share / shares, end = all_steps * (share + 1) / shares;
+        }
+        const int image = unit / strips, strip = unit - image * strips, step = first_step + begin;
+        march(shared_input + (image * tiling.input_rows + step + input_shift) * input_pitch + strip * kStrip +
                   tile_w * kColumns,
-              shared_grad + image * grad_image + (kRows - 1 + first_step) * grad_pitch + column,
-              last_step - first_step);
+              shared_grad + image * grad_image + strip * strip_pitch + (kRows - 1 + step) * kStrip, end - begin);
       }
     __syncthreads();
   }
@@ -289,13 +314,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     for (int j = 0; j < kColumns; ++j) sums[(i * kColumns + j) * blockDim.x + worker] = sum[i][j];
   __syncthreads();
   bool finite = true;
+  int tap_row = threadIdx.x / args.kernel_w, tap_column = threadIdx.x - tap_row * args.kernel_w;
+  const int next_rows = blockDim.x / args.kernel_w, next_columns = blockDim.x - next_rows * args.kernel_w;
   for (int tap = threadIdx.x; tap < taps; tap += blockDim.x) {
-    const int i = tap / args.kernel_w, j = tap % args.kernel_w;
-    const float* const first = sums + (i % kRows * kColumns + j % kColumns) * blockDim.x +
-                               tiling.place_of(i / kRows) * tiling.groups * tiling.tiles_w + j / kColumns;
+    const int j = tap_column + tiling.lead;
+    const float* const first = sums + (tap_row % kRows * kColumns + j % kColumns) * blockDim.x +
+                               tiling.place_of(tap_row / kRows) * tiling.groups * tiling.tiles_w + j / kColumns;
     const float total = sum_every(first, tiling.tiles_w, tiling.groups);
     finite = finite && is_finite(total);
     store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
+    tap_row += next_rows, tap_column += next_columns;
+    if (tap_column >= args.kernel_w) tap_column -= args.kernel_w, ++tap_row;
   }
   finite = __syncthreads_or(!finite) == 0;
   sums[threadIdx.x] = bias;
@@ -322,19 +351,43 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   }
 }
 
+// Threads of a warp or of a part of it, whole strips each, that leave the fewest of them idle at a row's end.
+inline int copy_lane_bits(int columns) {
+  int bits = 5;
+  for (int fewer = 4; fewer >= 2; --fewer)
+    if (divide_up(columns, 1 << fewer) << fewer < divide_up(columns, 1 << bits) << bits) bits = fewer;
+  return bits;
+}
+
 // Tiles of variants.h's table: NCHW, channels_last.
 template <class Traits>
 int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_t stream) {
   const DeviceLimits& device = device_limits();
-  const int share = Traits::kShape.shared_bytes(device.shared_bytes);
-  BlockedGradWeightTiling tiling{blocked_grad_weight_cut(args, Traits::kShape, args.splits, share, tile == 1),
-                                 tile == 1};
-  tiling.grad_vectors = sizeof(typename Traits::T) == 4 && !tiling.channels_last && args.out_w % kStrip == 0 &&
-                        reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
-  const int bytes = tiling.shared_bytes(Traits::kShape);
-  if (const int error = allow_shared_bytes(blocked_grad_weight_kernel<Traits>, bytes)) return error;
+  BlockedGradWeightTiling tiling{
+      blocked_grad_weight_cut(args, Traits::kTaps, args.splits, device.shared_bytes, tile == 1), tile == 1};
+  const bool has_words = sizeof(typename Traits::T) == 4 && !tiling.channels_last;
+  tiling.grad_vectors =
+      has_words && args.out_w % kStrip == 0 && reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
+  tiling.input_vector = 1;
+  for (int vector = 4; has_words && tiling.input_vector == 1 && vector > 1; vector /= 2) {
+    const int lead = divide_up(args.padding_w, vector) * vector - args.padding_w;
+    if (lead + args.kernel_w > tiling.tiles_w * Traits::kColumns || args.w % vector != 0 ||
+        reinterpret_cast<uintptr_t>(args.input) % (4 * vector) != 0)
+      continue;
+    tiling.input_vector = vector;
+    tiling.lead = lead;
+  }
+  tiling.input_lane_bits = copy_lane_bits(divide_up(min_int(args.w, tiling.input_pitch), tiling.input_vector));
+  tiling.grad_lane_bits = copy_lane_bits(tiling.tile_columns / (tiling.grad_vectors ? kStrip : 1));
+  const int bytes = tiling.shared_bytes(Traits::kTaps);
+  // More shared memory than a block needs keeps the first rounds from leaving few blocks for the last.
+  const int64_t blocks = divide_up<int64_t>(args.out_c * args.splits, device.multiprocessors);
+  const int places = tiling.places(Traits::kTaps, device.shared_bytes, static_cast<int>(blocks));
+  const int too_many = device.shared_bytes / (places + 1) / 16 * 16 - (1 << 10) + 16;  // bytes, for a block more
+  const int taken = max_int(bytes, min_int(too_many, device.shared_bytes_block));
+  if (const int error = allow_shared_bytes(blocked_grad_weight_kernel<Traits>, taken)) return error;
   blocked_grad_weight_kernel<Traits>
-      <<<dim3(static_cast<unsigned>(args.out_c), args.splits), tiling.threads(), bytes, stream>>>(args, tiling, bytes);
+      <<<dim3(static_cast<unsigned>(args.out_c), args.splits), tiling.threads(), taken, stream>>>(args, tiling, bytes);
   return cudaGetLastError();
 }
 

@@ -102,21 +102,21 @@ constexpr int lane_pairs(int in, int out, int kernel, int padding) {
 }
 
 // Small images, stride 1, fp32; element for element alike in every plane, so all tensors are aligned.
-inline bool has_lane_images(const Problem& p) {
+inline bool has_lane_images(const Problem& p, int max_height, int max_out_height) {
   if (p.dtype != DType::kFloat32) return false;
   if (p.kernel_h * p.kernel_w < kMinLargeTaps || p.kernel_h > 64 || p.kernel_w > 32) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (!p.aligned || p.multiplier != 1 || p.padding_h > 64 || p.padding_w > 64) return false;
   if (p.n > 4 * 65535 || p.out_c > kInt32Max / 64) return false;  // blocks of a launch
-  return p.h <= kMaxLaneImage && p.w <= kMaxLaneImage && p.out_h <= kMaxLaneImage && p.out_w <= kMaxLaneImage;
+  return p.h <= max_height && p.w <= kMaxLaneImage && p.out_h <= max_out_height && p.out_w <= kMaxLaneImage;
 }
 
 // Multiply-adds of a whole plane, which are compile time, and values in registers.
 constexpr int kMaxLanePlane = 4096, kMaxImagesFmaRegisters = 128, kMaxImagesFmaGradWeightRegisters = 150;
 
 inline bool can_serve_images_fma(const Problem& p, const Tile& tile) {
-  if (!has_lane_images(p)) return false;
   const DirectArgs args = direct_args(p);
+  if (!has_lane_images(p, max_lane_height(p.w), max_lane_height(p.out_w))) return false;
   const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
   const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);
   if (pairs_h == 0 || pairs_w == 0 || args.out_h > max_lane_out_height(args.out_w)) return false;
@@ -133,9 +133,11 @@ inline bool can_serve_images_fma(const Problem& p, const Tile& tile) {
 
 inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile) {
   // Positions that meet padding alone would be missed.
-  if (!has_lane_images(p) || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
-  const DirectArgs args = direct_args(p);
   const bool whole_plane = tile.columns > 0;
+  const int max_height = !whole_plane && takes_half_lanes(p.w, p.out_w) ? kMaxLaneImage : max_lane_height(1);
+  if (!has_lane_images(p, max_height, max_height) || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w)
+    return false;
+  const DirectArgs args = direct_args(p);
   if (whole_plane) {
     const int pairs_h = lane_pairs(args.h, args.out_h, args.kernel_h, args.padding_h);
     const int pairs_w = lane_pairs(args.w, args.out_w, args.kernel_w, args.padding_w);

@@ -168,26 +168,4 @@ inline bool can_serve_large_grad_weight(const Problem& p, Kernel kernel, int til
          p.n * p.out_h * (p.w + p.out_w + 15) / 16 <= kInt32Max;
 }
 
-// blocked_grad_weight: the taps of a thread, as few multiply-adds wasted as can be; the loads of a step and the
-// kRows - 1 steps more than rows are counted in, at 12 rows. More than eight columns only where a kernel has two such
-// tiles a row (13x13, 32x200x20x20, fp32, H100: 3x8 taps 60 us, 3x14 68; 27x27, 32x40x33x47: 3x14 112, 4x8 118; 29x29,
-// 16x200x48x48: 3x10 411, 3x8 423).
-struct TapTile {
-  int rows, columns;
-};
-constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
-  constexpr TapTile kCandidates[] = {{4, 8}, {3, 8}, {2, 8}, {8, 4},  {7, 4}, {6, 4},
-                                     {5, 4}, {4, 4}, {3, 4}, {3, 10}, {3, 14}};
-  constexpr int kLoads = 8, kSteps = 12, kMaxThreads = 128;
-  TapTile best{};
-  int64_t least = 0;
-  for (const TapTile tile : kCandidates) {
-    if (tile.columns > 8 && 2 * tile.columns > kernel_w + 1) continue;
-    const int64_t tiles = ((kernel_h + tile.rows - 1) / tile.rows) * ((kernel_w + tile.columns - 1) / tile.columns);
-    const int64_t cost = tiles * (tile.rows * tile.columns + tile.columns + kLoads) * (kSteps + tile.rows - 1);
-    if (tiles <= kMaxThreads && (least == 0 || cost < least)) least = cost, best = tile;
-  }
-  return best;
-}
-
 }  // namespace depthwise

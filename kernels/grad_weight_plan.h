@@ -125,14 +125,13 @@ inline GradWeightPlan large_grad_weight_plan(const Problem& p, int64_t channels,
 }
 
 // blocked_grad_weight: eight blocks a multiprocessor, unless other splits, dealt as many images each or a band of one, are
-// estimated to be clearly faster. (31x31, 32x128x56x56, fp32, H100: 8 splits 0.693 ms, 16 splits 0.694; 29x29,
-// 16x200x48x48: 16 splits 0.411, 8 splits 0.412, 4 splits 0.436.)
+// estimated to be clearly faster. (31x31, 32x128x56x56, fp32, H100: 8 splits 0.569 ms, 16 splits 0.564; 29x29,
+// 16x200x48x48: 16 splits 0.345, 8 splits 0.364, 4 splits 0.402.)
 inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   constexpr int kSharedBytes = 228 << 10;
   constexpr int64_t kFewestBlocks = kMultiprocessors, kMostBlocks = 32 * kMultiprocessors;
-  constexpr double kClearly = 0.93;
+  constexpr double kClearly = 0.93, kSingleRound = 0.83;
   const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
-  const BlockedGradWeightShape shape = blocked_grad_weight_shape(taps.rows, taps.columns, p.dtype == DType::kFloat32);
   const int64_t images = p.n * divide_up(p.out_w, kBlockedTileColumns);
   const int64_t fewest = divide_up(p.n * p.out_h * p.out_w, kMostPositions);
   const int64_t worthwhile = p.n * p.out_h * p.out_w / kLargePositions;
@@ -141,9 +140,8 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   if (most < first) most = first;
   const bool channels_last = p.layout == Layout::kNhwc;
   const auto cycles_of = [&](int64_t splits) {
-    return blocked_grad_weight_cycles(
-        p, shape, blocked_grad_weight_cut(p, shape, splits, shape.shared_bytes(kSharedBytes), channels_last), splits,
-        channels_last);
+    return blocked_grad_weight_cycles(p, taps, blocked_grad_weight_cut(p, taps, splits, kSharedBytes, channels_last),
+                                      splits, channels_last);
   };
   int64_t best = large_grad_weight_plan(p, p.out_c, kBlockedBlocks).splits;
   double least = kClearly * cycles_of(best);
@@ -160,6 +158,13 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   }
   for (int64_t bands = 2; bands * images <= most && bands <= p.out_h; ++bands)
     if (bands * images >= first) look_at(bands * images);
+  // NCHW: where a second round of blocks would not be full, a single one that loads while it computes is faster, although
+  // estimated to be slower (31x31, 8x40x96x96, fp32, H100: 13 splits 166 us, estimated 190; 16 splits 175, 162).
+  const int64_t round = taps.blocks() * kMultiprocessors, single = round / p.out_c;
+  if (!channels_last && best * p.out_c > round && 2 * best * p.out_c < 3 * round && single >= first &&
+      blocked_grad_weight_cut(p, taps, single, kSharedBytes, false).buffers == 2 &&
+      kSingleRound * cycles_of(single) < cycles_of(best))
+    best = single;
   return {best, 0};
 }
 

@@ -1,7 +1,7 @@
 // Depthwise convolution of small images in large batches by multiply-adds, a lane an image: forward, and grad of input
 // at stride 1 (filter flipped). NCHW and channels_last.
 //
-// Serves  fp32; images up to 16x16, in and out; stride 1, dilation 1; compile-time are the width, the kernel's width and
+// Serves  fp32; images up to 20x20, in and out; stride 1, dilation 1; compile-time are the width, the kernel's width and
 //         its horizontal padding. Whole planes (kHeight > 0): the height, the kernel's height and its vertical padding as
 //         well.
 // Owns    a lane owns its image, so that the weights are the same for all lanes that share a channel, and products with
@@ -30,7 +30,7 @@ struct ImagesFmaTraits {
   static constexpr int kOutWidth = kWidth + 2 * kPaddingW - kKernelW + 1;
   static constexpr int kOutHeight =
       kWholePlane ? kHeight + 2 * kPaddingH - kKernelH + 1 : max_lane_out_height(kOutWidth);  // at most
-  static constexpr int kMaxHeight = kWholePlane ? kHeight : kMaxLaneImage;
+  static constexpr int kMaxHeight = kWholePlane ? kHeight : max_lane_height(kWidth);
   static constexpr int kPitch = lane_pitch(kWidth), kOutPitch = lane_pitch(kOutWidth);
   static constexpr int kWeightPitch = lane_pitch(kKernelW);
   // Taps that meet a pixel.
@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     LaneSlots slots;
     slots.units = Traits::kUnits;
     slots.channel_bits = channel_bits;
+    slots.plane_bits = 5;
     slots.first_channel = blockIdx.x * channels;
     slots.num_channels = static_cast<int>(args.out_c);
     slots.first_image = blockIdx.y * (32 >> channel_bits);

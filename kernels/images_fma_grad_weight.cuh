@@ -1,6 +1,6 @@
 // Grad of weight and bias of small images in large batches by multiply-adds, a lane an image. NCHW and channels_last.
 //
-// Serves  fp32; images up to 16x16, in and out; stride 1, dilation 1; compile-time are the width, the kernel's width and
+// Serves  fp32; images up to 20x20, in and out; stride 1, dilation 1; compile-time are the width, the kernel's width and
 //         its horizontal padding. Whole planes (kHeight > 0): the height, the kernel's height and its vertical padding as
 //         well.
 // Owns    a block: the units (images_fma_lanes.cuh) of its channels, for a share of the images. A thread: the taps of one
@@ -10,6 +10,8 @@
 //         8 bytes.
 //         Whole planes: both planes are registers and everything is unrolled: 7x7, 13x13: 2401 multiply-adds for 28
 //         loads. The lanes' sums lie where the planes were, then a thread adds up those of a tap.
+//         Wider than 14: the halves of a warp take two kernel rows of the same images, the p-th and the p-th from the
+//         end, which 'same' kernels give the same work; of one in the middle, half of its rows each.
 // Memory  both planes of every lane.
 // Cost    no product with padding is taken, so that infinities need no care. To add up kTaps sums over the lanes takes
 //         four instructions each by shuffles, 27x27 on 14x14: 112 beside 1423 multiply-adds a kernel row; through shared
@@ -33,13 +35,16 @@ struct ImagesFmaGradWeightTraits {
   static constexpr bool kChannelsLast = kChannelsLast_, kWholePlane = kHeight > 0;
   static constexpr int kOutWidth = kWidth + 2 * kPaddingW - kKernelW + 1;
   static constexpr int kOutHeight = kHeight + 2 * kPaddingH - kKernelH + 1;  // of a whole plane
-  static constexpr int kGranule = lane_grad_weight_granule(kWholePlane);
+  static constexpr int kGranule = lane_grad_weight_granule(kWholePlane, kWidth, kOutWidth);
+  static constexpr bool kHalves = !kWholePlane && takes_half_lanes(kWidth, kOutWidth);  // of a warp, as above
+  static constexpr int kPlaneBits = kHalves ? 4 : 5, kPlanes = 1 << kPlaneBits;         // of a unit
+  static constexpr int kMaxHeight = kHalves ? kMaxLaneImage : max_lane_height(kWidth);
   static constexpr int kPitch = lane_pitch(kWidth, kGranule), kOutPitch = lane_pitch(kOutWidth, kGranule);
-  // Seven warps, of so many registers a thread, hide all latencies.
-  static constexpr int kFewestRegisters = 72, kOwnRegisters = kWholePlane ? 24 : 16;
   // Taps that meet a pixel; the sums of others are zero.
   static constexpr int kFirstTap = max_int(0, kPaddingW - kOutWidth + 1);
   static constexpr int kTaps = min_int(kKernelW - 1, kWidth - 1 + kPaddingW) - kFirstTap + 1;
+  // Seven warps, of so many registers a thread, hide all latencies.
+  static constexpr int kFewestRegisters = 72, kOwnRegisters = kWholePlane || (kHalves && kTaps > 16) ? 24 : 16;
 
   // Whether the products of a tap in a row are added up by themselves, before they are added to those of other rows.
   // Where images are as high as they are wide, a tap of few products, all in one chain, errs no more than the others do.
@@ -53,18 +58,17 @@ struct ImagesFmaGradWeightTraits {
   static constexpr int kRowsApart = 2 * kTaps + kWidth + kOutWidth + kOwnRegisters <= kFewestRegisters ? 7 : 0;
 
   static constexpr int kUnits = lane_units(kWholePlane);  // of a block
-  // Of a unit. Rows: at most; half as many as an image has rows: the kernel rows of each, together, meet twice its rows.
-  static constexpr int kWarps = kWholePlane ? 1 : max_lane_out_height(max_int(kWidth, kOutWidth)) / 2;
+  // Of a unit. Rows: at most; half as many as an image of 14 rows has: the kernel rows of each, together, meet twice these.
+  static constexpr int kWarps = kWholePlane ? 1 : kLaneGradWeightWarps;
   static constexpr int kThreads = 32 * kUnits * kWarps;
   // Whole planes: kernel rows whose sums have room where the planes of a unit were, a tap of all lanes after the other.
   static constexpr int kTapPitch = kLaneTapPitch;
   static constexpr int kUnitFloats = 32 * (lane_plane(kHeight, kWidth) + lane_plane(kOutHeight, kOutWidth));
   static constexpr int kChunks = divide_up(max_int(kKernelH, 1), kUnitFloats / (kTaps * kTapPitch));
   static constexpr int kRowsAtOnce = divide_up(kKernelH, kChunks);
-  // Sums, input, grad_output, and what else a thread needs.
-  static constexpr int kRegisters =
-      max_int(kFewestRegisters,
-              kTaps + kOwnRegisters + (kWholePlane ? kHeight * kWidth + kOutHeight * kOutWidth : kWidth + kOutWidth));
+  // Sums, input, grad_output, and what else a thread needs: eight more at a time.
+  static constexpr int kValues = kWholePlane ? kHeight * kWidth + kOutHeight * kOutWidth : kWidth + kOutWidth;
+  static constexpr int kRegisters = max_int(kFewestRegisters, divide_up(kTaps + kOwnRegisters + kValues, 8) * 8);
   static constexpr int kBlocks = lane_blocks(kThreads, kRegisters);
 };
 
@@ -79,16 +83,16 @@ __device__ __forceinline__ void halve_lane_sums(float* sum, int bit) {
   }
 }
 
-// Adds up kCount values over the images of each channel of the warp. Value k * images + image ends as sum[k] of that
-// image's lane, k < 1 << channel_bits.
-template <int kCount>
+// Adds up kCount values over the images of each channel of the warp, or of each half of it. Value k * images + image ends
+// as sum[k] of that image's lane.
+template <bool kHalves, int kCount>
 __device__ __forceinline__ void add_lanes(float (&sum)[kCount], int channel_bits) {
-  constexpr int kHalf = divide_up(kCount, 2), kQuarter = divide_up(kCount, 4);
+  constexpr int kHalf = divide_up(kCount, 2), kQuarter = divide_up(kCount, 4), kFewer = kHalves ? 1 : 0;
   halve_lane_sums<kCount>(sum, 1 << channel_bits);
-  halve_lane_sums<kHalf>(sum, 2 << channel_bits);
-  if (channel_bits < 3) halve_lane_sums<kQuarter>(sum, 4 << channel_bits);
-  if (channel_bits < 2) halve_lane_sums<divide_up(kCount, 8)>(sum, 8 << channel_bits);
-  if (channel_bits < 1) halve_lane_sums<divide_up(kCount, 16)>(sum, 16);
+  if (!kHalves || channel_bits < 3) halve_lane_sums<kHalf>(sum, 2 << channel_bits);
+  if (channel_bits < 3 - kFewer) halve_lane_sums<kQuarter>(sum, 4 << channel_bits);
+  if (channel_bits < 2 - kFewer) halve_lane_sums<divide_up(kCount, 8)>(sum, 8 << channel_bits);
+  if (!kHalves && channel_bits < 1) halve_lane_sums<divide_up(kCount, 16)>(sum, 16);
 }
 
 // Leaves one sum; those of a split's further images are added to it.
@@ -110,11 +114,11 @@ __device__ __forceinline__ void store_zeros(const GradWeightArgs& args, int64_t 
 
 // Adds the products of `rows` rows of grad_output and of input. Those of a tap that has many are added up by themselves
 // first: the longer a chain of additions, the larger the sums that it rounds. Where warps are few, two taps at a time hide
-// the latency.
+// the latency; where all of them have registers, more multiply-adds read a value that the one before has read.
 template <class Traits>
 __device__ __forceinline__ void multiply_rows(float* sum, const float (*grad)[Traits::kOutWidth],
                                               const float (*input)[Traits::kWidth], int rows) {
-  constexpr int kAtOnce = Traits::kWholePlane ? 2 : 1;
+  constexpr int kAtOnce = Traits::kWholePlane ? 2 : Traits::kHalves && Traits::kTaps <= 16 ? Traits::kTaps : 1;
 #pragma unroll
   for (int first = 0; first < Traits::kTaps; first += kAtOnce) {
     float part[kAtOnce];
@@ -142,10 +146,15 @@ __device__ __forceinline__ void multiply_rows(float* sum, const float (*grad)[Tr
 template <class Traits>
 __device__ __forceinline__ void sum_kernel_rows(const GradWeightArgs& args, const float* input, const float* grad,
                                                 int first_channel, int channel_bits, bool first) {
+  const int warp_rows = Traits::kHalves ? divide_up(args.kernel_h, 2) : args.kernel_h;
 #pragma unroll 1
-  for (int i = threadIdx.x / 32; i < args.kernel_h; i += blockDim.x / 32) {
+  for (int warp_row = threadIdx.x / 32; warp_row < warp_rows; warp_row += blockDim.x / 32) {
+    const bool is_second = Traits::kHalves && threadIdx.x % 32 >= Traits::kPlanes;
+    const int i = is_second ? args.kernel_h - 1 - warp_row : warp_row;
+    const bool is_shared = Traits::kHalves && 2 * warp_row + 1 == args.kernel_h;  // by both halves
     const int shift = i - args.padding_h;  // from rows of grad_output to those of input
-    const int begin = max(0, -shift), end = min(args.out_h, args.h - shift);
+    int begin = max(0, -shift), end = min(args.out_h, args.h - shift);
+    if (is_shared && begin < end) (is_second ? begin : end) = (begin + end) / 2;
     const float* from = input + (begin + shift) * Traits::kPitch;
     const float* grad_row = grad + begin * Traits::kOutPitch;
     const auto add_rows = [&](float* sums, int rows) {
@@ -171,20 +180,26 @@ __device__ __forceinline__ void sum_kernel_rows(const GradWeightArgs& args, cons
         for (int j = 0; j < Traits::kTaps; ++j) sum[j] += part[j];
       }
     }
-    add_lanes(sum, channel_bits);
+    add_lanes<Traits::kHalves>(sum, channel_bits);
+    // Of the values that it leaves, a lane has so many at most: two images a half of the warp, or four a warp.
+    constexpr int kMostSums = divide_up(Traits::kTaps, Traits::kHalves ? 2 : 4);
+    if constexpr (Traits::kHalves)
+      if (is_shared)
+#pragma unroll
+        for (int k = 0; k < kMostSums; ++k) sum[k] += __shfl_xor_sync(~0u, sum[k], Traits::kPlanes);
 
-    const int lane = threadIdx.x % 32, image = lane >> channel_bits, images = 32 >> channel_bits;
+    const int lane = threadIdx.x % Traits::kPlanes, image = lane >> channel_bits;
+    const int images = Traits::kPlanes >> channel_bits;
     const int channel = first_channel + (lane & ((1 << channel_bits) - 1));
-    if (channel < args.out_c) {
+    if (channel < args.out_c && !(is_shared && is_second)) {
       const int64_t kernel_row = static_cast<int64_t>(channel) * args.kernel_h + i;
       const int64_t index = kernel_row * Traits::kKernelW + Traits::kFirstTap;
-      if (channel_bits == 0) {
+      if (channel_bits == 0 && Traits::kTaps <= Traits::kPlanes) {
         if (image < Traits::kTaps) store_sum<Traits>(args, index + image, sum[0], first);
       } else {
 #pragma unroll
-        for (int k = 0; k < divide_up(Traits::kTaps, 4); ++k)
-          if (k < 1 << channel_bits && k * images + image < Traits::kTaps)
-            store_sum<Traits>(args, index + k * images + image, sum[k], first);
+        for (int k = 0; k < kMostSums; ++k)
+          if (k * images + image < Traits::kTaps) store_sum<Traits>(args, index + k * images + image, sum[k], first);
       }
       if (first) store_zeros<Traits>(args, kernel_row, image, images);
     }
@@ -266,10 +281,11 @@ __device__ __forceinline__ void sum_plane(const GradWeightArgs& args, float* sha
 template <class Traits>
 __device__ __forceinline__ void sum_bias(const GradWeightArgs& args, const float* grad, float* shared, int channel_bits,
                                          int first_channel, bool first) {
-  // Each lane adds up every warps-th row of its plane.
+  // Each lane adds up every warps-th row of its plane; of a half of the warp, every second of these.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32 / Traits::kUnits;
+  const int first_row = Traits::kHalves ? warp + warps * (lane / Traits::kPlanes) : warp % warps;
   float sum = 0.f;
-  for (int y = warp % warps; y < args.out_h; y += warps) {
+  for (int y = first_row; y < args.out_h; y += 32 / Traits::kPlanes * warps) {
     float row[Traits::kOutWidth], row_sum = 0.f;
     load_lane_row<Traits::kGranule>(row, grad + y * Traits::kOutPitch);
 #pragma unroll
@@ -290,16 +306,16 @@ __device__ __forceinline__ void sum_bias(const GradWeightArgs& args, const float
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     images_fma_grad_weight_kernel(const GradWeightArgs args, const int channel_bits, const int groups) {
-  using Input = LanePlanes<Traits::kWidth, Traits::kWholePlane ? Traits::kHeight : kMaxLaneImage, Traits::kGranule,
+  using Input = LanePlanes<Traits::kWidth, Traits::kWholePlane ? Traits::kHeight : Traits::kMaxHeight, Traits::kGranule,
                            Traits::kChannelsLast>;
-  using Output = LanePlanes<Traits::kOutWidth, Traits::kWholePlane ? Traits::kOutHeight : kMaxLaneImage,
+  using Output = LanePlanes<Traits::kOutWidth, Traits::kWholePlane ? Traits::kOutHeight : Traits::kMaxHeight,
                             Traits::kGranule, Traits::kChannelsLast>;
   const int in_plane = lane_plane(args.h, Traits::kWidth, Traits::kGranule);
   const int out_plane = lane_plane(args.out_h, Traits::kOutWidth, Traits::kGranule);
   extern __shared__ __align__(16) float shared[];
   float* const inputs = shared;
-  float* const grads = inputs + 32 * Traits::kUnits * in_plane;
-  float* const bias_sums = grads + 32 * Traits::kUnits * out_plane;
+  float* const grads = inputs + Traits::kPlanes * Traits::kUnits * in_plane;
+  float* const bias_sums = grads + Traits::kPlanes * Traits::kUnits * out_plane;
 
   const int first_channel = blockIdx.x * (Traits::kUnits << channel_bits);
   const int begin = static_cast<unsigned>(groups) * blockIdx.y / args.splits;
@@ -311,9 +327,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     LaneSlots slots;
     slots.units = Traits::kUnits;
     slots.channel_bits = channel_bits;
+    slots.plane_bits = Traits::kPlaneBits;
     slots.first_channel = first_channel;
     slots.num_channels = static_cast<int>(args.out_c);
-    slots.first_image = group * (32 >> channel_bits);
+    slots.first_image = group * (Traits::kPlanes >> channel_bits);
     slots.num_images = static_cast<int>(args.n);
     Input::load(inputs, args.input, slots, args.h);
     Output::load(grads, args.grad_output, slots, args.out_h);
@@ -322,7 +339,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     wait_for_all_copies();
 
     const int warp = threadIdx.x / 32, unit = Traits::kUnits == 1 ? 0 : warp / Traits::kWarps;
-    const int slot = unit * 32 + threadIdx.x % 32, unit_channel = first_channel + (unit << channel_bits);
+    const int slot = unit * 32 + threadIdx.x % Traits::kPlanes, unit_channel = first_channel + (unit << channel_bits);
     const float* const input = inputs + slot * in_plane;
     const float* const grad = grads + slot * out_plane;
     if (args.partial_bias != nullptr || args.grad_bias != nullptr)
@@ -338,7 +355,9 @@ template <class Traits>
 int launch_images_fma_grad_weight(const GradWeightArgs& args, int, cudaStream_t stream) {
   const LaneCut cut = images_fma_grad_weight_cut(args, Traits::kWholePlane, Traits::kChannelsLast);
   if (const int error = allow_shared_bytes(images_fma_grad_weight_kernel<Traits>, cut.shared_bytes)) return error;
-  const int warps = Traits::kWholePlane ? Traits::kWarps : min_int(Traits::kWarps, args.kernel_h);
+  const int rows = Traits::kHalves ? divide_up(args.kernel_h, 2) : args.kernel_h;  // of the kernel, that a warp takes
+  int warps = Traits::kWholePlane ? Traits::kWarps : min_int(Traits::kWarps, rows);
+  if (Traits::kHalves) warps = divide_up(rows, divide_up(rows, warps));  // all as many
   const dim3 blocks(divide_up(static_cast<int>(args.out_c), Traits::kUnits << cut.channel_bits), args.splits);
   images_fma_grad_weight_kernel<Traits><<<blocks, 32 * Traits::kUnits * warps, cut.shared_bytes, stream>>>(
       args, cut.channel_bits, lane_groups(args.n, cut));

@@ -1,7 +1,7 @@
 // Small planes laid out for warps whose lanes are images: fp32, in shared memory.
 //
-// A unit is 32 planes, one for each lane of a warp: 1 << channel_bits neighbouring channels of as many images as fill the
-// lanes, lane = image << channel_bits | channel. Rows lie lane_pitch apart and planes lane_plane apart, so that lanes that
+// A unit is 32 planes, one for each lane of a warp, or 16, one for a lane of each half: 1 << channel_bits neighbouring
+// channels of as many images as fill the lanes, lane = image << channel_bits | channel. Rows lie lane_pitch apart and planes lane_plane apart, so that lanes that
 // read kGranule floats each at the same place of their planes meet no bank twice.
 #pragma once
 
@@ -12,15 +12,17 @@ namespace depthwise {
 
 // The planes of a block: `units` units of neighbouring channels, of the same images.
 struct LaneSlots {
-  int units, channel_bits;
+  int units, channel_bits, plane_bits;                       // 1 << plane_bits planes a unit
   int first_image, num_images, first_channel, num_channels;  // num_: of the whole tensor
 
   // Of the block, as many as exist.
-  __device__ __forceinline__ int images() const { return min(32 >> channel_bits, num_images - first_image); }
+  __device__ __forceinline__ int images() const {
+    return min((1 << plane_bits) >> channel_bits, num_images - first_image);
+  }
   __device__ __forceinline__ int channels() const { return min(units << channel_bits, num_channels - first_channel); }
   // The place of a plane in shared memory.
   __device__ __forceinline__ int slot(int image, int channel) const {
-    return (channel >> channel_bits) * 32 + (image << channel_bits) + (channel & ((1 << channel_bits) - 1));
+    return (channel >> channel_bits << plane_bits) + (image << channel_bits) + (channel & ((1 << channel_bits) - 1));
   }
 };
 
@@ -109,11 +111,13 @@ struct LanePlanes {
 
   // Zeros for the planes that do not exist.
   static __device__ __forceinline__ void clear_missing(float* shared, const LaneSlots& slots, int height) {
-    if (slots.images() == 32 >> slots.channel_bits && slots.channels() == slots.units << slots.channel_bits) return;
+    if (slots.images() == (1 << slots.plane_bits) >> slots.channel_bits &&
+        slots.channels() == slots.units << slots.channel_bits)
+      return;
     const int plane = lane_plane(height, kWidth, kGranule), images = slots.images(), channels = slots.channels();
-    for (int slot = threadIdx.x / 32; slot < 32 * slots.units; slot += blockDim.x / 32) {
-      const int image = slot % 32 >> slots.channel_bits;
-      const int channel = (slot / 32 << slots.channel_bits) + (slot & ((1 << slots.channel_bits) - 1));
+    for (int slot = threadIdx.x / 32; slot < slots.units << slots.plane_bits; slot += blockDim.x / 32) {
+      const int image = (slot & ((1 << slots.plane_bits) - 1)) >> slots.channel_bits;
+      const int channel = (slot >> slots.plane_bits << slots.channel_bits) + (slot & ((1 << slots.channel_bits) - 1));
       if (image >= images || channel >= channels)
         for (int k = threadIdx.x % 32; k < plane; k += 32) shared[slot * plane + k] = 0.f;
     }

@@ -64,8 +64,8 @@ inline Config select_images_fma(const Problem& p) {
   // NCHW: 5x5, 672x14x14: 0.018, direct 0.022; 7x7, 384x14x14: 0.014, 0.020; 27x27, 512x14x14: 0.037, blocked 0.098. Whole
   // planes: 7x7, 768x7x7: 0.0097, by rows 0.0104, planes 0.015; 13x13, 512x7x7: 0.013, by rows 0.014, blocked 0.030.
   // channels_last: 7x7, 384x14x14: 0.017, tiled 0.024; 27x27, 512x14x14: 0.045, blocked 0.109; not 5x5, 672x14x14: 0.022,
-  // stream 0.020.
-  if (!nchw && taps <= k5x5) return {};
+  // stream 0.020. Wider than 16 (grad of input, H100): 13x13, 200x20x20: 0.028, blocked 0.034; channels_last 0.031, 0.045.
+  if (taps <= (p.w > 16 || p.out_w > 16 ? kMaxRegisterTaps : nchw ? 0 : k5x5)) return {};
   return can_serve(p, Kernel::kImagesFma, 1) ? Config{Kernel::kImagesFma, 1} : first_that_serves(p, Kernel::kImagesFma);
 }
 
@@ -330,8 +330,10 @@ inline Config select_images_grad_weight(const Problem& p) {
   // fp32. NCHW: 5x5, 672x14x14: 0.0235, queue 0.0252; 7x7, 384x14x14: 0.0167, 0.0179; 27x27, 512x14x14: 0.044, blocked
   // 0.272; whole planes: 7x7, 768x7x7: 0.0114, by rows 0.0121, staged 0.016; 13x13, 512x7x7: 0.015, 0.017, blocked 0.077.
   // channels_last: 7x7, 384x14x14: 0.026, marching 0.034; 768x7x7: 0.015, 0.027; 27x27, 512x14x14: 0.064, blocked 0.272;
-  // not 5x5, 672x14x14: 0.039, marching 0.028.
-  if (p.n < kImagesFmaBatch || (!nchw && taps <= k5x5)) return {};
+  // not 5x5, 672x14x14: 0.039, marching 0.028. Wider than 14 (H100): 13x13, 200x20x20: 0.033, blocked 0.057; channels_last
+  // 0.044, 0.089.
+  const bool is_few = taps <= (takes_half_lanes(p.w, p.out_w) ? kMaxRegisterTaps : nchw ? 0 : k5x5);
+  if (p.n < kImagesFmaBatch || is_few) return {};
   return can_serve(p, Kernel::kImagesFmaGradWeight, 1) ? Config{Kernel::kImagesFmaGradWeight, 1}
                                                        : first_that_serves(p, Kernel::kImagesFmaGradWeight);
 }

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 
+#include "blocked_grad_weight_tiling.h"
 #include "can_serve.h"
 #include "toeplitz_grad_weight_tiling.h"
 

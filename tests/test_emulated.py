@@ -215,6 +215,37 @@ def test_several_groups_of_images_in_a_split(emulator):
     assert messages(*where) == ""
 
 
+WIDE_LANES = [  # more images than lanes of half a warp; odd and even kernels, one of one row
+    Problem((20, 20), (13, 13), padding=(6, 6), batch=17, channels=3),
+    Problem((7, 19), (12, 31), padding=(5, 15), batch=5, channels=9),
+    Problem((19, 17), (27, 13), padding=(13, 6), batch=35, channels=2),
+    Problem((1, 20), (1, 25), padding=(0, 12), batch=16, channels=1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_images_of_lanes(emulator, layout):
+    """Of the kernels whose lanes are images: those of which a warp's shared memory holds half as many."""
+    for problem, direction in itertools.product(WIDE_LANES, reference.DIRECTIONS):
+        where = (direction, "weight_images_fma" if direction == "grad_weight" else "images_fma", problem, F32, layout)
+        emulator.obtain(only(*where))
+        assert messages(*where) == ""
+
+
+WORDS = [  # of input of blocked_grad_weight: of four columns, with and without columns before the first tap, and of two
+    Problem((9, 20), (13, 13), padding=(6, 6), batch=3, channels=2),
+    Problem((9, 72), (13, 31), padding=(6, 16), batch=2, channels=1),
+    Problem((9, 70), (13, 29), padding=(6, 14), batch=2, channels=1),
+]
+
+
+def test_words_of_blocked_input(emulator):
+    for problem in WORDS:
+        where = ("grad_weight", "weight_blocked", problem, F32, "nchw")
+        emulator.obtain(only(*where))
+        assert messages(*where) == ""
+
+
 ANY_BOUNDARY = [  # odd rows, and even ones that begin on no word; bands of a wide image; fewer elements than words hold
     Problem((11, 15), (13, 13), padding=(6, 6), batch=3, channels=3),
     Problem((9, 16), (13, 13), padding=(6, 6), batch=18, channels=2),
