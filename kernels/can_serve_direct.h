@@ -93,7 +93,10 @@ constexpr int kMaxWarpsRegisters = 110;
 inline bool can_serve_warps(const Problem& p, const DirectArgs& args, const Tile& tile) {
   if (p.layout != Layout::kNchw || p.dtype == DType::kFloat32 || p.multiplier != 1 || !p.aligned) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  if (args.w % tile.vector != 0 || args.out_w % 2 != 0 || args.out_w < kWarpsColumns || args.padding_w < 0)
+  if (args.w % 2 != 0 || args.out_w % 2 != 0 || args.out_w < kWarpsColumns || args.padding_w < 0) return false;
+  // Rows that are copied straight on: whole vectors in all, and pairs of columns that exist or do not.
+  if (args.w % tile.vector != 0 && (args.out_w % kWarpsColumns != 0 || p.n * p.out_c * args.h * args.w % 8 != 0 ||
+                                    args.padding_w % 2 != 0 || args.padding_w >= kWarpsColumns))
     return false;
   // A warp holds a row; in shared memory, one of copies of 16 bytes has a line on its left for the padding.
   const int columns = warps_columns(args.out_w);

@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   wait_for_first_pass();
   Sum sum = 0;
   if (idx < count)
-#pragma unroll 8
+#pragma unroll 16
     for (int split = threadIdx.y; split < splits; split += kShares) sum += partial[split * count + idx];
 
   __shared__ Sum shared[kShares][32];

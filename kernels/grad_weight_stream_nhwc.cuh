@@ -11,7 +11,8 @@
 // Memory  a ring of stages in shared memory, filled asynchronously: what a step waits for was asked for a stage or more
 //         ago, whatever else is under way. (Loads into registers share few scoreboards, and to wait for one of them is to
 //         wait for the last.) Each stage is kStageSteps rows of grad_output and their rows of input, with zeros for the
-//         padding and for rows beyond the strip, which leave no row of grad_output in registers at the end of an item.
+//         padding and for rows beyond the strip, which leave no row of grad_output in registers at the end of an item. Of
+//         few steps, a stage is twice as many where that leaves two of them room.
 // Reduces the block's threads in order through shared memory, then the splits in order (grad_weight.cu). No atomics.
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, pair by pair.
 // Chosen  select.h.
@@ -33,14 +34,29 @@ struct GradWeightStreamTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, 
   static constexpr int kDepth = kShape.depth;                 // rows of grad_output that a row of input meets
   static constexpr int kStageSteps = kShape.stage_steps;      // a multiple of them
   static constexpr int kStageRows = kStageSteps * kStrideH_;  // of input
+  static constexpr bool kIsDouble = false, kMayDouble = sizeof(T_) == 2 && kTaps * kVector <= 42 && kStageRows <= 3;
+  static constexpr bool kKeepsPointers = sizeof(T_) == 2;
   static constexpr int kWindow = kShape.window;
   static constexpr uint64_t kUsed = window_mask(kColumns, kStrideW_, kKernelW_, 1);
   static constexpr int kCopies = kChannels * static_cast<int>(sizeof(T_)) / 16;  // of 16 bytes a pixel
   static_assert(kChannels * sizeof(T_) % 16 == 0 && kStageSteps % kDepth == 0);
+  // What a thread copies of every row, one of kTilePixels pixels a tile at a time; and columns of input that remain.
+  static constexpr int kTilePixels = min_int(kLanes / kCopies, kColumns);
+  static_assert(kLanes % kCopies == 0 && kColumns % kTilePixels == 0);
+  static constexpr int kGradCopies = kColumns / kTilePixels, kInputCopies = kGradCopies * kStrideW_;
+  static constexpr int kHalo = kWindow - kColumns * kStrideW_;
   // Whether a row's four terms are added up before they join a tap's sum: equal ones would round the same way every time.
   // 16-bit results hide it.
   static constexpr bool kSumsRows = sizeof(T_) == 4;
   static constexpr int kBatch = max_int(1, 16 / kVector);  // taps that are reduced together
+};
+
+// Stages of twice as many steps: half the barriers, and what begins a stage. The second half of an item's last one may be
+// empty.
+template <class Traits>
+struct DoubleStages : Traits {
+  static constexpr int kStageSteps = 2 * Traits::kStageSteps, kStageRows = 2 * Traits::kStageRows;
+  static constexpr bool kIsDouble = true;
 };
 
 // Pixels of a stage's rows, and elements of a stage.
@@ -70,25 +86,34 @@ __device__ __forceinline__ GradWeightStreamItem stream_item_at(const GradWeightA
   return item;
 }
 
-// A row of neighbouring pixels from `column` on, of a row of `end_column` in memory, by a warp: zeros where the row does
-// not `exist` and outside it. `row` points to column 0; a lane copies the same 16 bytes of channels of every kPixels-th
-// pixel.
-template <class Traits, class T>
-__device__ __forceinline__ void copy_pixels(T* shared, const T* row, int pixel, int columns, int column, int end_column,
-                                            int channels, bool exists, CachePolicy policy) {
-  constexpr int kPixels = 32 / Traits::kCopies;
-  const int lane = threadIdx.x % 32, channel = lane % Traits::kCopies * (16 / static_cast<int>(sizeof(T)));
-  const int first = lane / Traits::kCopies;
-  if (first >= kPixels) return;
-  const unsigned end = exists && channel < channels ? end_column : 0;
-  const T* source = row + static_cast<int64_t>(column + first) * pixel + channel;
-  shared += first * Traits::kChannels + channel;
-#pragma unroll 2
-  for (int k = first; k < columns; k += kPixels) {
-    policy.copy_async<16>(shared, source, static_cast<unsigned>(column + k) < end);
-    source += kPixels * pixel;
-    shared += kPixels * Traits::kChannels;
-  }
+constexpr int kNoColumn = -(1 << 30);  // nor one of those that follow
+
+// A thread's share of kRows rows of pixels: kCount of every row, `step` apart. `column`: of the first; zeros stand for
+// those outside [0, end_column) and for rows outside [0, end_row). Returns the source of the row that follows.
+template <int kRows, int kCount, class T>
+__device__ __forceinline__ const T* copy_pixels(CachePolicy policy, T* shared, int shared_pitch, int shared_step,
+                                                const T* source, int pitch, int source_step, int column, int step,
+                                                int end_column, int row, int end_row) {
+  const auto copy_rows = [&](auto copy) {
+    const T* next = source;
+#pragma unroll(kCount* kRows > 12 ? 1 : kCount)
+    for (int k = 0; k < kCount; ++k) {
+      const bool column_exists = static_cast<unsigned>(column + k * step) < static_cast<unsigned>(end_column);
+      const T* from = source + k * source_step;
+#pragma unroll(kCount* kRows > 16 ? 1 : kRows)
+      for (int r = 0; r < kRows; ++r) {
+        const bool exists = column_exists && static_cast<unsigned>(row + r) < static_cast<unsigned>(end_row);
+        copy(r * shared_pitch + k * shared_step, from, exists);
+        from += ptx::opaque(pitch);
+      }
+      if (k == 0) next = from;
+    }
+    return next;
+  };
+  if (policy.evicts_first())
+    return copy_rows([&](int to, const T* from, bool exists) { policy.copy_async<16>(shared + to, from, exists); });
+  const CopyTarget<T> target(shared);
+  return copy_rows([&](int to, const T* from, bool exists) { target.template copy_async<16>(to, from, exists); });
 }
 
 template <class Traits>
@@ -103,77 +128,99 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
   T* const ring = reinterpret_cast<T*>(shared_memory);
   const GradWeightStreamStage<Traits> stage(tiling);
   const int out_c = static_cast<int>(args.out_c), first_channel = blockIdx.x * kChannels;
-  // A thread's lane along channels and its tile; the last warp may have threads that only copy, as if of tile 0.
-  const int thread = threadIdx.x, num_threads = blockDim.x, tiles = tiling.images * tiling.tiles_w;
-  const int lane = thread % kLanes, tile = thread < tiles * kLanes ? thread / kLanes : 0;
+  // A thread's lane along channels and its tile; the last warp may have threads to spare.
+  const unsigned thread = ptx::thread_index();
+  const int num_threads = blockDim.x, tiles = tiling.images * tiling.tiles_w;
+  const bool has_tile = thread < static_cast<unsigned>(tiles * kLanes);
+  const int lane = thread % kLanes, tile = has_tile ? thread / kLanes : 0;
+  const int image = tile / tiling.tiles_w, image_tile = tile - image * tiling.tiles_w;
   const int begin = blockIdx.y, splits = args.splits;  // items begin, begin + splits, ...
   const int item_stages = divide_up(args.rows + kDepth - 1, Traits::kStageSteps);
   const int stages = divide_up(tiling.items - begin, splits) * item_stages;
 
-  // Requests the next stage, item after item: a warp a row.
+  // Requests the next stage, item after item. Threads copy for their own image, the same 16 bytes of channels of every
+  // copy_step-th pixel: all warps as much, as they wait for each other, and the first ones the kHalo columns of input that
+  // remain. Columns that do not exist for a thread are negative.
   const int64_t input_image = static_cast<int64_t>(args.h) * args.w * out_c;
   const int64_t grad_image = static_cast<int64_t>(args.out_h) * args.out_w * out_c;
+  const int copy_channel = lane % Traits::kCopies * (16 / static_cast<int>(sizeof(T)));
+  const int copy_column = image_tile * Traits::kTilePixels + lane / Traits::kCopies;
+  const int copy_step = tiling.tiles_w * Traits::kTilePixels;
+  const int input_pitch = args.w * out_c, grad_pitch = args.out_w * out_c;
+  T* const target = ring + (image * tiling.in_columns + copy_column) * kChannels + copy_channel;
+  const int to_grad = stage.input - image * (tiling.in_columns - tiling.tiles_w * kColumns) * kChannels;
+  const bool copies = has_tile && lane / Traits::kCopies < Traits::kTilePixels;
   GradWeightStreamItem next_item{};
-  int next_index = begin, next_step = 0, next_slot = 0;
+  int next_index = begin, next_stage = 0, next_slot = 0;
+  // What the thread copies first of the stage, and columns of that; of an item all along where registers hold it.
+  const T *next_input = nullptr, *next_grad = nullptr;
+  int end_input_row = 0, next_input_column = 0, next_grad_column = 0;
   const CachePolicy policy(args);
   const auto request = [&](bool exists) {
-    if (exists) {
-      if (next_step == 0) {
+    if (exists && copies) {
+      if (next_stage == 0) {
         next_item = stream_item_at(args, tiling, next_index);
         next_index += splits;
       }
-      const int first_row = next_item.first_row + next_step;
-      // Rows below the window of the strip's last row would meet zeros alone.
-      const int end_row =
-          min(args.h, max(0, (next_item.end_row - 1) * Traits::kStrideH - args.padding_h + Traits::kKernelH));
-      T* const target = ring + next_slot * stage.all;
-      for (int k = threadIdx.x / 32; k < (Traits::kStageRows + Traits::kStageSteps) * tiling.images;
-           k += blockDim.x / 32) {
-        const int r = tiling.images == 1 ? k : k / tiling.images, image = next_item.first_image + k - r * tiling.images;
-        const bool of_input = r < Traits::kStageRows;
-        const int row =
-            of_input ? first_row * Traits::kStrideH - args.padding_h + r : first_row + r - Traits::kStageRows;
-        const int width = of_input ? args.w : args.out_w;
-        const T* const plane = of_input ? static_cast<const T*>(args.input) + image * input_image
-                                        : static_cast<const T*>(args.grad_output) + image * grad_image;
-        const int grad_columns = tiling.tiles_w * kColumns;
-        copy_pixels<Traits>(
-            of_input ? target + k * tiling.in_columns * kChannels
-                     : target + stage.input + (k - Traits::kStageRows * tiling.images) * grad_columns * kChannels,
-            plane + static_cast<int64_t>(row) * width * out_c + first_channel, out_c,
-            of_input ? tiling.in_columns : grad_columns,
-            of_input ? next_item.first_column * Traits::kStrideW - args.padding_w : next_item.first_column, width,
-            out_c - first_channel,
-            image < args.n &&
-                static_cast<unsigned>(row) < static_cast<unsigned>(of_input ? end_row : next_item.end_row),
-            policy);
+      const int next_row = next_item.first_row + next_stage * Traits::kStageSteps;
+      if (next_stage == 0 || !Traits::kKeepsPointers) {
+        // Rows below the window of the strip's last row would meet zeros alone.
+        end_input_row =
+            max(0, min(args.h, (next_item.end_row - 1) * Traits::kStrideH - args.padding_h + Traits::kKernelH));
+        next_input_column = next_item.first_column * Traits::kStrideW - args.padding_w + copy_column;
+        next_grad_column = next_item.first_column + copy_column;
+        const int64_t of_image = next_item.first_image + image;
+        next_input = static_cast<const T*>(args.input) + of_image * input_image +
+                     static_cast<int64_t>(next_row * Traits::kStrideH - args.padding_h) * input_pitch +
+                     static_cast<int64_t>(next_input_column) * out_c + first_channel + copy_channel;
+        next_grad = static_cast<const T*>(args.grad_output) + of_image * grad_image +
+                    static_cast<int64_t>(next_row) * grad_pitch + next_grad_column * out_c + first_channel +
+                    copy_channel;
+        if (of_image >= args.n || first_channel + copy_channel >= out_c)
+          next_input_column = next_grad_column = kNoColumn;
       }
-      next_step += Traits::kStageSteps;
-      if (next_step == item_stages * Traits::kStageSteps) next_step = 0;
-      next_slot = next_slot + 1 == ring_depth ? 0 : next_slot + 1;
+      const int input_row = next_row * Traits::kStrideH - args.padding_h;
+      const T* const input = next_input;
+      next_input = copy_pixels<Traits::kStageRows, Traits::kInputCopies>(
+          policy, target + next_slot, stage.input_row, copy_step * kChannels, next_input, input_pitch,
+          copy_step * out_c, next_input_column, copy_step, args.w, input_row, end_input_row);
+#pragma unroll 1
+      for (int k = copy_column; k < Traits::kHalo; k += copy_step) {
+        const int column = Traits::kInputCopies * copy_step + k - copy_column;
+        copy_pixels<Traits::kStageRows, 1>(policy, target + (next_slot + column * kChannels), stage.input_row, 0,
+                                           input + column * out_c, input_pitch, 0, next_input_column + column, 0,
+                                           args.w, input_row, end_input_row);
+      }
+      next_grad = copy_pixels<Traits::kStageSteps, Traits::kGradCopies>(
+          policy, target + (next_slot + to_grad), stage.grad_row, copy_step * kChannels, next_grad, grad_pitch,
+          copy_step * out_c, next_grad_column, copy_step, args.out_w, next_row, next_item.end_row);
+      next_stage = next_stage + 1 == item_stages ? 0 : next_stage + 1;
     }
     commit_copies();
+    next_slot = next_slot + stage.all == ring_depth * stage.all ? 0 : next_slot + stage.all;
   };
   for (int k = 0; k < ring_depth - 1; ++k) request(k < stages);
 
-  const int image = tile / tiling.tiles_w, tile_column = (tile - image * tiling.tiles_w) * kColumns;
+  const int tile_column = image_tile * kColumns;
   const T* const input_corner =
       ring + (image * tiling.in_columns + tile_column * Traits::kStrideW) * kChannels + lane * kVector;
   const T* const grad_corner = ring + stage.input + tile * kColumns * kChannels + lane * kVector;
   const bool wants_bias = args.partial_bias != nullptr || args.grad_bias != nullptr;
   float sum[kTaps][kVector] = {}, bias[kVector] = {};
   float grad[kDepth][kColumns][kVector] = {};
-  int slot = 0;
+  int stages_left = item_stages;
+  const bool ends_early = args.rows + kDepth - 1 <= (2 * item_stages - 1) * (Traits::kStageSteps / 2);
   for (int k = 0; k < stages; ++k) {
+    stages_left = stages_left == 0 ? item_stages - 1 : stages_left - 1;
     wait_for_stage(ring_depth - 1);
     __syncthreads();  // and every thread is done with the stage that the next request overwrites
     request(k + ring_depth - 1 < stages);
-    const T* const input_stage = input_corner + slot * stage.all;
-    const T* const grad_stage = grad_corner + slot * stage.all;
-    slot = slot + 1 == ring_depth ? 0 : slot + 1;
+    const T* const input_stage = input_corner + next_slot;  // which is the oldest stage's as well
+    const T* const grad_stage = grad_corner + next_slot;
     float bias_part[kVector] = {};
 #pragma unroll
     for (int step = 0; step < Traits::kStageSteps; ++step) {
+      if (Traits::kIsDouble && step == Traits::kStageSteps / 2 && stages_left == 0 && ends_early) break;
       float (&row)[kColumns][kVector] = grad[step % kDepth];
 #pragma unroll
       for (int v = 0; v < kColumns; ++v) {
@@ -283,10 +330,15 @@ int launch_grad_weight_stream_nhwc(const GradWeightArgs& args, int, cudaStream_t
   const int room = min_int(device.shared_bytes_block, device.shared_bytes / blocks - (1 << 10));
   const int ring_depth = max_int(2, min_int(4, room / tiling.stage_bytes));
   const int bytes = max_int(ring_depth * tiling.stage_bytes, Traits::kBatch * Traits::kVector * threads * 4);
-  const auto kernel = grad_weight_stream_nhwc_kernel<Traits>;
-  if (const int error = allow_shared_bytes(kernel, bytes)) return error;
-  kernel<<<grid, threads, bytes, stream>>>(args, tiling, ring_depth);
-  return cudaGetLastError();
+  const auto launch = [&](auto kernel, int depth) -> int {
+    if (const int error = allow_shared_bytes(kernel, bytes)) return error;
+    kernel<<<grid, threads, bytes, stream>>>(args, tiling, depth);
+    return cudaGetLastError();
+  };
+  // 3x7, 32x128x128x256, fp16, H100: 0.208, stages of three steps 0.215.
+  if constexpr (Traits::kMayDouble)
+    if (ring_depth == 4) return launch(grad_weight_stream_nhwc_kernel<DoubleStages<Traits>>, 2);
+  return launch(grad_weight_stream_nhwc_kernel<Traits>, ring_depth);
 }
 
 }  // namespace depthwise

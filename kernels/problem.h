@@ -280,6 +280,7 @@ constexpr GradWeightStreamShape grad_weight_stream_shape(int kernel_h, int kerne
   GradWeightStreamShape shape{0, (kernel_h + stride_h - 1) / stride_h, 0, 0, kernel_w, stride_h, stride_w};
   shape.stage_steps = shape.depth < 2 ? 2 : shape.depth;
   shape.window = window_size(kGradWeightStreamColumns, stride_w, kernel_w, 1);
+  if (shape.window < kGradWeightStreamColumns * stride_w) shape.window = kGradWeightStreamColumns * stride_w;
   const int registers = kernel_h * kernel_w + shape.depth * kGradWeightStreamColumns + shape.window;
   shape.vector = 4;
   if (shape.vector * registers > kMaxGradWeightStreamRegisters) shape.vector = 2;

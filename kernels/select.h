@@ -231,9 +231,9 @@ inline Config select_direct_nchw(const Problem& p) {
 }
 
 // warps_nchw: rows that begin within vectors, on one side or the other, and fill a warp. 3x7, 32x128x128x256, fp16, H100:
-// forward 0.191, direct 0.207; grad of input 0.197, direct 0.247. Not few taps, of which direct_nchw reads wide windows
-// without waiting for them, nor half as wide rows (1x11, 16x64x128x128: 0.034, direct 0.029). The
-// thresholds, 10 to 49 taps and 192 columns, rest on these two shapes alone: 21 taps at 250 columns, 11 at 118.
+// forward 0.191, direct 0.207; grad of input 0.190, by copies of words 0.197, direct 0.247. Not few taps, of which
+// direct_nchw reads wide windows without waiting for them, nor half as wide rows (1x11, 16x64x128x128: 0.034, direct
+// 0.029). The thresholds, 10 to 49 taps and 192 columns, rest on these two shapes alone: 21 taps at 250 columns, 11 at 118.
 inline Config select_warps_nchw(const Problem& p) {
   constexpr int kFewestColumns = 192;
   const DirectArgs args = direct_args(p);
@@ -369,7 +369,7 @@ inline Config select_marching_nhwc(const Problem& p) {
   const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
   // Streams. fp32 at stride 1, 32 channels: 3x3, 16x64x512x512: 0.491, marching 0.510; 144x56x56: 0.051, 0.055; 1x11,
   // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073). fp16, 64 channels: 144x56x56: 0.036, 0.042;
-  // 3x7, 128x128x256: 0.230, 0.281; 1x11: 0.036, 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2
+  // 3x7, 128x128x256: 0.208, 0.281; 1x11: 0.036, 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2
   // (144x56x56: 0.032, 64 channels 0.043, 0.044).
   if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < kQueuedTaps : taps <= k5x5)) {
     const int tile = wide || taps == k5x5 ? 1 : 0;
@@ -394,7 +394,7 @@ inline Config select_marching_nhwc(const Problem& p) {
 // Kernels up to 9x9 in 16 bits on the tensor cores: NCHW, 7x7, 96x56x56: 0.027, marching 0.049; 5x5, 240x28x28: 0.018,
 // 0.022; 9x9, 768x32x32: 0.054, 0.124; 3x7, 128x128x256: 0.165, 0.198; not 3x3 (144x56x56: 0.038, 0.030). channels_last:
 // 7x7, 96x56x56: 0.036, 0.066; 5x5, 240x28x28: 0.024, 0.031; 9x9, 768x32x32: 0.089, toeplitz 0.147; not 3x7 (0.247, stream
-// 0.230).
+// 0.208).
 inline Config select_strips_grad_weight(const Problem& p) {
   const bool nchw = p.layout == Layout::kNchw;
   if (p.kernel_h * p.kernel_w < (nchw ? k3x5 : k5x5)) return {};

@@ -125,6 +125,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   }
   if (kernel == Kernel::kWarpsNchw) {  // where windows begin beside vectors
     s.padding_w = modulo(-args.padding_w, tile.vector);
+    s.width = args.w % tile.vector;
     s.out_width = args.out_w % tile.columns;
   }
   if (is_grad_input_kernel(kernel)) {
@@ -188,7 +189,8 @@ inline std::string specialisation_name(const Specialisation& s) {
   std::string full = name;
   if (is_grad_input_kernel(s.kernel)) full += (s.padding_h < 0 ? "xm" : "x") + std::to_string(std::abs(s.padding_h));
   if (s.kernel == Kernel::kDirectNchw) full += "_w" + std::to_string(s.width) + "x" + std::to_string(s.out_width);
-  if (s.kernel == Kernel::kWarpsNchw) full += "_w" + std::to_string(s.out_width);
+  if (s.kernel == Kernel::kWarpsNchw)
+    full += "_w" + (s.width > 0 ? std::to_string(s.width) + "x" : "") + std::to_string(s.out_width);
   if (s.kernel == Kernel::kToeplitzGradWeight) full += "_w" + std::to_string(s.width);
   if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
@@ -208,8 +210,8 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (s.kernel == Kernel::kDirectNchw)
     traits = "Direct" + traits + ", " + std::to_string(s.width) + ", " + std::to_string(s.out_width);
   if (s.kernel == Kernel::kWarpsNchw) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
-                  s.kernel_w, s.padding_w, s.out_width, kWarpsNchwTiles[s.tile].vector);
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+                  s.kernel_h, s.kernel_w, s.padding_w, s.out_width, kWarpsNchwTiles[s.tile].vector, s.width);
     traits = std::string("WarpsNchwTraits<") + arguments;
   }
   if (is_grad_input_kernel(s.kernel))

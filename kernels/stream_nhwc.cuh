@@ -27,6 +27,10 @@ struct StreamNhwcPlan {
   int tiles_w;                     // thread tiles of a block
   int blocks_w, blocks_c, strips;  // blocks of an image
   int rows, in_columns, depth;     // output rows and input columns of a block; stages in the ring
+  // Blocks from first_blocks on take shorter strips, of the images that remain: what is left at the end is dealt more
+  // evenly.
+  unsigned blocks, first_blocks;
+  int first_images, last_strips, last_rows;
 };
 
 template <class T, int kLanes, int kVector>
@@ -36,7 +40,17 @@ struct StreamNhwcShared {
   static_assert(kChannels * sizeof(T) % 16 == 0);
   static constexpr bool kExchanges = stream_nhwc_exchanges(kChannels, kVector, sizeof(T));
   static constexpr int kLeastTiles = stream_nhwc_least_tiles(kChannels, kVector, sizeof(T));
+  // Pixels of a row that a thread tile copies at a time.
+  static constexpr int kTilePixels = min_int(kLanes / kCopies, kStreamColumns);
+  static_assert(kLanes % kCopies == 0 && kStreamColumns % kTilePixels == 0);
 };
+
+// Columns of input of a block beside those of its thread tiles.
+template <class Traits>
+constexpr int stream_halo() {
+  return max_int(0, window_size(kStreamColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW) -
+                        kStreamColumns * Traits::kStrideW);
+}
 
 // Threads of one channel: the filters of all of a block's `channels` channels through shared memory, so that each line
 // is read once. `shared` is free for a stage, which is at least as many pixels as a filter has taps.
@@ -94,14 +108,17 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int row_elements = plan.in_columns * Shared::kChannels;
 
   // Channels vary fastest over the grid: blocks that share pixels' cache lines run together.
-  const int first_channel = blockIdx.x % plan.blocks_c * Shared::kChannels;
-  unsigned block = blockIdx.x / plan.blocks_c;
+  const bool is_first = blockIdx.x < plan.first_blocks;
+  unsigned block = is_first ? blockIdx.x : blockIdx.x - plan.first_blocks;
+  const int strips = is_first ? plan.strips : plan.last_strips, rows = is_first ? plan.rows : plan.last_rows;
+  const int first_channel = block % plan.blocks_c * Shared::kChannels;
+  block /= plan.blocks_c;
   const int first_column = block % plan.blocks_w * plan.tiles_w * kStreamColumns;
   block /= plan.blocks_w;
-  const int strip = block % plan.strips;
+  const int strip = block % strips;
   const bool upwards = kVector > 1 && strip % 2 != 0;  // threads of one channel have no registers for it
-  const int top_row = strip * plan.rows, num_rows = min(plan.rows, args.out_h - top_row);
-  const int64_t image = block / plan.strips;
+  const int top_row = strip * rows, num_rows = min(rows, args.out_h - top_row);
+  const int64_t image = block / strips + (is_first ? 0 : plan.first_images);
   const int in_top_row = top_row * Traits::kStrideH - args.padding_h;
   const int in_bottom_row = in_top_row + (num_rows - 1) * Traits::kStrideH + Shape::kSpan - 1;
   const int stages = divide_up((num_rows - 1) * Traits::kStrideH + Shape::kSpan, Shape::kStageRows);
@@ -110,34 +127,40 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
   const int pixel = args.out_c;  // elements from one pixel to the next in memory
 
   // Requests the input rows of a stage, stage after stage. A thread copies the same 16 bytes of channels of every
-  // pixel_step-th pixel. Nothing is divided or multiplied here: it is what each stage begins with.
+  // copy_step-th pixel: all warps as much, as they wait for each other, and the first ones the kHalo columns that remain.
+  // Little is computed here: it is what each stage begins with.
+  constexpr int kCopies = kStreamColumns * Traits::kStrideW / Shared::kTilePixels;  // of a row
+  constexpr int kHalo = stream_halo<Traits>();
   const int thread = threadIdx.y * kLanes + threadIdx.x;
-  const int copy_channel = thread % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
-  const int copy_column = thread / Shared::kCopies, pixel_step = blockDim.y * kLanes / Shared::kCopies;
+  const int copy_channel = threadIdx.x % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
+  const int copy_column = threadIdx.y * Shared::kTilePixels + threadIdx.x / Shared::kCopies;
+  const int copy_step = blockDim.y * Shared::kTilePixels;
+  const bool copies = threadIdx.x / Shared::kCopies < Shared::kTilePixels;
   const int row_pitch = upwards ? -args.w * pixel : args.w * pixel;
   const int stage_elements = Shape::kStageRows * row_elements;
   const int end_column = first_channel + copy_channel < args.out_c ? args.w : 0;
-  const int64_t next_pixel =
-      (image * args.h + (upwards ? in_bottom_row : in_top_row)) * args.w + in_first_column + copy_column;
+  const int first_copied = in_first_column + copy_column;
+  const int64_t next_pixel = (image * args.h + (upwards ? in_bottom_row : in_top_row)) * args.w + first_copied;
   const T* next_source = static_cast<const T*>(args.input) + next_pixel * pixel + first_channel + copy_channel;
+  const CopyTarget<T> target(ring + copy_column * Shared::kChannels + copy_channel);
   int next_row = upwards ? args.h - 1 - in_bottom_row : in_top_row;  // from the end of the image where walks begin
   int next_slot = 0;
   const auto request = [&](bool exists) {
-    if (exists) {
-      const T* source = next_source;
-      T* target = ring + next_slot + copy_column * Shared::kChannels + copy_channel;
-      for (int column = copy_column; column < plan.in_columns; column += pixel_step) {
-        const bool column_in_bounds =
-            static_cast<unsigned>(in_first_column + column) < static_cast<unsigned>(end_column);
+    if (exists && copies) {
+      const auto copy = [&](int r, int columns) {  // of row r of the stage, so many columns further on
+        const bool in_bounds = static_cast<unsigned>(first_copied + columns) < static_cast<unsigned>(end_column) &&
+                               static_cast<unsigned>(next_row + r) < static_cast<unsigned>(args.h);
+        target.template copy_async<16>(next_slot + r * row_elements + columns * Shared::kChannels,
+                                       next_source + (r * row_pitch + columns * pixel), in_bounds);
+      };
+#pragma unroll(kCopies* Shape::kStageRows > 16 ? 1 : kCopies)
+      for (int k = 0; k < kCopies; ++k)
 #pragma unroll
-        for (int r = 0; r < Shape::kStageRows; ++r) {
-          const bool in_bounds =
-              column_in_bounds && static_cast<unsigned>(next_row + r) < static_cast<unsigned>(args.h);
-          copy_async<16>(target + r * row_elements, source + r * row_pitch, in_bounds);
-        }
-        source += pixel_step * pixel;
-        target += pixel_step * Shared::kChannels;
-      }
+        for (int r = 0; r < Shape::kStageRows; ++r) copy(r, k * copy_step);
+#pragma unroll 1
+      for (int k = copy_column; k < kHalo; k += copy_step)
+#pragma unroll
+        for (int r = 0; r < Shape::kStageRows; ++r) copy(r, kCopies * copy_step + k - copy_column);
       next_source += Shape::kStageRows * row_pitch;
       next_row += Shape::kStageRows;
       next_slot = next_slot + stage_elements == plan.depth * stage_elements ? 0 : next_slot + stage_elements;
@@ -160,14 +183,14 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
     load_filters<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip != upwards, args.flip);
   if (computes && args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
 
-  // The first pixel that the thread stores.
+  // The first pixel that the thread stores, of the row that is complete next.
   const int store_column = column + (Shared::kExchanges ? threadIdx.x : 0);
-  T* stage_out = static_cast<T*>(args.out) + ((image * args.out_h + first_row) * args.out_w + store_column) * pixel +
-                 (Shared::kExchanges ? first_channel : channel);
+  const int row_step = upwards ? -args.out_w * pixel : args.out_w * pixel;
+  T* next_out = static_cast<T*>(args.out) + ((image * args.out_h + first_row) * args.out_w + store_column) * pixel +
+                (Shared::kExchanges ? first_channel : channel) - static_cast<int64_t>(Shape::kLag) * row_step;
   const T* const window_corner =
       ring + threadIdx.y * kStreamColumns * Traits::kStrideW * Shared::kChannels + threadIdx.x * kVector;
-  const int row_step = upwards ? -args.out_w * pixel : args.out_w * pixel;
-  const int num_columns = args.out_w - store_column;
+  const int num_columns = args.out_w - store_column, out_pixel = computes ? pixel : 0;
   int slot = 0;  // where the stage begins in the ring
   float sum[Shape::kLiveRows][kStreamColumns][kVector] = {};
   for (int stage = 0; stage < stages; ++stage) {
@@ -203,18 +226,30 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, 2)
               row_sum[q][e] =
                   fmaf(window[q * Traits::kStrideW + j * Traits::kDilationW][e], weight[i * kKernelW + j][e],
                        i == 0 && j == 0 ? to_float(bias.value[e]) : row_sum[q][e]);
-        if (i == Traits::kKernelH - 1 && static_cast<unsigned>(stage_row + o) < static_cast<unsigned>(num_rows)) {
+        if (i != Traits::kKernelH - 1) continue;
+        if (static_cast<unsigned>(stage_row + o) < static_cast<unsigned>(num_rows)) {
           if constexpr (Shared::kExchanges) {
-            store_pixels_of_pair(stage_out + o * row_step, pixel, row_sum, num_columns);
+            store_pixels_of_pair(next_out, pixel, row_sum, num_columns);
           } else {
+            T* out = next_out;
+            if (num_columns >= kStreamColumns) {
 #pragma unroll
-            for (int q = 0; q < kStreamColumns; ++q)
-              if (q < num_columns) store_streaming(stage_out + (o * row_step + q * pixel), row_sum[q]);
+              for (int q = 0; q < kStreamColumns; ++q) {
+                store_streaming(out, row_sum[q]);
+                out += ptx::opaque(out_pixel);
+              }
+            } else {
+#pragma unroll
+              for (int q = 0; q < kStreamColumns - 1; ++q) {
+                if (q < num_columns) store_streaming(out, row_sum[q]);
+                out += ptx::opaque(out_pixel);
+              }
+            }
           }
         }
+        next_out += ptx::opaque(row_step);
       }
     }
-    stage_out += Shape::kStageOutputs * row_step;
   }
 }
 
@@ -239,8 +274,7 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
     for (int most = min_int(512 / blocks, kStreamNhwcThreads) / kLanes; most > 0 && plan.depth < 2; most /= 2) {
       plan.tiles_w =
           divide_up(divide_up(all_tiles, divide_up(all_tiles, most)), Shared::kLeastTiles) * Shared::kLeastTiles;
-      plan.in_columns =
-          window_size(plan.tiles_w * kStreamColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
+      plan.in_columns = plan.tiles_w * kStreamColumns * Traits::kStrideW + stream_halo<Traits>();
       plan.depth = min_int(4, limits.shared_bytes_for(blocks) / stage_bytes());
     }
   if (plan.depth < 2) return StreamNhwcPlan{};
@@ -256,10 +290,25 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   // single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
   if (kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
     strips = max_int(strips, args.out_h / 32);
-  // Whole stages.
-  plan.rows =
-      divide_up(divide_up(args.out_h, strips) + Shape::kLag, Shape::kStageOutputs) * Shape::kStageOutputs - Shape::kLag;
+  // A few waves of blocks of such images: longer strips, but half as long ones of half of the images, which come last (3x7,
+  // 32x128x128x256, fp16, H100: 0.195, of a fifth of the images 0.196, of none 0.197; a wave alone is best as it is: 1x11,
+  // 16x64x128x128: 0.031, 0.032).
+  const bool is_uneven = kIsShort && args.out_h >= 96 && args.out_h < 192 && images * strips > 2 * concurrent &&
+                         images * strips < 8 * concurrent;
+  if (is_uneven) strips = args.out_h / 42;
+  const auto rows_of = [&](int strips) {  // whole stages
+    return divide_up(divide_up(args.out_h, strips) + Shape::kLag, Shape::kStageOutputs) * Shape::kStageOutputs -
+           Shape::kLag;
+  };
+  plan.rows = rows_of(strips);
   plan.strips = divide_up(args.out_h, plan.rows);
+  const int64_t last_images = is_uneven ? args.n / 2 : 0;
+  plan.last_rows = rows_of(plan.strips * 2);
+  plan.last_strips = divide_up(args.out_h, plan.last_rows);
+  plan.first_images = static_cast<int>(args.n - last_images);
+  const unsigned image_blocks = plan.blocks_w * plan.blocks_c;
+  plan.first_blocks = plan.first_images * image_blocks * plan.strips;
+  plan.blocks = plan.first_blocks + last_images * image_blocks * plan.last_strips;
   return plan;
 }
 
@@ -276,8 +325,7 @@ int launch_stream_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
   const int shared_bytes = plan.depth * Shape::kStageRows * plan.in_columns * Shared::kChannels *
                            static_cast<int>(sizeof(typename Traits::T));
   if (const int error = allow_shared_bytes(kernel, shared_bytes)) return error;
-  const int64_t blocks = args.n * plan.strips * plan.blocks_w * plan.blocks_c;
-  kernel<<<static_cast<unsigned>(blocks), dim3(kLanes, plan.tiles_w), shared_bytes, stream>>>(args, plan);
+  kernel<<<plan.blocks, dim3(kLanes, plan.tiles_w), shared_bytes, stream>>>(args, plan);
   return cudaGetLastError();
 }
 

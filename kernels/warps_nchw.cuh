@@ -1,17 +1,19 @@
 // Depthwise convolution of wide planes in 16 bits, NCHW: forward, and grad of input (filter flipped), at stride 1.
 //
-// Serves  any compile-time kernel without dilation, any padding; fp16, bf16; input rows of whole copies (kVector elements),
-//         output rows of whole words that a warp holds (256 columns, or 250 of skewed ones).
+// Serves  any compile-time kernel without dilation, any padding; fp16, bf16; input rows of whole words, output rows of
+//         whole words that a warp holds (256 columns, or 250 of skewed ones).
 // Owns    a warp, which is a block, walks down a strip of one plane; a lane computes kColumns neighbouring outputs of
 //         every row, its filter in registers. An input row is read and converted once, and added to all output rows that
 //         it meets: kKernelH rows of sums, whose names are fixed by unrolling a stage.
 // Reads   rows into a ring in shared memory, asynchronously, some stages ahead, each to a pitch of its own: windows begin
-//         at the same place within a vector, whatever the width, and zeros stand beside the rows. No other warp is
-//         waited for.
+//         at the same place within a vector, whatever the width, and zeros stand beside the rows. Or straight on, where
+//         input rows begin within vectors at places known when compiling, and output rows do not: the rows of a stage as
+//         they lie in memory, by vectors; each row's windows begin at a place of their own, and what they see of
+//         neighbouring rows is masked. No other warp is waited for.
 // Writes  whole vectors. Where rows begin within one, at a place known when compiling (strips begin at rows whose number,
 //         counted through all planes, is a multiple of that period), lanes take the first words of their vector from
 //         their neighbour; the first and the last lane have a part.
-// Memory  kDepth stages of kStageRows rows: 8 or 10 KB for kernels up to four rows.
+// Memory  kDepth stages of kStageRows rows: 8 to 10 KB for kernels up to four rows.
 // Chosen  select.h.
 #pragma once
 
@@ -22,8 +24,8 @@
 namespace depthwise {
 
 // kShift: elements by which windows begin right of a vector in shared memory; kOutWidth: of rows, modulo kColumns;
-// kVector: elements a copy.
-template <class T_, int kKernelH_, int kKernelW_, int kShift_, int kOutWidth_, int kVector_>
+// kVector: elements a copy. kWidth: of input rows, modulo kColumns, where they are copied straight on; else 0.
+template <class T_, int kKernelH_, int kKernelW_, int kShift_, int kOutWidth_, int kVector_, int kWidth_ = 0>
 struct WarpsNchwTraits {
   using T = T_;
   static_assert(sizeof(T) == 2 && kOutWidth_ % 2 == 0);
@@ -31,24 +33,34 @@ struct WarpsNchwTraits {
   static constexpr int kShift = kShift_, kOutWidth = kOutWidth_, kVector = kVector_;
   static constexpr int kLanes = 32, kColumns = kWarpsColumns;
   static constexpr int kWords = kColumns / 2;  // of a vector of 16 bytes
-  static constexpr int kPeriod = row_period(kOutWidth, kColumns);
+  static constexpr int kWidth = kWidth_;
+  static constexpr bool kStraight = kWidth > 0;
+  static_assert(!kStraight || (kVector == kColumns && kOutWidth == 0 && kWidth % 2 == 0 && kShift % 2 == 0));
+  static constexpr int kPeriod = row_period(kStraight ? kWidth : kOutWidth, kColumns);
 
   static constexpr int kStageRows = warps_stage_rows(kKernelH);
   static constexpr int kLag = kKernelH - 1;  // output rows that a stage begins and does not complete
   static constexpr int kDepth = warps_depth(kKernelH);
   static_assert(kStageRows % kPeriod == 0 && kStageRows >= kKernelH);
   static constexpr int kWindow = kColumns + kKernelW - 1;
-  static constexpr int kReads = divide_up(kShift + kWindow, kColumns);   // of vectors
+  // Elements by which the windows of row r of a stage begin right of a vector, and vectors that they touch.
+  static constexpr int shift(int r) { return modulo(r * kWidth + kShift, kColumns); }
+  static constexpr int reads(int r) { return divide_up(shift(r) + kWindow, kColumns); }
+  static constexpr int kPairs = divide_up(kWindow, 2);
   static constexpr int kPitch = warps_pitch(kVector, kShift, kKernelW);  // of rows in shared memory
   static constexpr int kCopies = kVector < kColumns ? divide_up(kPitch / kVector, kLanes) : 1;  // a lane, of a row
   static constexpr int kFewestWarps = kTaps <= 25 ? 24 : 16;  // a multiprocessor, that registers leave room for
-  static constexpr int kRing =
-      kDepth * kStageRows * kPitch + kWarpsLine;  // elements, and what the last row's windows reach
+  // Elements of a stage. Straight ones begin up to a line later, and windows reach beyond them on either side.
+  static constexpr int kStage =
+      kStageRows * (kStraight ? kLanes * kColumns : kPitch) + (kStraight ? 3 * kWarpsLine : 0);
+  // And what the last row's windows reach; of straight stages, zeros for rows that do not exist.
+  static constexpr int kRing = kDepth * kStage + kWarpsLine;
 
   // Few warps at once, and strips that differ: all begin together, and would end together. 3x7, 32x128x128x256, fp16, H100:
   // forward, copies of 16 bytes, ten warps a multiprocessor, four strips a plane, 11 of the last tenth of planes: 0.191 ms;
-  // twelve warps 0.193, sixteen 0.198, twenty 0.200; two strips 0.195. Grad of input, copies of words, twelve warps, two
-  // strips, four of the last three tenths: 0.197; sixteen 0.198, twenty 0.200; all in two strips 0.198.
+  // twelve warps 0.193, sixteen 0.198, twenty 0.200; two strips 0.195. Grad of input, straight on, likewise: 0.190; eight
+  // or twelve warps 0.191, two strips 0.192; copies of words, twelve warps, two strips, four of the last three tenths:
+  // 0.197; sixteen 0.198, twenty 0.200; all in two strips 0.198.
   static constexpr bool kCopiesWords = kVector < kColumns;
   static constexpr int kWarps = kCopiesWords ? 12 : 10, kStripRows = kCopiesWords ? 64 : 36;
   static constexpr int kLastTenths = kCopiesWords ? 3 : 1, kLastCuts = kCopiesWords ? 2 : 4;
@@ -107,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kLanes, Traits::kFewestWarps)
   using T = typename Traits::T;
   constexpr int kKernelH = Traits::kKernelH, kKernelW = Traits::kKernelW, kColumns = Traits::kColumns;
   constexpr int kStageRows = Traits::kStageRows, kPitch = Traits::kPitch, kVector = Traits::kVector;
-  constexpr int kStageElements = kStageRows * kPitch, kStages = Traits::kDepth * kStageElements;
+  constexpr int kStageElements = Traits::kStage, kStages = Traits::kDepth * kStageElements;
 
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* const ring = reinterpret_cast<T*>(shared_memory);
@@ -119,14 +131,19 @@ __global__ void __launch_bounds__(Traits::kLanes, Traits::kFewestWarps)
   const unsigned strips = is_first ? plan.strips : plan.last_strips, of_plane = block / strips;
   const unsigned plane = is_first ? of_plane : plan.first_planes + of_plane;
   const int rows = is_first ? plan.rows : plan.last_rows;
-  const int first_row = static_cast<int>(block - of_plane * strips) * rows - plan.skew_rows.before(plane);
+  const int before = Traits::kStraight ? static_cast<int>((plane * args.h - args.padding_h) & (Traits::kPeriod - 1))
+                                       : plan.skew_rows.before(plane);
+  const int first_row = static_cast<int>(block - of_plane * strips) * rows - before;
   const int begin = max(0, first_row), end = min(first_row + rows, args.out_h);
   if (begin >= end) return;
 
   // Of a row in shared memory, columns [from, to) exist, and zeros where a padded one is read beside them.
   const int left = args.padding_w + Traits::kShift;
   const int from = kVector < kColumns ? left : args.padding_w > 0 ? kWarpsLine : 0, to = min(kPitch, args.w + from);
-  if (args.padding_w > 0) {
+  if (Traits::kStraight) {
+    if (lane < kWarpsLine / kColumns) *reinterpret_cast<uint4*>(ring + kStages + lane * kColumns) = uint4{};
+    __syncwarp();
+  } else if (args.padding_w > 0) {
     for (int k = lane * kColumns; k < Traits::kRing; k += Traits::kLanes * kColumns)
       *reinterpret_cast<uint4*>(ring + k) = uint4{};
     __syncwarp();
@@ -134,13 +151,31 @@ __global__ void __launch_bounds__(Traits::kLanes, Traits::kFewestWarps)
 
   // Requests the rows of the next stage.
   const int last_row = end - args.padding_h + Traits::kLag, end_in_row = min(args.h, last_row);
-  int next_row = first_row - args.padding_h, next_slot = from + lane * kVector;
-  const T* next_source = ptx::opaque(static_cast<const T*>(args.input) +
-                                     (static_cast<int64_t>(plane) * args.h + next_row) * args.w - from + next_slot);
+  int next_row = first_row - args.padding_h, next_slot = Traits::kStraight ? 0 : from + lane * kVector;
+  const int64_t first_element = (static_cast<int64_t>(plane) * args.h + next_row) * args.w;
+  const T* next_source = ptx::opaque(static_cast<const T*>(args.input) + first_element + lane * kVector);
   const int copied = to - next_slot;  // less than nothing: none
+  // Straight: where stages begin within a line, and elements of one.
+  const int stage_width = kStageRows * args.w;
+  int next_line = static_cast<int>(first_element % kWarpsLine + kWarpsLine) % kWarpsLine, line = next_line;
   const CopyTarget<T> target(ring);
   const auto request = [&] {
-    if (next_row < last_row) {
+    if (Traits::kStraight && next_row < last_row) {
+      // Copies that touch a row which exists; what they bring of others is not read, or as zeros.
+      const int element = next_row * args.w + lane * kVector, end_element = end_in_row * args.w;
+#pragma unroll
+      for (int k = 0; k < kStageRows; ++k) {
+        constexpr int kStep = Traits::kLanes * kVector;
+        if (lane * kVector + k * kStep < stage_width &&
+            static_cast<unsigned>(element + k * kStep + kVector - 1) < static_cast<unsigned>(end_element + kVector - 1))
+          target.template copy_async<16>(next_slot + kWarpsLine + next_line + lane * kVector + k * kStep,
+                                         next_source + k * kStep);
+      }
+      next_source += stage_width;
+      next_line = (next_line + stage_width) % kWarpsLine;
+      next_row += kStageRows;
+      next_slot += next_slot + kStageElements < kStages ? kStageElements : kStageElements - kStages;
+    } else if (!Traits::kStraight && next_row < last_row) {
       const T* source = next_source;
 #pragma unroll
       for (int r = 0; r < kStageRows; ++r) {
@@ -169,7 +204,13 @@ __global__ void __launch_bounds__(Traits::kLanes, Traits::kFewestWarps)
   const float bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
 
   T* out = ptx::opaque(static_cast<T*>(args.out) + (static_cast<int64_t>(plane) * args.out_h + first_row) * args.out_w);
-  int slot = from - left + lane * kColumns;
+  int slot = Traits::kStraight ? kWarpsLine - args.padding_w + lane * kColumns : from - left + lane * kColumns;
+  const int end_slot = slot + kStages;
+  // Straight: which pairs of a window's columns exist.
+  unsigned mask[Traits::kPairs];
+#pragma unroll
+  for (int k = 0; k < Traits::kPairs; ++k)
+    mask[k] = static_cast<unsigned>(lane * kColumns + 2 * k - args.padding_w) < static_cast<unsigned>(args.w) ? ~0u : 0;
   float sum[kStageRows][kColumns] = {};
   for (int row = first_row; row - Traits::kLag < end; row += kStageRows) {
     wait_for_copies<Traits::kDepth - 2>();
@@ -177,17 +218,26 @@ __global__ void __launch_bounds__(Traits::kLanes, Traits::kFewestWarps)
     request();
     for_each_index<kStageRows>([&](auto index) {
       constexpr int r = decltype(index)::value;
-      unsigned word[Traits::kReads * Traits::kWords];
+      constexpr int kShift = Traits::shift(r), kReads = Traits::reads(r);
+      unsigned word[kReads * Traits::kWords];
+      int at = slot + r * kPitch;
+      if constexpr (Traits::kStraight) {
+        const bool exists = static_cast<unsigned>(row - args.padding_h + r) < static_cast<unsigned>(end_in_row);
+        at = exists ? slot + line + r * args.w - kShift : kStages;
+      }
 #pragma unroll
-      for (int k = 0; k < Traits::kReads; ++k) {
-        const uint4 read = *reinterpret_cast<const uint4*>(ring + slot + r * kPitch + k * kColumns);
+      for (int k = 0; k < kReads; ++k) {
+        const uint4 read = *reinterpret_cast<const uint4*>(ring + at + k * kColumns);
         word[4 * k] = read.x, word[4 * k + 1] = read.y, word[4 * k + 2] = read.z, word[4 * k + 3] = read.w;
       }
+      if constexpr (Traits::kStraight)
+#pragma unroll
+        for (int k = 0; k < Traits::kPairs; ++k) word[k + kShift / 2] &= mask[k];
       float window[Traits::kWindow];
 #pragma unroll
       for (int k = 0; k < Traits::kWindow; ++k)
-        window[k] = (k + Traits::kShift) % 2 == 0 ? low_to_float<T>(word[(k + Traits::kShift) / 2])
-                                                  : high_to_float<T>(word[(k + Traits::kShift) / 2]);
+        window[k] =
+            (k + kShift) % 2 == 0 ? low_to_float<T>(word[(k + kShift) / 2]) : high_to_float<T>(word[(k + kShift) / 2]);
       for_each_index<kKernelH>([&](auto tap_row) {
         constexpr int i = decltype(tap_row)::value, o = r - i;  // negative: begun in an earlier stage
         float (&row_sum)[kColumns] = sum[(o + kStageRows) % kStageRows];
@@ -203,7 +253,8 @@ __global__ void __launch_bounds__(Traits::kLanes, Traits::kFewestWarps)
       });
     });
     out += kStageRows * args.out_w;
-    slot += slot + kStageElements < kStages ? kStageElements : kStageElements - kStages;
+    slot += slot + kStageElements < end_slot ? kStageElements : kStageElements - kStages;
+    if (Traits::kStraight) line = (line + stage_width) % kWarpsLine;
   }
 }
 

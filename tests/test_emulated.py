@@ -327,10 +327,27 @@ def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
             assert messages(*where) == ""
 
 
+STRAIGHT = Problem((19, 32), (3, 3), padding=(1, 0), batch=3, channels=4)  # grad of input: rows of 30, with padding
+MANY = Problem((100, 20), (3, 3), padding=(1, 1), batch=12, channels=8)
+OTHER_WAYS = [  # input rows that begin within words, as they lie in memory; a few waves of blocks, the last ones short
+    ("grad_input", "warps_v8", STRAIGHT, F16, "nchw"),
+    ("forward", "warps_v8", replace(STRAIGHT, image=(18, 34)), BF16, "nchw"),
+    ("forward", "stream_channels8", MANY, F16, "nhwc"),
+]
+
+
+@pytest.mark.parametrize("where", OTHER_WAYS, ids=lambda where: f"{where[0]}-{where[1]}")
+def test_other_ways(emulator, where):
+    emulator.obtain(only(*where))
+    with emulator.device(1, 228 << 10, 227 << 10):
+        assert messages(*where) == ""
+
+
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
     ("forward", "planes_v8", SMALL, F16, "nchw"),
     ("forward", "stream_v1", replace(TALL, image=(60, 15)), F16, "nchw"),
     ("forward", "warps_v2", TALL, BF16, "nchw"),
+    ("grad_input", "warps_v8", STRAIGHT, F16, "nchw"),
     ("forward", "stream_channels32", TALL, BF16, "nhwc"),
     ("forward", "lanes8", SMALL, F32, "nhwc"),
     ("forward", "band", LARGE, BF16, "nchw"),
