@@ -92,8 +92,18 @@ __device__ __forceinline__ void store_pixels_of_pair(T* out, int pixel, const fl
   }
 }
 
+// Blocks of a multiprocessor that registers are kept for. Before sm_80, where copies are loads and stores, strided windows
+// of many taps would spill in those of two.
+template <class Traits>
+constexpr int stream_nhwc_blocks() {
+#if __CUDA_ARCH__ < 800
+  if (Traits::kTaps >= 49 && Traits::kStrideW > 1) return 1;
+#endif
+  return 2;
+}
+
 template <class Traits, int kLanes, int kVector>
-__global__ void __launch_bounds__(kStreamNhwcThreads, 2)
+__global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>())
     stream_nhwc_kernel(const DirectArgs args, const StreamNhwcPlan plan) {
   using T = typename Traits::T;
   using Pixel = Vector<T, kVector>;
