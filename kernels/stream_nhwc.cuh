@@ -97,7 +97,7 @@ __device__ __forceinline__ void store_pixels_of_pair(T* out, int pixel, const fl
 template <class Traits>
 constexpr int stream_nhwc_blocks() {
 #if __CUDA_ARCH__ < 800
-  if (Traits::kTaps >= 49 && Traits::kStrideW > 1) return 1;
+  if (Traits::kKernelH * Traits::kKernelW >= 49 && Traits::kStrideW > 1) return 1;
 #endif
   return 2;
 }
