@@ -111,6 +111,25 @@ def test_no_shipped_kernel_spills(architecture, specialisations, request):
     assert not [text for report in reports for text in report.illegal]
 
 
+@pytest.mark.parametrize(
+    ("instruction", "is_illegal"),
+    (
+        ("LDGSTS.E.BYPASS.128 [R19+UR0], desc[UR1][R96.64], P6 ", True),
+        ("LDGSTS.E [R21+UR0+0x200], desc[UR17][R10.64], P1 ", True),
+        ("LDGSTS.E.BYPASS.128 [R21], desc[UR12][R12.64], P3 ", False),
+        ("LDG.E.128.CONSTANT R28, desc[UR10][R14.64] ", False),
+    ),
+)
+def test_illegal_instructions_are_found(instruction, is_illegal, tmp_path, monkeypatch):
+    """By a disassembler of ours; first what ptxas 13.0 wrote of a kernel that an H100 refused."""
+    tool = tmp_path / "nvdisasm"
+    tool.write_text(f"#!/bin/sh\necho '        /*0f50*/  {instruction};  /* 0x000000005a0a7fae */'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = compiler_report._illegal_instructions(tmp_path / "any.cubin")
+    assert found == ((instruction,) if is_illegal else ())
+
+
 @needs_compiler
 def test_no_benchmark_case_is_left_to_the_general_kernels(shipped):
     """The library as this C++ compiler made it; a GPU run of the suite asks the one it runs."""
