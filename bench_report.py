@@ -355,8 +355,6 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
 
 
 def _step_columns(model: dict[str, Any], kind: str) -> tuple[str, str, str]:
-    if f"ours_{kind}_ms" not in model:
-        return "-", "-", "-"
     before, after = model[f"pytorch_{kind}_ms"], model[f"ours_{kind}_ms"]
     return f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}"
 

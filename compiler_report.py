@@ -1,6 +1,7 @@
 """What the compiler says of CUDA sources: registers, shared memory and spills of each kernel. No GPU is needed.
 
-bench.py prints it where speed cannot be measured; the tests assert from it that no shipped kernel spills.
+bench.py prints it where speed cannot be measured; the tests assert from it that no shipped kernel spills, and that the
+compiler wrote no instruction that a GPU refuses.
 """
 
 from __future__ import annotations

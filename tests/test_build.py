@@ -93,7 +93,9 @@ def specialisations(shipped):
 @needs_compiler
 @pytest.mark.parametrize("architecture", (75, 80, 90, 100, 120))
 def test_no_shipped_kernel_spills(architecture, specialisations, request):
-    """Stage 1 and about COMPILED specialisations of every kind; with --all-instances all of them."""
+    """Nor has an instruction that no GPU executes. Stage 1 and about COMPILED specialisations of every kind; with
+    --all-instances all of them.
+    """
     if architecture not in depthwise_inline._find_compiler().known:
         pytest.skip(f"this nvcc does not know sm_{architecture}")
     wanted = COMPILED.get(architecture, COMPILED_ELSEWHERE)
