@@ -134,7 +134,7 @@ inline bool can_serve_images_fma(const Problem& p, const Tile& tile) {
 inline bool can_serve_images_fma_grad_weight(const Problem& p, const Tile& tile) {
   // Positions that meet padding alone would be missed.
   const bool whole_plane = tile.columns > 0;
-  const int max_height = !whole_plane && takes_half_lanes(p.w, p.out_w) ? kMaxLaneImage : max_lane_height(1);
+  const int max_height = takes_half_lanes(whole_plane, p.w, p.out_w) ? kMaxLaneImage : max_lane_height(1);
   if (!has_lane_images(p, max_height, max_height) || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w)
     return false;
   const DirectArgs args = direct_args(p);

@@ -36,8 +36,8 @@ struct ImagesFmaGradWeightTraits {
   static constexpr int kOutWidth = kWidth + 2 * kPaddingW - kKernelW + 1;
   static constexpr int kOutHeight = kHeight + 2 * kPaddingH - kKernelH + 1;  // of a whole plane
   static constexpr int kGranule = lane_grad_weight_granule(kWholePlane, kWidth, kOutWidth);
-  static constexpr bool kHalves = !kWholePlane && takes_half_lanes(kWidth, kOutWidth);  // of a warp, as above
-  static constexpr int kPlaneBits = kHalves ? 4 : 5, kPlanes = 1 << kPlaneBits;         // of a unit
+  static constexpr bool kHalves = takes_half_lanes(kWholePlane, kWidth, kOutWidth);  // of a warp, as above
+  static constexpr int kPlaneBits = kHalves ? 4 : 5, kPlanes = 1 << kPlaneBits;      // of a unit
   static constexpr int kMaxHeight = kHalves ? kMaxLaneImage : max_lane_height(kWidth);
   static constexpr int kPitch = lane_pitch(kWidth, kGranule), kOutPitch = lane_pitch(kOutWidth, kGranule);
   // Taps that meet a pixel; the sums of others are zero.

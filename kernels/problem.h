@@ -361,8 +361,11 @@ constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 |
 // lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
 constexpr int kMaxLaneImage = 20;  // rows and columns
 constexpr int max_lane_height(int64_t width) { return width <= 16 ? 16 : kMaxLaneImage; }
-// images_fma_grad_weight: of wide images half as many fit, so that the halves of a warp take other kernel rows.
-constexpr bool takes_half_lanes(int64_t width, int64_t out_width) { return width > 14 || out_width > 14; }
+// images_fma_grad_weight, but for whole planes: of wide images half as many fit, so that the halves of a warp take other
+// kernel rows.
+constexpr bool takes_half_lanes(bool whole_plane, int64_t width, int64_t out_width) {
+  return !whole_plane && (width > 14 || out_width > 14);
+}
 constexpr int kLaneGradWeightWarps = 7;  // of a block, at most
 constexpr int lane_pitch(int width, int granule = 4) { return (width + granule - 1) / granule * granule; }
 constexpr int lane_plane(int height, int width, int granule = 4) {
@@ -425,7 +428,7 @@ constexpr bool lane_sums_fit(int taps, int h, int w, int out_h, int out_w) {
 template <class Args>
 constexpr LaneCut images_fma_grad_weight_cut(const Args& args, bool whole_plane, bool channels_last) {
   const int units = lane_units(whole_plane), granule = lane_grad_weight_granule(whole_plane, args.w, args.out_w);
-  const int plane_bits = takes_half_lanes(args.w, args.out_w) ? 4 : 5;
+  const int plane_bits = takes_half_lanes(whole_plane, args.w, args.out_w) ? 4 : 5;
   const int planes = lane_plane(static_cast<int>(args.h), static_cast<int>(args.w), granule) +
                      lane_plane(static_cast<int>(args.out_h), static_cast<int>(args.out_w), granule);
   return lane_cut(args.n, units, 4 * units * ((planes << plane_bits) + 32 * kLaneGradWeightWarps), 0, channels_last,

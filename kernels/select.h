@@ -332,7 +332,7 @@ inline Config select_images_grad_weight(const Problem& p) {
   // channels_last: 7x7, 384x14x14: 0.026, marching 0.034; 768x7x7: 0.015, 0.027; 27x27, 512x14x14: 0.064, blocked 0.272;
   // not 5x5, 672x14x14: 0.039, marching 0.028. Wider than 14 (H100): 13x13, 200x20x20: 0.033, blocked 0.057; channels_last
   // 0.044, 0.089.
-  const bool is_few = taps <= (takes_half_lanes(p.w, p.out_w) ? kMaxRegisterTaps : nchw ? 0 : k5x5);
+  const bool is_few = taps <= (takes_half_lanes(false, p.w, p.out_w) ? kMaxRegisterTaps : nchw ? 0 : k5x5);
   if (p.n < kImagesFmaBatch || is_few) return {};
   return can_serve(p, Kernel::kImagesFmaGradWeight, 1) ? Config{Kernel::kImagesFmaGradWeight, 1}
                                                        : first_that_serves(p, Kernel::kImagesFmaGradWeight);

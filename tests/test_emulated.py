@@ -232,6 +232,15 @@ def test_wide_images_of_lanes(emulator, layout):
         assert messages(*where) == ""
 
 
+def test_wide_planes_of_lanes(emulator):
+    """Of the kernels whose lanes are images: whole planes, however wide, take whole warps."""
+    for image in ((3, 15), (3, 18)):
+        problem = Problem(image, (5, 5), padding=(2, 2), batch=33)
+        where = ("grad_weight", "weight_images_fma_plane", problem, F32, "nchw")
+        emulator.obtain(only(*where))
+        assert messages(*where) == ""
+
+
 WORDS = [  # of input of blocked_grad_weight: of four columns, with and without columns before the first tap, and of two
     Problem((9, 20), (13, 13), padding=(6, 6), batch=3, channels=2),
     Problem((9, 72), (13, 31), padding=(6, 16), batch=2, channels=1),
