@@ -19,7 +19,7 @@ __device__ __forceinline__ void for_each_index(Body&& body) {
   for_each_index(std::make_integer_sequence<int, kCount>{}, body);
 }
 
-// What the launchers need to know of the current device; all devices of one process count as alike.
+// What the launchers need to know of the current device.
 struct DeviceLimits {
   int multiprocessors, shared_bytes, shared_bytes_block;  // shared memory of a multiprocessor, and of a block at most
   int l2_bytes;
@@ -30,17 +30,19 @@ struct DeviceLimits {
   }
 };
 
+// Read anew when a thread changes to another device.
 inline const DeviceLimits& device_limits() {
-  static const DeviceLimits limits = [] {
-    int device = 0;
-    DeviceLimits read{1, 64 << 10, 48 << 10, 0};
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&read.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&read.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-    cudaDeviceGetAttribute(&read.shared_bytes_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&read.l2_bytes, cudaDevAttrL2CacheSize, device);
-    return read;
-  }();
+  thread_local DeviceLimits limits{1, 64 << 10, 48 << 10, 0};
+  thread_local int known = -1;
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device != known) {
+    cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    cudaDeviceGetAttribute(&limits.shared_bytes_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&limits.l2_bytes, cudaDevAttrL2CacheSize, device);
+    known = device;
+  }
   return limits;
 }
 

@@ -135,10 +135,12 @@ def test_shapes(emulator, everything, kernel, stride, dilation, layout, dtype):
 
 
 def test_sizes(emulator, everything, kernel, stride, dilation, layout, dtype):
-    """Of everything: each remainder of the vectors' and tiles' widths, in width, height and channels."""
+    """Of everything: each remainder of the vectors' and tiles' widths in width, height and channels; edges, batches."""
     problems = edge_problems(kernel, stride)
     if everything:
         problems += [*gpu.width_problems(kernel, stride), *gpu.channel_problems(kernel, stride)]
+    if everything and (kernel, stride) == gpu.USUAL[0]:
+        problems += gpu.EDGES + gpu.BATCHES
     check(emulator, problems, layout, dtype)
 
 
