@@ -406,7 +406,10 @@ def _register_autograd(library: torch.library.Library, name: str, setup, backwar
 
 
 def _autocast(device_type: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Autocast's rule for convolutions: cast the floating-point tensors of the device, float64 excepted."""
+    """Autocast's rule for convolutions: cast the floating-point tensors of the device, float64 excepted.
+
+    Parameters once for each autocast context, as PyTorch does, and from its cache.
+    """
     dtype = _autocast_dtype(device_type)
 
     def is_cast(tensor: Tensor | None) -> bool:
@@ -418,7 +421,13 @@ def _autocast(device_type: str, tensors: Sequence[Tensor | None]) -> list[Tensor
             and tensor.dtype is not torch.float64
         )
 
-    return [tensor.to(dtype) if is_cast(tensor) else tensor for tensor in tensors]
+    def cast(tensor: Tensor) -> Tensor:
+        is_cached = tensor.requires_grad and tensor.is_leaf and device_type == "cuda" and _is_autocast_cache_enabled()
+        if is_cached and not _is_compiling():
+            return _einsum("...->...", (tensor,))  # the identity; autocast casts its operand, and keeps the cast
+        return tensor.to(dtype)
+
+    return [cast(tensor) if is_cast(tensor) else tensor for tensor in tensors]
 
 
 def _forward_autocast(device_type: str, key: str, *arguments):
@@ -459,7 +468,9 @@ _convolution_overrideable = torch.ops.aten.convolution_overrideable.default
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
+_is_autocast_cache_enabled = torch.is_autocast_cache_enabled
 _autocast_dtype = torch.get_autocast_dtype
+_einsum = torch._VF.einsum
 _is_functorch_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack

@@ -447,6 +447,30 @@ def test_autocast(dtypes, cast_to, through):
             torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(found.dtype).eps, atol=0.02)
 
 
+def test_autocast_casts_as_often_as_pytorch():
+    """A parameter once for each context, there and back."""
+    tensors = reference.make_tensors(PROBLEM, torch.bfloat16, "nchw", reference.fresh_generator())
+    weight, bias = (torch.nn.Parameter(t.float()) for t in (tensors.weight, tensors.bias))
+
+    def casts(function, **options):
+        def twice():
+            with torch.autocast("cuda", dtype=torch.bfloat16, **options):
+                outs = [function(x, weight, bias) for x in (tensors.x, tensors.x)]
+            return torch.autograd.grad(outs, (weight, bias), [tensors.grad_out, tensors.grad_out])
+
+        return sum("copy_kernel" in launch[0] for launch in reference.launches(twice))
+
+    def theirs(x, weight, bias):
+        return F.conv2d(x, weight, bias, **PROBLEM.pairs, groups=PROBLEM.channels)
+
+    def operator(x, weight, bias):
+        return torch.ops.depthwise_inline.forward(x, weight, bias, *PROBLEM.geometry)
+
+    for ours in (functools.partial(convolve, PROBLEM), operator):
+        assert casts(ours) == casts(theirs) == 4
+        assert casts(ours, cache_enabled=False) == casts(theirs, cache_enabled=False) == 8
+
+
 def test_autocast_off_inside_on_is_off():
     tensors = reference.make_tensors(PROBLEM, torch.float32, "nchw", reference.fresh_generator())
     with torch.autocast("cuda", dtype=torch.float16), torch.autocast("cuda", enabled=False):
