@@ -89,7 +89,7 @@ def draw(number, device):
         problem = Problem(
             (_size(drawn, 7), _size(drawn, 7)),
             *(kernel, stride, drawn.choice(paddings), dilation),
-            batch=drawn.choices((0, 1, 2, 3, 9), weights=(2, 30, 40, 20, 8))[0],
+            batch=drawn.choices((0, 1, 2, 3, 9, drawn.randint(10, 40)), weights=(2, 25, 33, 15, 7, 18))[0],
             channels=_size(drawn, 6),
             multiplier=drawn.choices((1, 2, 3), weights=(80, 15, 5))[0],
             bias=drawn.random() < 0.5,
