@@ -1,4 +1,4 @@
-"""Every kernel and tile that can serve a problem, timed side by side: what the numbers in kernels/select.h come from.
+"""Every kernel and tile that can serve a problem, timed side by side: what the numbers in kernels/select*.h come from.
 
     python bench.py --case convnext_56 --dtype float16 --variants
     python bench.py --all --direction grad_weight --variants weight_x4g4 weight_x2g2 --json FILE

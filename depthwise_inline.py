@@ -1277,8 +1277,12 @@ def _select(direction: str, dtype: torch.dtype, channels_last: bool, sizes: Sequ
     library = _load_library()
     name, source = ctypes.create_string_buffer(1 << 12), ctypes.create_string_buffer(1 << 16)
     where = _DIRECTIONS.index(direction), _DTYPES.index(dtype), int(channels_last), _SIZES(*sizes)
-    if library.depthwise_inline_select(*where, name, len(name), source, len(source)) != 0:
-        raise RuntimeError("depthwise_inline: a buffer for the specialisation's source is too small")
+    if (failure := library.depthwise_inline_select(*where, name, len(name), source, len(source))) != 0:
+        raise RuntimeError(
+            "depthwise_inline: a buffer for the specialisation's source is too small"
+            if failure == -1
+            else f"depthwise_inline: the forced variant cannot serve {direction} of this problem"
+        )
     return name.value.decode(), source.value.decode()
 
 

@@ -132,12 +132,7 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
   constexpr int kRowBytes = Traits::kPitch * kChunk * sizeof(T);
   const BandUnit<Traits> unit(number, tiling);
   float sum[kRows][kTiles][4];
-#pragma unroll
-  for (int q = 0; q < kRows; ++q)
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[q][t][e] = bias;
+  start_sums(sum, bias);
 
   // Input row r meets the unit's row q by kernel row r - first - q: rows [full, full_end) meet all of them.
   const BandImagesBlock block(args, tiling);
@@ -191,13 +186,7 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
       }
   }
 
-  float probe = 0;
-#pragma unroll
-  for (int q = 0; q < kRows; ++q)
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) probe += sum[q][t][e];
+  const bool poisoned = has_nan(sum);
   const BandOutputs<Traits> outputs(args, BandImagesBlock(args, tiling), BandUnit<Traits>(number, tiling));
   if (tiling.pairs)
     outputs.template for_each_pair<kTiles>(args.out_w, [&](T* to, int q, int t, int half) {
@@ -214,7 +203,7 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
         if (both) to[1].bits = static_cast<unsigned short>(pair >> 16);
       }
     });
-  if (probe != probe) repair_unit<Traits>(args, tiling, number);
+  if (poisoned) repair_unit<Traits>(args, tiling, number);
 }
 
 template <class Traits>

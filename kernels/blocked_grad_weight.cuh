@@ -16,7 +16,7 @@
 //         as much as a multiprocessor has for each of the blocks that its registers hold, four of 128 threads (see
 //         blocked_grad_weight_tiling.h). Strips lie one after the other, so that their rows are a constant apart.
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, term by term.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "blocked_grad_weight_tiling.h"

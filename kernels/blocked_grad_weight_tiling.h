@@ -78,7 +78,6 @@ struct BlockedGradWeightCut {
 template <class Args>
 double blocked_grad_weight_cycles(const Args& args, const TapTile& tile, const BlockedGradWeightCut& cut,
                                   int64_t splits, bool channels_last) {
-  constexpr int kSharedBytes = 228 << 10;
   // Issue slots a cycle of a scheduler and of a warp that is alone there; cycles of a multiply-add, whose operands do not
   // always come at once; cycles until a block loads, and of a stage and of a block beside; of a multiprocessor for each float
   // that it loads, which lie a sector each in channels_last; bytes a cycle of the sums' way to the second pass and back.
@@ -115,7 +114,7 @@ double blocked_grad_weight_cycles(const Args& args, const TapTile& tile, const B
   const double work = (stages * rounds - fewer / splits) * (mean * step_slots + strip_slots) * warps;
 
   const int blocks = divide_up(args.out_c * splits, kMultiprocessors);  // of the multiprocessor that has most
-  const int places = cut.places(tile, kSharedBytes, blocks);
+  const int places = cut.places(tile, kMultiprocessorSharedBytes, blocks);
   const int in_columns = min_int(w, cut.input_pitch);
   const double floats =
       cut.images * (static_cast<double>(cut.input_rows) * in_columns + cut.band_rows * cut.tile_columns);

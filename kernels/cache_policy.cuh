@@ -14,16 +14,16 @@ namespace depthwise {
 
 class CachePolicy {
  public:
-#if __CUDA_ARCH__ == 900
-  __device__ __forceinline__ explicit CachePolicy(const GradWeightArgs& args)
-      : policy_(ptx::cache_policy(args.evict_first)),
-        zero_(static_cast<unsigned>(args.splits) >> 31),
-        evicts_first_(args.evict_first) {}
   // Kernels whose copies' instructions count have a second, plain copy of them for large tensors.
-  __device__ __forceinline__ bool evicts_first() const { return evicts_first_; }
+#if __CUDA_ARCH__ == 900
+  const bool evicts_first;
+  __device__ __forceinline__ explicit CachePolicy(const GradWeightArgs& args)
+      : evicts_first(args.evict_first),
+        policy_(ptx::cache_policy(args.evict_first)),
+        zero_(static_cast<unsigned>(args.splits) >> 31) {}
 #else
+  static constexpr bool evicts_first = false;
   __device__ __forceinline__ explicit CachePolicy(const GradWeightArgs&) {}
-  __device__ __forceinline__ constexpr bool evicts_first() const { return false; }
 #endif
 
   template <class Word>
@@ -64,7 +64,6 @@ class CachePolicy {
  private:
   uint64_t policy_;
   unsigned zero_;
-  bool evicts_first_;
 #endif
 };
 

@@ -5,6 +5,8 @@
 #include <initializer_list>
 
 #include "can_serve_large.h"
+#include "images_fma_tiling.h"
+#include "images_tiling.h"
 
 namespace depthwise {
 

@@ -53,11 +53,22 @@ int allow_shared_bytes(Kernel kernel, int bytes, int static_bytes = 0) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-// Elements of 16 bits a copy may take: a power of two up to `most` that divides the rows and the address.
-inline int copy_width(const void* tensor, int64_t row, int most = 8) {
+// Elements a copy may take: a power of two up to `most` that divides the rows and the address.
+inline int copy_width(const void* tensor, int64_t row, int most = 8, int element_bytes = 2) {
   int width = most;
-  while (row % width != 0 || reinterpret_cast<uintptr_t>(tensor) / 2 % width != 0) width /= 2;
+  while (row % width != 0 || reinterpret_cast<uintptr_t>(tensor) / element_bytes % width != 0) width /= 2;
   return width;
+}
+
+// Calls body(kVector) with the constant that `vector`, a copy_width, is.
+template <class Body>
+__device__ __forceinline__ void with_vector(int vector, Body&& body) {
+  switch (vector) {
+    case 8: return body(std::integral_constant<int, 8>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    default: return body(std::integral_constant<int, 1>{});
+  }
 }
 
 // Division by a number known at launch alone: a multiplication and a shift. For dividends below 2^31.

@@ -87,9 +87,8 @@ int launch_grad_input_nchw(const DirectArgs& args, cudaStream_t stream) {
   y = divide_up(rows, divide_up(rows, y));
   const int z = max_int(1, min_int(64, kGradInputNchwThreads / (x * y)));
 
-  int store_width = min_int(kColumns, 16 / static_cast<int>(sizeof(T)));
-  while (args.out_w % store_width != 0 || reinterpret_cast<uintptr_t>(args.out) / sizeof(T) % store_width != 0)
-    store_width /= 2;
+  constexpr int kBytes = sizeof(T);
+  const int store_width = copy_width(args.out, args.out_w, min_int(kColumns, 16 / kBytes), kBytes);
   const unsigned tiles_w = divide_up(columns, x), tiles_h = divide_up(rows, y);
   const int64_t blocks = divide_up<int64_t>(args.n * args.out_c, z) * tiles_w * tiles_h;
   grad_input_nchw_kernel<Traits, kColumns, kRows, kVector>

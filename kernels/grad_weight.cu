@@ -24,8 +24,9 @@ void launch_general(const Problem& p, int splits, const void* grad_output, const
   check_launch(cudaGetLastError());
 }
 
-// Whether tensors are to leave the L2 cache first (cache_policy.cuh): up to four times its size. H100, 3x3, 193 MB:
-// 91.3 -> 90.4 us in NCHW, 93.9 -> 89.5 in channels_last; 580 MB: 193.5 -> 199.6 and 205.8 -> 209.5.
+// Whether tensors are to leave the L2 cache first (cache_policy.cuh): up to four times its size. H100: 3x3 at stride 2,
+// 32x96x112x112, fp32 (193 MB): 91.3 -> 90.4 us in NCHW, 93.9 -> 89.5 in channels_last; 3x1, 64x8x512x512, fp16 (537 MB):
+// 193.5 -> 199.6 and 205.8 -> 209.5.
 bool evicts_first(const Problem& p) {
   const int64_t elements = p.n * (p.c * p.h * p.w + p.out_c * p.out_h * p.out_w);
   return elements * element_size(p.dtype) <= 4 * int64_t{device_limits().l2_bytes};

@@ -12,7 +12,7 @@
 //         element, and lanes at many images would touch a line each (mbv2_7: 32x960x7x7, H200: 0.0195 ms without).
 //         "queue": the rows of the steps to come wait in shared memory, a thread's own, where asynchronous copies bring them.
 //         What is loaded into registers shares few scoreboards: to wait for the oldest row is to wait for the latest.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "grad_weight_march.cuh"

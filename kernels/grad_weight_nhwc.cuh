@@ -9,7 +9,7 @@
 //         (grad_weight.cu). No atomics: results repeat bit for bit.
 // Queues  ("queue") the rows of the steps to come in shared memory, each thread its own, where asynchronous copies bring
 //         them. What is loaded into registers shares few scoreboards: to wait for the oldest row is to wait for the latest.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "grad_weight_march.cuh"

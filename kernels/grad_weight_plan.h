@@ -138,7 +138,6 @@ inline GradWeightPlan strips_nchw_grad_weight_plan(const Problem& p) {
 // estimated to be clearly faster. (31x31, 32x128x56x56, fp32, H100: 8 splits 0.569 ms, 16 splits 0.564; 29x29,
 // 16x200x48x48: 16 splits 0.345, 8 splits 0.364, 4 splits 0.402.)
 inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
-  constexpr int kSharedBytes = 228 << 10;
   constexpr int64_t kFewestBlocks = kMultiprocessors, kMostBlocks = 32 * kMultiprocessors;
   constexpr double kClearly = 0.93, kSingleRound = 0.83;
   const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
@@ -150,8 +149,9 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   if (most < first) most = first;
   const bool channels_last = p.layout == Layout::kNhwc;
   const auto cycles_of = [&](int64_t splits) {
-    return blocked_grad_weight_cycles(p, taps, blocked_grad_weight_cut(p, taps, splits, kSharedBytes, channels_last),
-                                      splits, channels_last);
+    return blocked_grad_weight_cycles(
+        p, taps, blocked_grad_weight_cut(p, taps, splits, kMultiprocessorSharedBytes, channels_last), splits,
+        channels_last);
   };
   int64_t best = large_grad_weight_plan(p, p.out_c, kBlockedBlocks).splits;
   double least = kClearly * cycles_of(best);
@@ -172,7 +172,7 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
   // estimated to be slower (31x31, 8x40x96x96, fp32, H100: 13 splits 166 us, estimated 190; 16 splits 175, 162).
   const int64_t round = taps.blocks() * kMultiprocessors, single = round / p.out_c;
   if (!channels_last && best * p.out_c > round && 2 * best * p.out_c < 3 * round && single >= first &&
-      blocked_grad_weight_cut(p, taps, single, kSharedBytes, false).buffers == 2 &&
+      blocked_grad_weight_cut(p, taps, single, kMultiprocessorSharedBytes, false).buffers == 2 &&
       kSingleRound * cycles_of(single) < cycles_of(best))
     best = single;
   return {best, 0};

@@ -15,7 +15,7 @@
 //         few steps, a stage is twice as many where that leaves two of them room.
 // Reduces the block's threads in order through shared memory, then the splits in order (grad_weight.cu). No atomics.
 // Zeros   times infinity would poison a sum: a block whose sums are not all finite takes them again, pair by pair.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "cache_policy.cuh"
@@ -110,7 +110,7 @@ __device__ __forceinline__ const T* copy_pixels(CachePolicy policy, T* shared, i
     }
     return next;
   };
-  if (policy.evicts_first())
+  if (policy.evicts_first)
     return copy_rows([&](int to, const T* from, bool exists) { policy.copy_async<16>(shared + to, from, exists); });
   const CopyTarget<T> target(shared);
   return copy_rows([&](int to, const T* from, bool exists) { target.template copy_async<16>(to, from, exists); });

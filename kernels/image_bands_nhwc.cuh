@@ -111,26 +111,20 @@ template <class Traits>
 struct LoadedBands {
   using T = typename Traits::T;
   using Pairs = BandPairs<Traits, Traits::kHeight, Traits::kWidth>;
-  uint4 left[Pairs::kSteps], right[Pairs::kSteps];
+  PixelPair pixels[Pairs::kSteps];
 
   // Plain loads, which come before a barrier that comes after them; zeros beyond the image.
   __device__ __forceinline__ LoadedBands(const Pairs& pairs, const T* input) {
     pairs.for_each([&](int k, unsigned global, int, bool exists) {
-      left[k] = right[k] = uint4{};
-      if (exists) left[k] = *reinterpret_cast<const uint4*>(input + global);
+      pixels[k].left = pixels[k].right = uint4{};
+      if (exists) pixels[k].left = *reinterpret_cast<const uint4*>(input + global);
       if (exists && (Traits::kWidth % 2 == 0 || pairs.column + 1 < Traits::kWidth))
-        right[k] = *reinterpret_cast<const uint4*>(input + global + pairs.all_channels);
+        pixels[k].right = *reinterpret_cast<const uint4*>(input + global + pairs.all_channels);
     });
   }
   __device__ __forceinline__ void store(const Pairs& pairs, T* room) const {
-    pairs.for_each([&](int k, unsigned, int shared, bool) {
-      const unsigned a[4] = {left[k].x, left[k].y, left[k].z, left[k].w};
-      const unsigned b[4] = {right[k].x, right[k].y, right[k].z, right[k].w};
-#pragma unroll
-      for (int e = 0; e < kGranule; ++e)
-        *reinterpret_cast<unsigned*>(room + shared + e * Traits::kPlanePitch) =
-            e % 2 == 0 ? low_halves(a[e / 2], b[e / 2]) : high_halves(a[e / 2], b[e / 2]);
-    });
+    pairs.for_each(
+        [&](int k, unsigned, int shared, bool) { pixels[k].template store_words<Traits::kPlanePitch>(room + shared); });
   }
 };
 
@@ -141,17 +135,10 @@ __device__ __forceinline__ void store_image_bands(const typename Traits::T* room
   const BandPairs<Traits, Traits::kOutHeight, Traits::kOutWidth> pairs(block);
   T* const out = pairs.first(tensor, block);
   pairs.for_each([&](int, unsigned global, int shared, bool exists) {
-    unsigned word[kGranule];
-#pragma unroll
-    for (int e = 0; e < kGranule; ++e)
-      word[e] = *reinterpret_cast<const unsigned*>(room + shared + e * Traits::kPlanePitch);
-    if (exists)
-      __stcs(reinterpret_cast<uint4*>(out + global), uint4{low_halves(word[0], word[1]), low_halves(word[2], word[3]),
-                                                           low_halves(word[4], word[5]), low_halves(word[6], word[7])});
+    const PixelPair pixels = PixelPair::load_words<Traits::kPlanePitch>(room + shared);
+    if (exists) __stcs(reinterpret_cast<uint4*>(out + global), pixels.left);
     if (exists && (Traits::kOutWidth % 2 == 0 || pairs.column + 1 < Traits::kOutWidth))
-      __stcs(reinterpret_cast<uint4*>(out + global + pairs.all_channels),
-             uint4{high_halves(word[0], word[1]), high_halves(word[2], word[3]), high_halves(word[4], word[5]),
-                   high_halves(word[6], word[7])});
+      __stcs(reinterpret_cast<uint4*>(out + global + pairs.all_channels), pixels.right);
   });
 }
 
@@ -196,22 +183,6 @@ __device__ __forceinline__ void convolve_image_bands(const unsigned (&address)[T
       probe.see(word, band);
       if (column < Traits::kOutWidth) *reinterpret_cast<unsigned*>(stage + Traits::row_at(0, row) + column) = word;
     }
-}
-
-// Computes the staged outputs that are NaN again, one by one.
-template <class Traits>
-__device__ __noinline__ void repair_image_bands(typename Traits::T* room, const DirectArgs& args) {
-  using T = typename Traits::T;
-  constexpr int kPixels = Traits::kOutHeight * Traits::kOutWidth;
-  const ImagesBlock<Traits> block(args);
-#pragma unroll 1
-  for (int k = threadIdx.x; k < block.images * block.channels * kPixels; k += Traits::kThreads) {
-    const int row = k % kPixels / Traits::kOutWidth, column = k % Traits::kOutWidth;
-    const int channel = k / kPixels % block.channels, image = k / kPixels / block.channels;
-    T& value = room[image * Traits::kImagePitch + Traits::row_at(channel, row) + column];
-    if (is_nan(value))
-      value = from_float<T>(toeplitz_exact<Traits>(args, block.image + image, block.channel + channel, row, column));
-  }
 }
 
 template <class Traits>
@@ -260,7 +231,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 
   if (__syncthreads_or(probe.poisoned())) {
-    repair_image_bands<Traits>(room, args);
+    repair_images<Traits>(room, args, [](int image, int channel, int row, int column) {
+      return image * Traits::kImagePitch + Traits::row_at(channel, row) + column;
+    });
     __syncthreads();
   }
   store_image_bands<Traits>(room, static_cast<T*>(args.out), block);

@@ -15,12 +15,13 @@
 //         splits are added by add_splits_kernel: no atomics.
 // Memory  planes of two images, 28 KB each: rows three 16-byte words apart, so that ldmatrix meets no bank twice, those of
 //         input between rows of zeros. The diagonals take their place, 37 KB.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "cache_policy.cuh"
 #include "exact_grad_weight.cuh"
 #include "images_grad_weight_sums.cuh"
+#include "images_tiling.h"
 
 namespace depthwise {
 

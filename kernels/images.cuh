@@ -118,24 +118,13 @@ __device__ __forceinline__ unsigned load_pixels(const T* row, int column) {
   }
 }
 
-// Of all words seen, whether one has a NaN (or infinity, which does no harm: `poisoned` asks for a closer look). Two
+// Of all words seen, whether one is not finite, of which infinity does no harm: `poisoned` asks for a closer look. Two
 // chains, as each is as long as there are words.
 template <class T>
 struct Probe {
-#if __CUDA_ARCH__ >= 800
-  unsigned zeros[2] = {};
-  __device__ __forceinline__ void see(unsigned word, int chain) {
-    zeros[chain] = is_bfloat16<T> ? ptx::multiply_add_bfloat16x2(word, 0, zeros[chain])
-                                  : ptx::multiply_add_float16x2(word, 0, zeros[chain]);
-  }
-  __device__ __forceinline__ bool poisoned() const { return ((zeros[0] | zeros[1]) & 0x7fff7fffu) != 0; }
-#else
-  float sum[2] = {};
-  __device__ __forceinline__ void see(unsigned word, int chain) {
-    sum[chain] += low_to_float<T>(word) + high_to_float<T>(word);
-  }
-  __device__ __forceinline__ bool poisoned() const { return sum[0] != sum[0] || sum[1] != sum[1]; }
-#endif
+  unsigned chains[2] = {};
+  __device__ __forceinline__ void see(unsigned word, int chain) { chains[chain] = probe_pair<T>(chains[chain], word); }
+  __device__ __forceinline__ bool poisoned() const { return is_poisoned(chains[0] | chains[1]); }
 };
 
 // The rows of a channel of eight images as products take them: wide, a row's first eight columns and the next; narrow,
@@ -260,21 +249,19 @@ __device__ __forceinline__ void convolve_narrow(const LaneImages<Traits>& images
       images.stage[image][y * Traits::kOutWidth + column].bits = static_cast<unsigned short>(word[y] >> 16 * image);
 }
 
-// Computes the staged outputs that are NaN again, one by one.
-template <class Traits>
-__device__ __noinline__ void repair_images(typename Traits::T* room, const DirectArgs& args) {
+// Computes the staged outputs that are NaN again, one by one. `at(image, channel, row, column)`: where they are.
+template <class Traits, class At>
+__device__ __noinline__ void repair_images(typename Traits::T* room, const DirectArgs& args, At at) {
   using T = typename Traits::T;
+  constexpr int kWidth = Traits::kOutWidth, kPixels = Traits::kOutHeight * kWidth;
   const ImagesBlock<Traits> block(args);
-  const OutPlanes<Traits> planes(static_cast<T*>(args.out), block);
 #pragma unroll 1
-  for (int k = threadIdx.x; k < block.images * Traits::kChannels * Traits::kOutPixels; k += Traits::kThreads) {
-    const int pixel = k % Traits::kOutPixels, channel = k / Traits::kOutPixels % Traits::kChannels;
-    const int image = k / Traits::kOutPixels / Traits::kChannels;
-    if (channel >= block.channels) continue;
-    T& value = room[planes.at(image, channel) + pixel];
+  for (int k = threadIdx.x; k < block.images * block.channels * kPixels; k += Traits::kThreads) {
+    const int row = k % kPixels / kWidth, column = k % kWidth;
+    const int channel = k / kPixels % block.channels, image = k / kPixels / block.channels;
+    T& value = room[at(image, channel, row, column)];
     if (is_nan(value))
-      value = from_float<T>(toeplitz_exact<Traits>(args, block.image + image, block.channel + channel,
-                                                   pixel / Traits::kOutWidth, pixel % Traits::kOutWidth));
+      value = from_float<T>(toeplitz_exact<Traits>(args, block.image + image, block.channel + channel, row, column));
   }
 }
 
@@ -326,7 +313,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     });
 
   if (__syncthreads_or(probe.poisoned())) {
-    repair_images<Traits>(room, args);
+    repair_images<Traits>(room, args, [&args](int image, int channel, int row, int column) {
+      // Not `out`, which would cost registers until then.
+      const OutPlanes<Traits> planes(static_cast<T*>(args.out), ImagesBlock<Traits>(args));
+      return planes.at(image, channel) + row * Traits::kOutWidth + column;
+    });
     __syncthreads();
   }
   if constexpr (Traits::kChannelsLast)

@@ -19,7 +19,7 @@
 // Errors  grow with the length of a chain of additions: sums of a row (of two rows of whole planes) are added to
 //         those of the others, in groups of rows where registers allow, then over the lanes as a tree. One more addition
 //         for every tap and row: 17 beside 196 multiply-adds of a row of 14 pixels, of kernels that reach over all of it.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "exact_grad_weight.cuh"

@@ -1,12 +1,14 @@
 // Small planes laid out for warps whose lanes are images: fp32, in shared memory.
 //
 // A unit is 32 planes, one for each lane of a warp, or 16, one for a lane of each half: 1 << channel_bits neighbouring
-// channels of as many images as fill the lanes, lane = image << channel_bits | channel. Rows lie lane_pitch apart and planes lane_plane apart, so that lanes that
-// read kGranule floats each at the same place of their planes meet no bank twice.
+// channels of as many images as fill the lanes, lane = image << channel_bits | channel. Rows lie lane_pitch apart and
+// planes lane_plane apart, so that lanes that read kGranule floats each at the same place of their planes meet no bank
+// twice.
 #pragma once
 
 #include "async_copy.cuh"
 #include "direct.cuh"
+#include "images_fma_tiling.h"
 
 namespace depthwise {
 
@@ -140,15 +142,11 @@ template <int kGranule, int kWidth>
 __device__ __forceinline__ void load_lane_row(float (&row)[kWidth], const float* from) {
 #pragma unroll
   for (int k = 0; k < kWidth; k += kGranule) {
-    using Word = typename RawWord<4 * kGranule>::type;
-    union {
-      Word word;
-      float value[kGranule];
-    } bits;
-    bits.word = *reinterpret_cast<const Word*>(from + k);
+    VectorWord<float, kGranule> bits;
+    bits.word = *reinterpret_cast<const decltype(bits.word)*>(from + k);
 #pragma unroll
     for (int e = 0; e < kGranule; ++e)
-      if (k + e < kWidth) row[k + e] = bits.value[e];
+      if (k + e < kWidth) row[k + e] = bits.vector.value[e];
   }
 }
 

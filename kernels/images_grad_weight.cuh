@@ -20,7 +20,7 @@
 // Memory  A stage's planes, see images_grad_weight_planes.cuh, twice where stages overlap; from image to image an odd number of
 //         16-byte words, so that ldmatrix meets no bank twice. 27x27 on 14x14 images: 29 KB of planes and 9 KB of
 //         diagonals for one channel of NCHW, 118 KB and 19 KB for eight of channels_last.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "exact_grad_weight.cuh"

@@ -5,6 +5,7 @@
 
 #include "async_copy.cuh"
 #include "direct.cuh"
+#include "images_tiling.h"
 
 namespace depthwise {
 
@@ -165,16 +166,13 @@ __device__ __forceinline__ void transpose_planes(const StagePlanes<typename Trai
 
 template <class Traits>
 ImagesTensor images_tensor(const void* tensor, int64_t all_channels, int channels, int height, int width) {
-  const auto aligned = [&](int elements) {
-    return reinterpret_cast<uintptr_t>(tensor) % (elements * sizeof(typename Traits::T)) == 0;
-  };
-  int vector = 8;
+  int vector;
   if constexpr (Traits::kChannelsLast) {
-    vector = all_channels % channels == 0 && channels >= 4 && aligned(channels) ? channels : 1;
+    vector = channels >= 4 && copy_width(tensor, all_channels, channels) == channels ? channels : 1;
   } else {
-    while (vector > 1 && (width % vector != 0 || !aligned(vector))) vector /= 2;
+    vector = copy_width(tensor, width);
     const bool even = height * width % 2 == 0 || (channels % 2 == 0 && all_channels % 2 == 0);
-    if (vector == 1 && even && aligned(2)) vector = -2;
+    if (vector == 1 && even && copy_width(tensor, 2, 2) == 2) vector = -2;
   }
   const int units = channels * height * width / (vector == -2 ? 2 : vector);
   return {all_channels * height * width,

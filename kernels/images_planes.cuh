@@ -7,6 +7,7 @@
 
 #include "async_copy.cuh"
 #include "direct.cuh"
+#include "images_tiling.h"
 
 namespace depthwise {
 
@@ -116,8 +117,32 @@ __device__ __forceinline__ void store_images(typename Traits::T* room, const Out
 __device__ __forceinline__ unsigned low_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ unsigned high_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x7632); }
 
-// channels_last: the pairs of neighbouring pixels, of eight channels, that a thread moves between global and shared
-// memory: all of one image.
+// channels_last: two neighbouring pixels of eight channels, which in shared memory are a word of each of eight planes,
+// kPlanePitch elements apart.
+struct PixelPair {
+  uint4 left, right;
+
+  template <int kPlanePitch, class T>
+  __device__ __forceinline__ static PixelPair load_words(const T* shared) {
+    unsigned word[kGranule];
+#pragma unroll
+    for (int e = 0; e < kGranule; ++e) word[e] = *reinterpret_cast<const unsigned*>(shared + e * kPlanePitch);
+    return {{low_halves(word[0], word[1]), low_halves(word[2], word[3]), low_halves(word[4], word[5]),
+             low_halves(word[6], word[7])},
+            {high_halves(word[0], word[1]), high_halves(word[2], word[3]), high_halves(word[4], word[5]),
+             high_halves(word[6], word[7])}};
+  }
+  template <int kPlanePitch, class T>
+  __device__ __forceinline__ void store_words(T* shared) const {
+    const unsigned a[4] = {left.x, left.y, left.z, left.w}, b[4] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+    for (int e = 0; e < kGranule; ++e)
+      *reinterpret_cast<unsigned*>(shared + e * kPlanePitch) =
+          e % 2 == 0 ? low_halves(a[e / 2], b[e / 2]) : high_halves(a[e / 2], b[e / 2]);
+  }
+};
+
+// channels_last: the pairs of pixels that a thread moves between global and shared memory: all of one image.
 template <class Traits, class Planes>
 struct PixelPairs {
   static constexpr int kEights = Traits::kChannels / kGranule, kStep = Traits::kThreads / Traits::kImages / kEights;
@@ -152,23 +177,18 @@ template <class Traits>
 struct LoadedPixels {
   using T = typename Traits::T;
   using Pairs = PixelPairs<Traits, InPlanes<Traits>>;
-  uint4 left[Pairs::kSteps], right[Pairs::kSteps];
+  PixelPair pixels[Pairs::kSteps];
 
   // Plain loads, which come before a barrier that comes after them.
   __device__ __forceinline__ LoadedPixels(const Pairs& pairs, const T* input) {
     pairs.for_each([&](int k, int64_t global, int, bool both) {
-      left[k] = *reinterpret_cast<const uint4*>(input + global);
-      right[k] = both ? *reinterpret_cast<const uint4*>(input + global + pairs.all_channels) : uint4{};
+      pixels[k].left = *reinterpret_cast<const uint4*>(input + global);
+      pixels[k].right = both ? *reinterpret_cast<const uint4*>(input + global + pairs.all_channels) : uint4{};
     });
   }
   __device__ __forceinline__ void store(const Pairs& pairs, T* room) const {
     pairs.for_each([&](int k, int64_t, int shared, bool) {
-      const unsigned a[4] = {left[k].x, left[k].y, left[k].z, left[k].w};
-      const unsigned b[4] = {right[k].x, right[k].y, right[k].z, right[k].w};
-#pragma unroll
-      for (int e = 0; e < kGranule; ++e)
-        *reinterpret_cast<unsigned*>(room + shared + e * InPlanes<Traits>::kPlanePitch) =
-            e % 2 == 0 ? low_halves(a[e / 2], b[e / 2]) : high_halves(a[e / 2], b[e / 2]);
+      pixels[k].template store_words<InPlanes<Traits>::kPlanePitch>(room + shared);
     });
   }
 };
@@ -178,17 +198,10 @@ __device__ __forceinline__ void store_pixels(const typename Traits::T* room, con
                                              const ImagesBlock<Traits>& block) {
   const PixelPairs<Traits, OutPlanes<Traits>> pairs(planes, block);
   pairs.for_each([&](int, int64_t global, int shared, bool both) {
-    unsigned word[kGranule];
-#pragma unroll
-    for (int e = 0; e < kGranule; ++e)
-      word[e] = *reinterpret_cast<const unsigned*>(room + shared + e * OutPlanes<Traits>::kPlanePitch);
+    const PixelPair pixels = PixelPair::load_words<OutPlanes<Traits>::kPlanePitch>(room + shared);
     auto* const to = planes.first + global;
-    __stcs(reinterpret_cast<uint4*>(to), uint4{low_halves(word[0], word[1]), low_halves(word[2], word[3]),
-                                               low_halves(word[4], word[5]), low_halves(word[6], word[7])});
-    if (both)
-      __stcs(reinterpret_cast<uint4*>(to + pairs.all_channels),
-             uint4{high_halves(word[0], word[1]), high_halves(word[2], word[3]), high_halves(word[4], word[5]),
-                   high_halves(word[6], word[7])});
+    __stcs(reinterpret_cast<uint4*>(to), pixels.left);
+    if (both) __stcs(reinterpret_cast<uint4*>(to + pairs.all_channels), pixels.right);
   });
 }
 

@@ -101,13 +101,9 @@ struct GlobalMemory {
 struct SharedMemory {
   template <int kCount, class T>
   __device__ __forceinline__ static Vector<T, kCount> load(const T* pointer, bool in_bounds) {
-    using Word = typename RawWord<sizeof(T) * kCount>::type;
-    union {
-      Word word;
-      Vector<T, kCount> vector;
-    } bits;
-    bits.word = Word{};
-    if (in_bounds) bits.word = *reinterpret_cast<const Word*>(pointer);
+    VectorWord<T, kCount> bits;
+    bits.word = {};
+    if (in_bounds) bits.word = *reinterpret_cast<const decltype(bits.word)*>(pointer);
     return bits.vector;
   }
 };

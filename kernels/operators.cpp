@@ -373,7 +373,8 @@ void depthwise_inline_add_launcher(const char* name, void* launcher) {
 
 void depthwise_inline_force_variant(const char* variant) { depthwise::force_variant(variant); }
 
-// The variant that serves a problem, and the source of its specialisation ("": nothing to build). -1: no room.
+// The variant that serves a problem, and the source of its specialisation ("": nothing to build). -1: no room; -2:
+// the forced variant cannot serve it.
 int depthwise_inline_select(int direction, int dtype, int layout, const int64_t* sizes, char* name, int name_capacity,
                             char* source, int source_capacity) try {
   const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
@@ -388,7 +389,7 @@ int depthwise_inline_select(int direction, int dtype, int layout, const int64_t*
   return -2;
 }
 
-// Every variant that can serve a problem, one a line. -1: no room.
+// Every variant that can serve a problem, one a line. -1: no room; -2: no such problem.
 int depthwise_inline_tiles(int direction, int dtype, int layout, const int64_t* sizes, char* names, int capacity) try {
   const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
   std::string all = "general";

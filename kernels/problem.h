@@ -35,7 +35,9 @@ struct Tile {
 };
 
 constexpr int64_t kInt32Max = 0x7fffffff;
-constexpr int kMultiprocessors = 132;  // an H100's, for which kernels are selected and grads of weight are cut
+// An H100's multiprocessors, for which kernels are selected and grads of weight are cut, and shared memory of each.
+constexpr int kMultiprocessors = 132, kMultiprocessorSharedBytes = 228 << 10;
+constexpr int kGranule = 8;  // elements of 16 bits in 16 bytes
 
 inline int element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
@@ -297,142 +299,6 @@ constexpr int grad_input_registers(int columns, int rows, int channels, int kern
   const int window_rows = (rows - 1 + (kernel_h - 1) * dilation_h) / stride_h + 1;
   const int window_columns = (columns - 1 + (kernel_w - 1) * dilation_w) / stride_w + 1;
   return (window_rows * window_columns + kernel_h * kernel_w) * channels;
-}
-
-// images: a product holds eight images. Elements from plane to plane, and from image to image, of a block's shared memory.
-constexpr int kImagesTogether = 8;
-constexpr int kMaxImageSize = 16;
-constexpr bool is_narrow_image(int width, int out_width) { return width <= 8 && out_width <= 8; }
-// In how many rounds the rows of outputs are computed, each with its sums in registers: more where that makes room for
-// another block and the few bands cost little to shuffle again.
-constexpr int image_rounds(int width, int out_height, int out_width, int shifts) {
-  if (is_narrow_image(width, out_width) || out_height <= 8) return 1;
-  return shifts <= 5 ? 3 : shifts <= 9 ? 2 : 1;
-}
-constexpr int image_round_rows(int width, int out_height, int out_width, int shifts) {
-  const int rounds = image_rounds(width, out_height, out_width, shifts);
-  return (out_height + rounds - 1) / rounds;
-}
-// Registers of a thread: rows of input, sums, taps, and the rest, which nvcc's reports tell and which is more where columns
-// are loaded one by one.
-constexpr int image_registers(int height, int width, int out_height, int out_width, int shifts) {
-  const int round_rows = image_round_rows(width, out_height, out_width, shifts);
-  if (is_narrow_image(width, out_width)) return height + 2 * round_rows + shifts / 2 + shifts + 24;
-  constexpr int kRest[] = {28, 40, 35};
-  return 2 * height + 4 * round_rows + shifts / 2 + (width % 2 == 0 ? 0 : 16) +
-         kRest[image_rounds(width, out_height, out_width, shifts) - 1];
-}
-// image_bands_nhwc: bands of an image, channels of a block, rows of input that a band meets; registers of a thread, likewise.
-constexpr int kImageBands = 2, kImageBandsChannels = 16;
-constexpr int image_bands_rows(int out_height, int shifts, int shift_step) {
-  return divide_up(out_height, kImageBands) + (shifts - 1) * shift_step;
-}
-constexpr int image_bands_registers(int out_height, int shifts, int shift_step) {
-  return 4 * divide_up(image_bands_rows(out_height, shifts, shift_step), 2) + 4 * divide_up(out_height, kImageBands) +
-         28;
-}
-constexpr int kGranule = 8;  // elements of 16 bytes
-// channels_last: words so that the planes of a channel and of the eighth one on are half the banks apart.
-constexpr int plane_pitch(int pixels, bool channels_last) {
-  return channels_last ? ((pixels + 1) / 2 + 1) / 4 * 8 + 4 : pixels;
-}
-// An odd number of four words. NCHW: of granules, of which the first may hold one element alone.
-constexpr int planes_pitch(int channels, int pixels, bool channels_last) {
-  return channels_last ? channels * plane_pitch(pixels, true) / 16 * 16 + 8
-                       : ((channels * pixels + 2 * kGranule - 2) / kGranule | 1) * kGranule;
-}
-
-// images_grad_weight: channels of a block, at most; images of a stage; into how many segments the `live` kernel rows
-// that meet the image are cut, where images have more than eight columns; elements from image to image in shared memory,
-// an odd number of 16-byte words.
-constexpr int images_channels(bool channels_last, int columns) { return channels_last ? 8 : columns == 8 ? 2 : 1; }
-constexpr int images_stage(bool channels_last, int columns, int live) {
-  return columns == 8 || (columns == 16 && !channels_last && live <= 16) ? 32 : 16;
-}
-constexpr int images_cuts(bool channels_last, int columns, int live) {
-  if (columns == 32) return (live + 1) / 2;
-  return channels_last ? (live <= 14 ? 2 : 4) : live <= 16 ? 2 : 8;
-}
-// image_rows_grad_weight: rows and columns of its images, rows of its kernels, channels of a block.
-constexpr int kImageRowsSize = 16, kMaxImageRowsKernel = 7, kImageRowsChannels = 16;
-constexpr int images_pitch(int rows, int columns) { return (rows * columns / 8 | 1) * 8; }
-
-// Kernels whose lanes are images (images_fma_lanes.cuh). Floats from row to row and from plane to plane of shared memory, where
-// lanes read `granule` floats at once: planes are an odd multiple of that, so that lanes meet different banks.
-constexpr int kMaxLaneImage = 20;  // rows and columns
-constexpr int max_lane_height(int64_t width) { return width <= 16 ? 16 : kMaxLaneImage; }
-// images_fma_grad_weight, but for whole planes: of wide images half as many fit, so that the halves of a warp take other
-// kernel rows.
-constexpr bool takes_half_lanes(bool whole_plane, int64_t width, int64_t out_width) {
-  return !whole_plane && (width > 14 || out_width > 14);
-}
-constexpr int kLaneGradWeightWarps = 7;  // of a block, at most
-constexpr int lane_pitch(int width, int granule = 4) { return (width + granule - 1) / granule * granule; }
-constexpr int lane_plane(int height, int width, int granule = 4) {
-  const int floats = height * lane_pitch(width, granule);
-  return floats / granule % 2 != 0 ? floats : floats + granule;
-}
-// Of a block: two where whole planes are a warp's work.
-constexpr int lane_units(bool whole_plane) { return whole_plane ? 2 : 1; }
-// Output rows that the warps of a block take, at most.
-constexpr int max_lane_out_height(int out_width) { return out_width <= 14 ? 14 : max_lane_height(out_width); }
-
-// How lanes are dealt to channels and images: 1 << channel_bits channels a warp.
-struct LaneCut {
-  int channel_bits, shared_bytes;
-  int plane_bits = 5;  // 1 << plane_bits planes a warp
-};
-constexpr int lane_groups(int64_t n, const LaneCut& cut) {  // of images
-  const int images = (1 << cut.plane_bits) >> cut.channel_bits;
-  return static_cast<int>((n + images - 1) / images);
-}
-
-// `unit_bytes`: of shared memory for the planes of all units; `channel_bytes`: for what every channel has beside.
-// channels_last: eight channels, whole sectors of memory. NCHW: one, unless more leave fewer lanes without an image.
-constexpr LaneCut lane_cut(int64_t n, int units, int unit_bytes, int channel_bytes, bool channels_last,
-                           int plane_bits = 5) {
-  LaneCut cut{0, unit_bytes + units * channel_bytes, plane_bits};
-  int64_t least = 0;
-  for (int bits = 0; bits <= 3; ++bits) {
-    const int bytes = unit_bytes + (units << bits) * channel_bytes;
-    const int64_t images = (1 << plane_bits) >> bits, padded = (n + images - 1) / images * images;
-    if (bits > 0 && (bytes > kSharedBytesEverywhere || (!channels_last && padded >= least))) continue;
-    least = padded;
-    cut = {bits, bytes, plane_bits};
-  }
-  return cut;
-}
-
-// Inputs and outputs share their room.
-constexpr LaneCut images_fma_cut(const DirectArgs& args, bool whole_plane, bool channels_last) {
-  const int units = lane_units(whole_plane);
-  const int in = lane_plane(args.h, args.w), out = lane_plane(args.out_h, args.out_w);
-  return lane_cut(args.n, units, 4 * 32 * units * (in > out ? in : out), 4 * lane_plane(args.kernel_h, args.kernel_w),
-                  channels_last);
-}
-
-// Floats that a lane of images_fma_grad_weight reads at once: where it does so all the time and rows are no whole words of
-// four, two, as their planes leave room for more blocks.
-constexpr int lane_grad_weight_granule(bool whole_plane, int64_t width, int64_t out_width) {
-  return whole_plane || (width % 4 == 0 && out_width % 4 == 0) ? 4 : 2;
-}
-
-// images_fma_grad_weight of whole planes: floats from tap to tap of the lanes' sums; an odd multiple of 16 bytes. The
-// sums of a kernel row at least have room where the planes were.
-constexpr int kLaneTapPitch = 36;
-constexpr bool lane_sums_fit(int taps, int h, int w, int out_h, int out_w) {
-  return taps * kLaneTapPitch <= 32 * (lane_plane(h, w) + lane_plane(out_h, out_w));
-}
-
-// Both planes of every lane, and a float for every thread, at most. `args`: a Problem or GradWeightArgs.
-template <class Args>
-constexpr LaneCut images_fma_grad_weight_cut(const Args& args, bool whole_plane, bool channels_last) {
-  const int units = lane_units(whole_plane), granule = lane_grad_weight_granule(whole_plane, args.w, args.out_w);
-  const int plane_bits = takes_half_lanes(whole_plane, args.w, args.out_w) ? 4 : 5;
-  const int planes = lane_plane(static_cast<int>(args.h), static_cast<int>(args.w), granule) +
-                     lane_plane(static_cast<int>(args.out_h), static_cast<int>(args.out_w), granule);
-  return lane_cut(args.n, units, 4 * units * ((planes << plane_bits) + 32 * kLaneGradWeightWarps), 0, channels_last,
-                  plane_bits);
 }
 
 // What a launcher answers where its kernel is not for the current device, and nothing was launched; else CUDA's answer.

@@ -65,7 +65,7 @@ __device__ __forceinline__ unsigned short to_bfloat16(float value) {  // sm_80
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
-// Each half of `sum` plus zero times that of `pair`: NaN from when on a pair was not finite; sm_80.
+// Each half of `sum` plus zero times that of `pair`: NaN from when on a pair was not finite; bfloat16: sm_80.
 __device__ __forceinline__ unsigned probe_float16_pair(unsigned sum, unsigned pair) {
   asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
   return sum;
@@ -87,23 +87,12 @@ __device__ __forceinline__ unsigned to_bfloat16x2(float low, float high) {
   return word;
 }
 
-// a * b + c of both halves of words; bfloat16: sm_80.
-__device__ __forceinline__ unsigned multiply_add_float16x2(unsigned a, unsigned b, unsigned c) {
-  unsigned word;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
-  return word;
-}
-__device__ __forceinline__ unsigned multiply_add_bfloat16x2(unsigned a, unsigned b, unsigned c) {
-  unsigned word;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
-  return word;
-}
-
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
 
-// How soon the L2 cache gives up a line that is loaded so (sm_80): first of all, or as any other.
+// How soon the L2 cache gives up a line that is loaded so: first of all, or as any other. It exists from sm_80 on, but only
+// sm_90 takes it (cache_policy.cuh).
 __device__ __forceinline__ uint64_t cache_policy(bool evict_first) {
   uint64_t first, normal;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));

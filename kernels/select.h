@@ -1,13 +1,13 @@
 // Which kernel and which tile serve a problem, and why: the one place that decides. Pure C++: no launch, no device.
+// select_config, at the end, decides top to bottom; the functions before it, and for the grad of weight those of
+// select_grad_weight.h, choose among kernels and tiles of one kind.
 #pragma once
 
 #include <string>
 
-#include "can_serve.h"
+#include "select_grad_weight.h"
 
 namespace depthwise {
-
-constexpr int64_t k3x3 = 9, k3x5 = 15, k5x5 = 25, k9x9 = 81;  // taps
 
 // tiled_nhwc: the tile that wastes the fewest channels; of equals 12 lanes, whose blocks are smaller (7x7 on 32x192x28x28,
 // fp32 / fp16, H200: 0.039 / 0.036 ms, 16 lanes 0.040 / 0.038).
@@ -22,15 +22,6 @@ inline int tiled_nhwc_tile(int64_t channels) {
   return best;
 }
 
-// The first tile of a kernel's table that serves `p`, or the general kernel.
-inline Config first_that_serves(const Problem& p, Kernel kernel) {
-  for (int tile = 0; tile < tile_table(kernel, p.dtype).size; ++tile)
-    if (can_serve(p, kernel, tile)) return {kernel, tile};
-  return {};
-}
-
-// Batches that fill the lanes of a product or of a warp: kernels that take several images at once waste the others.
-constexpr int64_t kImagesBatch = 8, kImagesFmaBatch = 16;
 // strips: those of a channel that are worth a product, which takes sixteen.
 constexpr int64_t kFewestStrips = 12;
 
@@ -301,121 +292,6 @@ inline Config select_nhwc(const Problem& p) {
   const int tiled = tiled_nhwc_tile(p.c);
   if (can_serve(p, Kernel::kTiledNhwc, tiled)) return {Kernel::kTiledNhwc, tiled};
   return {};
-}
-
-// Grad of weight. H200, 32 images, ms.
-
-// Small images in large batches: a product of sixteen images, or a lane an image.
-inline Config select_images_grad_weight(const Problem& p) {
-  const bool nchw = p.layout == Layout::kNchw;
-  const int64_t taps = p.kernel_h * p.kernel_w;
-  if (p.n < kImagesBatch) return {};
-  if (p.dtype != DType::kFloat32) {
-    // NCHW, fp16: 3x3, 960x7x7: 0.0098, staged 0.0136; 384x14x14: 0.0115, 0.0116; 7x7, 384x14x14: 0.012, 0.016; 27x27,
-    // 512x14x14: 0.017, toeplitz 0.087; 29x29, 256x32x32: 0.042, 0.081; not 7x7, 192x28x28: 0.022, strips 0.018.
-    // channels_last: 3x3, 960x7x7: 0.0111, marching 0.0113; 7x7, 384x14x14: 0.018, strips 0.026; 768x7x7: 0.011, 0.018;
-    // 27x27, 512x14x14: 0.036, toeplitz 0.064; not 3x3, 384x14x14: 0.017, marching 0.013. Few kernel rows, by the rows of
-    // an image (H100): 7x7, 384x14x14: 0.0174, images 0.0196, strips 0.0204; 5x5, 672x14x14: 0.0208, 0.0276, 0.0233;
-    // that images up to 16x16 and kernels up to seven rows are alike rests on these two shapes alone.
-    const Kernel kernel = nchw ? Kernel::kImagesGradWeightNchw : Kernel::kImagesGradWeightNhwc;
-    for (int tile = tile_table(kernel, p.dtype).size - 1; tile >= 0; --tile) {
-      const int columns = tile_table(kernel, p.dtype)[tile].columns;
-      const bool few = columns == 32 ? taps <= k9x9 : !nchw && columns == 16 && taps < k5x5;
-      if (few || !can_serve(p, kernel, tile)) continue;
-      const bool by_rows = columns == 16 && can_serve(p, Kernel::kImageRowsGradWeight, 0);
-      return by_rows ? Config{Kernel::kImageRowsGradWeight, 0} : Config{kernel, tile};
-    }
-    return {};
-  }
-  // fp32. NCHW: 5x5, 672x14x14: 0.0235, queue 0.0252; 7x7, 384x14x14: 0.0167, 0.0179; 27x27, 512x14x14: 0.044, blocked
-  // 0.272; whole planes: 7x7, 768x7x7: 0.0114, by rows 0.0121, staged 0.016; 13x13, 512x7x7: 0.015, 0.017, blocked 0.077.
-  // channels_last: 7x7, 384x14x14: 0.026, marching 0.034; 768x7x7: 0.015, 0.027; 27x27, 512x14x14: 0.064, blocked 0.272;
-  // not 5x5, 672x14x14: 0.039, marching 0.028. Wider than 14 (H100): 13x13, 200x20x20: 0.033, blocked 0.057; channels_last
-  // 0.044, 0.089.
-  const bool is_few = taps <= (takes_half_lanes(false, p.w, p.out_w) ? kMaxRegisterTaps : nchw ? 0 : k5x5);
-  if (p.n < kImagesFmaBatch || is_few) return {};
-  return can_serve(p, Kernel::kImagesFmaGradWeight, 1) ? Config{Kernel::kImagesFmaGradWeight, 1}
-                                                       : first_that_serves(p, Kernel::kImagesFmaGradWeight);
-}
-
-inline Config select_marching_nchw(const Problem& p) {
-  const Kernel kernel = Kernel::kGradWeightNchw;
-  const TileTable table = tile_table(kernel, p.dtype);
-  const bool wide = p.dtype == DType::kFloat32;
-  // Rows to come wait in shared memory where there is much to do for each, fp32 (5x5, 240x28x28: 0.028, in registers 0.035;
-  // 7x7, 96x56x56: 0.044, 0.068; not 3x3, 144x56x56: 0.055, 0.049), or where they are long, fp16 (3x3 at stride 2,
-  // 96x112x112: 0.043, 0.046; dilation 12, 8x256x64x64: 0.0216, 0.0225; not 144x56x56: 0.043, 0.030).
-  const bool queued = wide ? p.kernel_h * p.kernel_w >= k5x5 : p.stride_w > 1 || p.dilation_w > 1;
-  if (queued)
-    for (int tile = 0; tile < table.size; ++tile)
-      if (table[tile].queued && can_serve(p, kernel, tile)) return {kernel, tile};
-  return first_that_serves(p, kernel);
-}
-
-// channels_last, fp32: kernels of so many taps queue their rows.
-constexpr int64_t kQueuedTaps = k3x5;
-
-inline Config select_marching_nhwc(const Problem& p) {
-  const bool wide = p.dtype == DType::kFloat32, dilated = p.dilation_h > 1 || p.dilation_w > 1;
-  const int64_t taps = p.kernel_h * p.kernel_w;
-  const auto tile_of = [&](int channels, bool queued = false) {
-    for (int tile = 0; tile < TileTable(kGradWeightNhwcTiles).size; ++tile) {
-      const Tile& t = kGradWeightNhwcTiles[tile];
-      if (t.vector == channels && t.queued == queued && can_serve(p, Kernel::kGradWeightNhwc, tile))
-        return Config{Kernel::kGradWeightNhwc, tile};
-    }
-    return Config{};
-  };
-  const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
-  // Streams. fp32 at stride 1, 32 channels: 3x3, 16x64x512x512: 0.491, marching 0.510; 144x56x56: 0.051, 0.055; 1x11,
-  // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073). fp16, 64 channels: 144x56x56: 0.036, 0.042;
-  // 3x7, 128x128x256: 0.208, 0.281; 1x11: 0.036, 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2
-  // (144x56x56: 0.032, 64 channels 0.043, 0.044).
-  if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < kQueuedTaps : taps <= k5x5)) {
-    const int tile = wide || taps == k5x5 ? 1 : 0;
-    if (can_serve(p, Kernel::kGradWeightStreamNhwc, tile)) return {Kernel::kGradWeightStreamNhwc, tile};
-  }
-  // fp32: rows to come wait in shared memory where there is much to do for each, of two channels as far as registers hold
-  // their sums (H100: 3x7, 128x128x256: 0.398, stream 0.420; 5x5, 240x28x28: 0.039, stream 0.041, marching 0.050; 7x7,
-  // 96x56x56: 0.073, marching 0.085, stream 0.095; 192x28x28: 0.041, 0.055, 0.058; 9x9, 768x32x32: 0.202, 0.218).
-  if (wide && taps >= kQueuedTaps && p.stride_w == 1 && !dilated && (!small || taps > k5x5)) {
-    const Config queue = tile_of(taps <= k5x5 ? 2 : 1, true);
-    if (queue.kernel != Kernel::kGeneral) return queue;
-  }
-  // Four channels a thread, where registers hold them, but one in small images, of which there would be too few threads
-  // (3x3, 384x14x14, fp32 / fp16: 0.016 / 0.014, four 0.022 / 0.018; 5x5, 672x14x14: 0.031 / 0.028, two 0.044 / 0.035),
-  // and fewer in large ones, of which more warps are read at once (3x3, 16x64x512x512: 0.509 / 0.279, four 0.536 /
-  // 0.350). In fp32 one also where four do not fit (3x7, 128x128x256: 0.339, two 0.394).
-  Config config = small || (large && wide) ? tile_of(1) : large ? tile_of(2) : tile_of(4);
-  if (config.kernel == Kernel::kGeneral && wide) config = tile_of(1);
-  return config.kernel != Kernel::kGeneral ? config : first_that_serves(p, Kernel::kGradWeightNhwc);
-}
-
-// Kernels up to 9x9 in 16 bits on the tensor cores: NCHW, 7x7, 96x56x56: 0.027, marching 0.049; 5x5, 240x28x28: 0.018,
-// 0.022; 9x9, 768x32x32: 0.054, 0.124; 3x7, 128x128x256: 0.165, 0.198; not 3x3 (144x56x56: 0.038, 0.030). channels_last:
-// 7x7, 96x56x56: 0.036, 0.066; 5x5, 240x28x28: 0.024, 0.031; 9x9, 768x32x32: 0.089, toeplitz 0.147; not 3x7 (0.247, stream
-// 0.208).
-inline Config select_strips_grad_weight(const Problem& p) {
-  const bool nchw = p.layout == Layout::kNchw;
-  if (p.kernel_h * p.kernel_w < (nchw ? k3x5 : k5x5)) return {};
-  return first_that_serves(p, nchw ? Kernel::kStripsGradWeightNchw : Kernel::kStripsGradWeightNhwc);
-}
-
-inline Config select_large_grad_weight(const Problem& p) { return first_that_serves(p, Kernel::kToeplitzGradWeight); }
-
-inline Config select_grad_weight(const Problem& p) {
-  const bool channels_last = p.layout == Layout::kNhwc;
-  for (const Config& config : {select_images_grad_weight(p), select_strips_grad_weight(p)})
-    if (config.kernel != Kernel::kGeneral) return config;
-  const Config marching = channels_last ? select_marching_nhwc(p) : select_marching_nchw(p);
-  // 16 bits beyond 9x9, or 8x8 of channels_last: 9x9, 768x32x32: 0.147, marching 0.201.
-  const Config large = select_large_grad_weight(p);
-  const bool prefers_large =
-      channels_last && p.kernel_h * p.kernel_w > kMaxRegisterTaps && large.kernel != Kernel::kGeneral;
-  if (marching.kernel != Kernel::kGeneral && !prefers_large) return marching;
-  if (large.kernel != Kernel::kGeneral) return large;
-  if (can_serve(p, Kernel::kBlockedGradWeight, channels_last)) return {Kernel::kBlockedGradWeight, channels_last};
-  return marching;
 }
 
 // `frugal`: without the kernels that some GPUs refuse.

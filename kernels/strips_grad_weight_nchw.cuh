@@ -9,7 +9,7 @@
 //         of grad_output, an odd number of 16-byte words, so that ldmatrix meets no bank twice. A window's sixteen columns
 //         of input begin at a multiple of eight, for ldmatrix; kernels of fewer than nine columns leave some choice of
 //         where the window begins, and four columns further on rows are copied by words of eight bytes.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "strips_grad_weight.cuh"
@@ -53,7 +53,7 @@ __device__ __forceinline__ void copy_line(T* shared, int shared_pitch, const T* 
         }
       };
       constexpr int kBytes = kVector * sizeof(T);
-      if (policy.evicts_first())
+      if (policy.evicts_first)
         copy_rows([&](T* to, const T* from, bool exists) { policy.copy_async<kBytes>(to, from, exists); });
       else
         copy_rows([](T* to, const T* from, bool exists) { copy_async<kBytes>(to, from, exists); });
@@ -65,16 +65,10 @@ template <int kRows, class T>
 __device__ __forceinline__ void copy_line(int vector, T* shared, int shared_pitch, const T* global, int width,
                                           unsigned row_mask, int first_column, int columns, int lane, int lanes,
                                           CachePolicy policy) {
-  const auto copy = [&](auto constant) {
+  with_vector(vector, [&](auto constant) {
     copy_line<decltype(constant)::value, kRows>(shared, shared_pitch, global, width, row_mask, first_column, columns,
                                                 lane, lanes, policy);
-  };
-  switch (vector) {
-    case 8: return copy(std::integral_constant<int, 8>{});
-    case 4: return copy(std::integral_constant<int, 4>{});
-    case 2: return copy(std::integral_constant<int, 2>{});
-    default: return copy(std::integral_constant<int, 1>{});
-  }
+  });
 }
 
 template <class Traits>

@@ -11,7 +11,7 @@
 //         that ldmatrix meets no bank twice; it transposes, and words of two pixels are stored into the channels' planes.
 //         Planar: a line is a row of a patch, of input and then of grad_output, in a pitch that lets eight neighbouring
 //         windows, across lines too, lie in different banks; planes lie an odd number of 16-byte words apart.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "strips_grad_weight.cuh"

@@ -104,17 +104,6 @@ __device__ __forceinline__ void store_strips_nchw(typename Traits::T* to, const 
     }
 }
 
-// Calls body(kVector) with the constant that `vector` is.
-template <class Body>
-__device__ __forceinline__ void with_vector(int vector, Body&& body) {
-  switch (vector) {
-    case 8: return body(std::integral_constant<int, 8>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    default: return body(std::integral_constant<int, 1>{});
-  }
-}
-
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     strips_nchw_kernel(const __grid_constant__ DirectArgs args, const __grid_constant__ StripsPlan plan) {

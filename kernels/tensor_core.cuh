@@ -30,14 +30,38 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
 // Of a run of pairs: whether one is not finite. Starts as zero; what comes out says so to is_poisoned.
 template <class T>
 __device__ __forceinline__ unsigned probe_pair(unsigned probe, unsigned pair) {
+  if constexpr (!is_bfloat16<T>) return ptx::probe_float16_pair(probe, pair);
 #if __CUDA_ARCH__ >= 800
-  return is_bfloat16<T> ? ptx::probe_bfloat16_pair(probe, pair) : ptx::probe_float16_pair(probe, pair);
+  return ptx::probe_bfloat16_pair(probe, pair);
 #else
-  constexpr unsigned kExponent = is_bfloat16<T> ? 0x7f80 : 0x7c00;
+  constexpr unsigned kExponent = 0x7f80;
   return (pair & kExponent) == kExponent || (pair >> 16 & kExponent) == kExponent ? ~0u : probe;
 #endif
 }
 __device__ __forceinline__ bool is_poisoned(unsigned probe) { return (probe & 0x7fff7fff) != 0; }
+
+// The sums of a warp's products.
+template <int kRows, int kColumns>
+__device__ __forceinline__ void start_sums(float (&sum)[kRows][kColumns][4], float bias) {
+#pragma unroll
+  for (int a = 0; a < kRows; ++a)
+#pragma unroll
+    for (int b = 0; b < kColumns; ++b)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[a][b][e] = bias;
+}
+// Whether some are NaN.
+template <int kRows, int kColumns>
+__device__ __forceinline__ bool has_nan(const float (&sum)[kRows][kColumns][4]) {
+  float probe = 0;
+#pragma unroll
+  for (int a = 0; a < kRows; ++a)
+#pragma unroll
+    for (int b = 0; b < kColumns; ++b)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) probe += sum[a][b][e];
+  return probe != probe;
+}
 
 // What an architecture lacks (bf16 before sm_80): the product of K = 8 by shuffles and plain multiply-adds. A function,
 // as hundreds of copies would take minutes to compile.

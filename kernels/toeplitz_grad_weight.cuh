@@ -24,7 +24,7 @@
 //         multiprocessor.
 // Zeros   stand for the padding in both matrices, and zero times infinity would poison a sum. But whatever is not finite
 //         reaches a sum then: a block whose sums are not all finite takes them again, term by term within bounds.
-// Chosen  select.h.
+// Chosen  select_grad_weight.h.
 #pragma once
 
 #include "direct.cuh"

@@ -102,11 +102,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       const ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk,
                                       ptx::shared_address(zeros()), tiling.row_divider, now.rows, args.h, at.slot,
                                       at.slots);
-      start_sums<Traits>(sum, first);
+      start_sums(sum, first);
       multiply_rows<Traits>(sum, rows, args, pairs + at.channel * channel_pairs);
     }
 
-    const bool poisoned = __syncthreads_or(has_nan<Traits>(sum));
+    const bool poisoned = __syncthreads_or(has_nan(sum));
     if (ptx::thread_index() == 0) now = next, next = later;
     if (const Slot at(args, tiling); at.slot < at.slots) {
       T* const to = tile() + at.channel * tiling.stage * kChunk + 2 * (ptx::lane_index() % 4);

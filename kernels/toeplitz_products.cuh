@@ -8,29 +8,6 @@ namespace depthwise {
 template <class Traits>
 using ToeplitzSums = float[Traits::kTilesH][Traits::kTilesW][4];
 
-template <class Traits>
-__device__ __forceinline__ void start_sums(ToeplitzSums<Traits>& sum, float bias) {
-#pragma unroll
-  for (int a = 0; a < Traits::kTilesH; ++a)
-#pragma unroll
-    for (int n = 0; n < Traits::kTilesW; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sum[a][n][e] = bias;
-}
-
-// Whether some are NaN.
-template <class Traits>
-__device__ __forceinline__ bool has_nan(const ToeplitzSums<Traits>& sum) {
-  float probe = 0;
-#pragma unroll
-  for (int a = 0; a < Traits::kTilesH; ++a)
-#pragma unroll
-    for (int n = 0; n < Traits::kTilesW; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) probe += sum[a][n][e];
-  return probe != probe;
-}
-
 // A warp's tiles: every `step`-th of its channel's, whose rows are counted through all images of the block.
 template <class Traits>
 struct ToeplitzRows {

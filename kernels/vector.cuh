@@ -40,6 +40,18 @@ struct alignas(sizeof(T) * kCount) Vector {
   T value[kCount];
 };
 
+// A vector, and the word as which one instruction moves it. Zeros are assigned to the word: initialised with {}, nvcc 13.0
+// makes blocked kernels of float16 up to 3% longer.
+template <class T, int kCount>
+struct VectorWord {
+  using Word = typename RawWord<sizeof(T) * kCount>::type;
+  static_assert(sizeof(Vector<T, kCount>) == sizeof(Word));
+  union {
+    Word word;
+    Vector<T, kCount> vector;
+  };
+};
+
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(float16 value) { return ptx::from_float16(value.bits); }
 __device__ __forceinline__ float to_float(bfloat16 value) { return ptx::from_bfloat16(value.bits); }
@@ -94,27 +106,18 @@ __device__ __forceinline__ float load(const T* pointer) {
 // One read-only load; a false predicate reads nothing and gives zeros.
 template <int kCount, class T>
 __device__ __forceinline__ Vector<T, kCount> load_or_zero(const T* pointer, bool in_bounds) {
-  using Word = typename RawWord<sizeof(T) * kCount>::type;
-  static_assert(sizeof(Vector<T, kCount>) == sizeof(Word));
-  union {
-    Word word;
-    Vector<T, kCount> vector;
-  } bits;
-  bits.word = Word{};
-  if (in_bounds) bits.word = __ldg(reinterpret_cast<const Word*>(pointer));
+  VectorWord<T, kCount> bits;
+  bits.word = {};
+  if (in_bounds) bits.word = __ldg(reinterpret_cast<const decltype(bits.word)*>(pointer));
   return bits.vector;
 }
 
 // One store that marks its line as first to leave the cache: an output is not read again by the kernel that wrote it.
 template <int kCount, class T>
 __device__ __forceinline__ void store_streaming(T* pointer, const Vector<T, kCount>& vector) {
-  using Word = typename RawWord<sizeof(T) * kCount>::type;
-  union {
-    Word word;
-    Vector<T, kCount> vector;
-  } bits;
+  VectorWord<T, kCount> bits;
   bits.vector = vector;
-  __stcs(reinterpret_cast<Word*>(pointer), bits.word);
+  __stcs(reinterpret_cast<decltype(bits.word)*>(pointer), bits.word);
 }
 
 template <int kCount, class T>

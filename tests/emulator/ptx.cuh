@@ -37,15 +37,6 @@ inline unsigned probe_bfloat16_pair(unsigned sum, unsigned pair) {
 inline unsigned to_float16x2(float low, float high) { return to_float16(low) | unsigned{to_float16(high)} << 16; }
 inline unsigned to_bfloat16x2(float low, float high) { return to_bfloat16(low) | unsigned{to_bfloat16(high)} << 16; }
 
-inline unsigned multiply_add_float16x2(unsigned a, unsigned b, unsigned c) {
-  const auto half = [](unsigned pair, int k) { return from_float16(static_cast<unsigned short>(pair >> 16 * k)); };
-  return to_float16x2(fmaf(half(a, 0), half(b, 0), half(c, 0)), fmaf(half(a, 1), half(b, 1), half(c, 1)));
-}
-inline unsigned multiply_add_bfloat16x2(unsigned a, unsigned b, unsigned c) {
-  const auto half = [](unsigned pair, int k) { return from_bfloat16(static_cast<unsigned short>(pair >> 16 * k)); };
-  return to_bfloat16x2(fmaf(half(a, 0), half(b, 0), half(c, 0)), fmaf(half(a, 1), half(b, 1), half(c, 1)));
-}
-
 unsigned shared_address(const void* shared);
 
 void* at_shared_address(unsigned address);
