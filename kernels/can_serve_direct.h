@@ -132,7 +132,9 @@ inline bool can_serve_nhwc(const Problem& p, Kernel kernel, const Tile& tile) {
   if (kernel == Kernel::kStreamNhwc) {
     const int vector = stream_nhwc_vector(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);
     const int live_rows = rolling_live_rows(kernel_h, stride_h, dilation_h);
-    const int columns = 4 * stream_nhwc_least_tiles(tile.vector, vector, element_size(p.dtype));
+    const int columns =
+        stream_nhwc_columns(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, element_size(p.dtype)) *
+        stream_nhwc_least_tiles(tile.vector, vector, element_size(p.dtype));
     const int stage_pixels =
         rolling_stage_outputs(live_rows) * stride_h * window_size(columns, stride_w, kernel_w, dilation_w);
     const int registers = stream_nhwc_registers(kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w);

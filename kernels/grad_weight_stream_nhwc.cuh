@@ -35,6 +35,7 @@ struct GradWeightStreamTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, 
   static constexpr int kStageSteps = kShape.stage_steps;      // a multiple of them
   static constexpr int kStageRows = kStageSteps * kStrideH_;  // of input
   static constexpr bool kIsDouble = false, kMayDouble = sizeof(T_) == 2 && kTaps * kVector <= 42 && kStageRows <= 3;
+  static constexpr bool kIsLarge = false, kMayBeLarge = kMayDouble && kVector <= 2;
   static constexpr bool kKeepsPointers = sizeof(T_) == 2;
   static constexpr int kWindow = kShape.window;
   static constexpr uint64_t kUsed = window_mask(kColumns, kStrideW_, kKernelW_, 1);
@@ -57,6 +58,14 @@ template <class Traits>
 struct DoubleStages : Traits {
   static constexpr int kStageSteps = 2 * Traits::kStageSteps, kStageRows = 2 * Traits::kStageRows;
   static constexpr bool kIsDouble = true;
+};
+
+// Double stages of large tensors: their copies have no policy to choose, and an item's first and last stage, which leave out
+// the rows of grad_output that do not exist, are apart, so that those between have no branches. That is three times the
+// code, for which registers do not suffice where a thread has four channels.
+template <class Traits>
+struct LargeStages : DoubleStages<Traits> {
+  static constexpr bool kIsLarge = true;
 };
 
 // Pixels of a stage's rows, and elements of a stage.
@@ -90,7 +99,7 @@ constexpr int kNoColumn = -(1 << 30);  // nor one of those that follow
 
 // A thread's share of kRows rows of pixels: kCount of every row, `step` apart. `column`: of the first; zeros stand for
 // those outside [0, end_column) and for rows outside [0, end_row). Returns the source of the row that follows.
-template <int kRows, int kCount, class T>
+template <int kRows, int kCount, bool kIsLarge, class T>
 __device__ __forceinline__ const T* copy_pixels(CachePolicy policy, T* shared, int shared_pitch, int shared_step,
                                                 const T* source, int pitch, int source_step, int column, int step,
                                                 int end_column, int row, int end_row) {
@@ -110,7 +119,7 @@ __device__ __forceinline__ const T* copy_pixels(CachePolicy policy, T* shared, i
     }
     return next;
   };
-  if (policy.evicts_first)
+  if (!kIsLarge && policy.evicts_first)
     return copy_rows([&](int to, const T* from, bool exists) { policy.copy_async<16>(shared + to, from, exists); });
   const CopyTarget<T> target(shared);
   return copy_rows([&](int to, const T* from, bool exists) { target.template copy_async<16>(to, from, exists); });
@@ -181,17 +190,17 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
       }
       const int input_row = next_row * Traits::kStrideH - args.padding_h;
       const T* const input = next_input;
-      next_input = copy_pixels<Traits::kStageRows, Traits::kInputCopies>(
+      next_input = copy_pixels<Traits::kStageRows, Traits::kInputCopies, Traits::kIsLarge>(
           policy, target + next_slot, stage.input_row, copy_step * kChannels, next_input, input_pitch,
           copy_step * out_c, next_input_column, copy_step, args.w, input_row, end_input_row);
 #pragma unroll 1
       for (int k = copy_column; k < Traits::kHalo; k += copy_step) {
         const int column = Traits::kInputCopies * copy_step + k - copy_column;
-        copy_pixels<Traits::kStageRows, 1>(policy, target + (next_slot + column * kChannels), stage.input_row, 0,
-                                           input + column * out_c, input_pitch, 0, next_input_column + column, 0,
-                                           args.w, input_row, end_input_row);
+        copy_pixels<Traits::kStageRows, 1, Traits::kIsLarge>(
+            policy, target + (next_slot + column * kChannels), stage.input_row, 0, input + column * out_c, input_pitch,
+            0, next_input_column + column, 0, args.w, input_row, end_input_row);
       }
-      next_grad = copy_pixels<Traits::kStageSteps, Traits::kGradCopies>(
+      next_grad = copy_pixels<Traits::kStageSteps, Traits::kGradCopies, Traits::kIsLarge>(
           policy, target + (next_slot + to_grad), stage.grad_row, copy_step * kChannels, next_grad, grad_pitch,
           copy_step * out_c, next_grad_column, copy_step, args.out_w, next_row, next_item.end_row);
       next_stage = next_stage + 1 == item_stages ? 0 : next_stage + 1;
@@ -209,7 +218,8 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
   float sum[kTaps][kVector] = {}, bias[kVector] = {};
   float grad[kDepth][kColumns][kVector] = {};
   int stages_left = item_stages;
-  const bool ends_early = args.rows + kDepth - 1 <= (2 * item_stages - 1) * (Traits::kStageSteps / 2);
+  const int last_rows =
+      args.rows - (item_stages - 1) * Traits::kStageSteps;  // of an item's last stage; none: not positive
   for (int k = 0; k < stages; ++k) {
     stages_left = stages_left == 0 ? item_stages - 1 : stages_left - 1;
     wait_for_stage(ring_depth - 1);
@@ -218,48 +228,60 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
     const T* const input_stage = input_corner + next_slot;  // which is the oldest stage's as well
     const T* const grad_stage = grad_corner + next_slot;
     float bias_part[kVector] = {};
+    const auto take = [&](auto is_first, auto is_last) {
+      constexpr bool kIsFirst = decltype(is_first)::value, kIsLast = decltype(is_last)::value;
 #pragma unroll
-    for (int step = 0; step < Traits::kStageSteps; ++step) {
-      if (Traits::kIsDouble && step == Traits::kStageSteps / 2 && stages_left == 0 && ends_early) break;
-      float (&row)[kColumns][kVector] = grad[step % kDepth];
+      for (int step = 0; step < Traits::kStageSteps; ++step) {
+        const bool may_end = kIsLast || (!Traits::kIsLarge && Traits::kIsDouble && step == Traits::kStageSteps / 2);
+        if (may_end && (kIsLast || stages_left == 0) && step - kDepth + 1 >= last_rows) break;
+        float (&row)[kColumns][kVector] = grad[step % kDepth];
 #pragma unroll
-      for (int v = 0; v < kColumns; ++v) {
-        const auto pixel =
-            *reinterpret_cast<const Vector<T, kVector>*>(grad_stage + step * stage.grad_row + v * kChannels);
+        for (int v = 0; v < kColumns; ++v) {
+          const auto pixel =
+              *reinterpret_cast<const Vector<T, kVector>*>(grad_stage + step * stage.grad_row + v * kChannels);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) row[v][e] = to_float(pixel.value[e]);
-      }
-      if (wants_bias) {
+          for (int e = 0; e < kVector; ++e) row[v][e] = to_float(pixel.value[e]);
+        }
+        if (wants_bias) {
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) bias_part[e] += (row[0][e] + row[1][e]) + (row[2][e] + row[3][e]);
-      }
-#pragma unroll
-      for (int r = 0; r < Traits::kStrideH; ++r) {
-        float window[kWindow][kVector];
-#pragma unroll
-        for (int w = 0; w < kWindow; ++w) {
-          if (!(Traits::kUsed >> w & 1)) continue;
-          const auto pixel = *reinterpret_cast<const Vector<T, kVector>*>(
-              input_stage + (step * Traits::kStrideH + r) * stage.input_row + w * kChannels);
-#pragma unroll
-          for (int e = 0; e < kVector; ++e) window[w][e] = to_float(pixel.value[e]);
+          for (int e = 0; e < kVector; ++e) bias_part[e] += (row[0][e] + row[1][e]) + (row[2][e] + row[3][e]);
         }
 #pragma unroll
-        for (int i = r; i < Traits::kKernelH; i += Traits::kStrideH) {
-          const float (&met)[kColumns][kVector] = grad[(step - i / Traits::kStrideH + kDepth) % kDepth];
+        for (int r = 0; r < Traits::kStrideH; ++r) {
+          float window[kWindow][kVector];
 #pragma unroll
-          for (int j = 0; j < Traits::kKernelW; ++j)
+          for (int w = 0; w < kWindow; ++w) {
+            if (!(Traits::kUsed >> w & 1)) continue;
+            const auto pixel = *reinterpret_cast<const Vector<T, kVector>*>(
+                input_stage + (step * Traits::kStrideH + r) * stage.input_row + w * kChannels);
 #pragma unroll
-            for (int e = 0; e < kVector; ++e) {
-              float& tap = sum[i * Traits::kKernelW + j][e];
-              float terms = Traits::kSumsRows ? 0.f : tap;
+            for (int e = 0; e < kVector; ++e) window[w][e] = to_float(pixel.value[e]);
+          }
 #pragma unroll
-              for (int v = 0; v < kColumns; ++v) terms = fmaf(met[v][e], window[v * Traits::kStrideW + j][e], terms);
-              tap = Traits::kSumsRows ? tap + terms : terms;
-            }
+          for (int i = r; i < Traits::kKernelH; i += Traits::kStrideH) {
+            if ((kIsFirst && step < i / Traits::kStrideH) || (kIsLast && step - i / Traits::kStrideH >= last_rows))
+              continue;
+            const float (&met)[kColumns][kVector] = grad[(step - i / Traits::kStrideH + kDepth) % kDepth];
+#pragma unroll
+            for (int j = 0; j < Traits::kKernelW; ++j)
+#pragma unroll
+              for (int e = 0; e < kVector; ++e) {
+                float& tap = sum[i * Traits::kKernelW + j][e];
+                float terms = Traits::kSumsRows ? 0.f : tap;
+#pragma unroll
+                for (int v = 0; v < kColumns; ++v) terms = fmaf(met[v][e], window[v * Traits::kStrideW + j][e], terms);
+                tap = Traits::kSumsRows ? tap + terms : terms;
+              }
+          }
         }
       }
-    }
+    };
+    if (Traits::kIsLarge && stages_left == item_stages - 1)
+      take(std::true_type(), std::false_type());
+    else if (Traits::kIsLarge && stages_left == 0)
+      take(std::false_type(), std::true_type());
+    else
+      take(std::false_type(), std::false_type());
 #pragma unroll
     for (int e = 0; e < kVector; ++e) bias[e] += bias_part[e];
   }
@@ -335,7 +357,9 @@ int launch_grad_weight_stream_nhwc(const GradWeightArgs& args, int, cudaStream_t
     kernel<<<grid, threads, bytes, stream>>>(args, tiling, depth);
     return cudaGetLastError();
   };
-  // 3x7, 32x128x128x256, fp16, H100: 0.208, stages of three steps 0.215.
+  // 3x7, 32x128x128x256, fp16, H100: 0.208, stages of three steps 0.215; H200: 0.195, of large tensors 0.179.
+  if constexpr (Traits::kMayBeLarge)
+    if (ring_depth == 4 && !args.evict_first) return launch(grad_weight_stream_nhwc_kernel<LargeStages<Traits>>, 2);
   if constexpr (Traits::kMayDouble)
     if (ring_depth == 4) return launch(grad_weight_stream_nhwc_kernel<DoubleStages<Traits>>, 2);
   return launch(grad_weight_stream_nhwc_kernel<Traits>, ring_depth);

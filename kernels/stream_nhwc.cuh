@@ -2,7 +2,7 @@
 //
 // Serves  any compile-time kernel, stride and dilation, any padding; fp32, fp16, bf16; channels a multiple of 16 bytes.
 // Owns    a block walks down a strip of kLanes * kVector channels and tiles_w * kColumns columns of one image; each thread
-//         computes kColumns neighbouring pixels of kVector channels, row after row, its filters in registers.
+//         computes kColumns (4 or 8) neighbouring pixels of kVector channels, row after row, its filters in registers.
 // Rolls   an input row is read and converted once, and added to every output row that it meets: kLiveRows rows of sums,
 //         whose names are fixed by unrolling a stage of kStageOutputs output rows.
 // Halos   odd strips are walked upwards: neighbours meet at their common rows when both begin or when both end, so that
@@ -15,13 +15,14 @@
 // Chosen  where the filters fit registers and the image is large enough to walk over (select.h).
 #pragma once
 
+#include <type_traits>
+
 #include "async_copy.cuh"
 #include "direct.cuh"
 
 namespace depthwise {
 
 constexpr int kStreamNhwcThreads = 256;  // a block, at most
-constexpr int kStreamColumns = 4;
 
 struct StreamNhwcPlan {
   int tiles_w;                     // thread tiles of a block
@@ -33,24 +34,26 @@ struct StreamNhwcPlan {
   int first_images, last_strips, last_rows;
 };
 
-template <class T, int kLanes, int kVector>
+template <class Traits, int kLanes, int kVector>
 struct StreamNhwcShared {
+  using T = typename Traits::T;
+  static constexpr int kColumns =
+      stream_nhwc_columns(Traits::kKernelH, Traits::kKernelW, Traits::kStrideH, Traits::kStrideW, Traits::kDilationH,
+                          Traits::kDilationW, sizeof(T));  // of a thread
+  // Columns of input of a block beside those of its thread tiles.
+  static constexpr int kHalo = max_int(
+      0, window_size(kColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW) - kColumns * Traits::kStrideW);
+  // Whether the rows that a strip's first and last stage need not multiply are left out: stages apart, whose code is long.
+  static constexpr bool kSkips = kColumns > 4 && RollingShape<Traits>::kLag > 0;
   static constexpr int kChannels = kLanes * kVector;
   static constexpr int kCopies = kChannels * sizeof(T) / 16;  // 16-byte copies a pixel
   static_assert(kChannels * sizeof(T) % 16 == 0);
   static constexpr bool kExchanges = stream_nhwc_exchanges(kChannels, kVector, sizeof(T));
   static constexpr int kLeastTiles = stream_nhwc_least_tiles(kChannels, kVector, sizeof(T));
   // Pixels of a row that a thread tile copies at a time.
-  static constexpr int kTilePixels = min_int(kLanes / kCopies, kStreamColumns);
-  static_assert(kLanes % kCopies == 0 && kStreamColumns % kTilePixels == 0);
+  static constexpr int kTilePixels = min_int(kLanes / kCopies, kColumns);
+  static_assert(kLanes % kCopies == 0 && kColumns % kTilePixels == 0);
 };
-
-// Columns of input of a block beside those of its thread tiles.
-template <class Traits>
-constexpr int stream_halo() {
-  return max_int(0, window_size(kStreamColumns, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW) -
-                        kStreamColumns * Traits::kStrideW);
-}
 
 // Threads of one channel: the filters of all of a block's `channels` channels through shared memory, so that each line
 // is read once. `shared` is free for a stage, which is at least as many pixels as a filter has taps.
@@ -69,8 +72,8 @@ __device__ __forceinline__ void load_filters_shared(float (&weight)[Traits::kKer
 
 // Stores eight channels of neighbouring pixels, of which lane 0 of a pair holds the first four and lane 1 the others: each
 // of them stores all eight of every second pixel. `out`: the lane's own first pixel; `num_columns`: from there on.
-template <class T>
-__device__ __forceinline__ void store_pixels_of_pair(T* out, int pixel, const float (&values)[kStreamColumns][4],
+template <int kColumns, class T>
+__device__ __forceinline__ void store_pixels_of_pair(T* out, int pixel, const float (&values)[kColumns][4],
                                                      int num_columns) {
   union Half {
     Vector<T, 4> vector;
@@ -78,7 +81,7 @@ __device__ __forceinline__ void store_pixels_of_pair(T* out, int pixel, const fl
   };
   const bool second = threadIdx.x % 2 != 0;
 #pragma unroll
-  for (int q = 0; q < kStreamColumns; q += 2) {
+  for (int q = 0; q < kColumns; q += 2) {
     Half half[2];
 #pragma unroll
     for (int side = 0; side < 2; ++side)
@@ -108,10 +111,10 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   using T = typename Traits::T;
   using Pixel = Vector<T, kVector>;
   using Shape = RollingShape<Traits>;
-  using Shared = StreamNhwcShared<T, kLanes, kVector>;
-  constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
-  constexpr int kWindow = window_size(kStreamColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
-  constexpr uint64_t kUsedColumns = window_mask(kStreamColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
+  using Shared = StreamNhwcShared<Traits, kLanes, kVector>;
+  constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW, kColumns = Shared::kColumns;
+  constexpr int kWindow = window_size(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
+  constexpr uint64_t kUsedColumns = window_mask(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
 
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* const ring = reinterpret_cast<T*>(shared_memory);
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   const int strips = is_first ? plan.strips : plan.last_strips, rows = is_first ? plan.rows : plan.last_rows;
   const int first_channel = block % plan.blocks_c * Shared::kChannels;
   block /= plan.blocks_c;
-  const int first_column = block % plan.blocks_w * plan.tiles_w * kStreamColumns;
+  const int first_column = block % plan.blocks_w * plan.tiles_w * kColumns;
   block /= plan.blocks_w;
   const int strip = block % strips;
   const bool upwards = kVector > 1 && strip % 2 != 0;  // threads of one channel have no registers for it
@@ -139,8 +142,8 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   // Requests the input rows of a stage, stage after stage. A thread copies the same 16 bytes of channels of every
   // copy_step-th pixel: all warps as much, as they wait for each other, and the first ones the kHalo columns that remain.
   // Little is computed here: it is what each stage begins with.
-  constexpr int kCopies = kStreamColumns * Traits::kStrideW / Shared::kTilePixels;  // of a row
-  constexpr int kHalo = stream_halo<Traits>();
+  constexpr int kCopies = kColumns * Traits::kStrideW / Shared::kTilePixels;  // of a row
+  constexpr int kHalo = Shared::kHalo;
   const int thread = threadIdx.y * kLanes + threadIdx.x;
   const int copy_channel = threadIdx.x % Shared::kCopies * (16 / static_cast<int>(sizeof(T)));
   const int copy_column = threadIdx.y * Shared::kTilePixels + threadIdx.x / Shared::kCopies;
@@ -180,7 +183,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage < stages);
 
   const int channel = first_channel + threadIdx.x * kVector;
-  const int column = first_column + threadIdx.y * kStreamColumns;
+  const int column = first_column + threadIdx.y * kColumns;
   const bool computes = channel < args.out_c && column < args.out_w;
   float weight[kTaps][kVector] = {};
   Pixel bias{};
@@ -199,10 +202,10 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   T* next_out = static_cast<T*>(args.out) + ((image * args.out_h + first_row) * args.out_w + store_column) * pixel +
                 (Shared::kExchanges ? first_channel : channel) - static_cast<int64_t>(Shape::kLag) * row_step;
   const T* const window_corner =
-      ring + threadIdx.y * kStreamColumns * Traits::kStrideW * Shared::kChannels + threadIdx.x * kVector;
+      ring + threadIdx.y * kColumns * Traits::kStrideW * Shared::kChannels + threadIdx.x * kVector;
   const int num_columns = args.out_w - store_column, out_pixel = computes ? pixel : 0;
   int slot = 0;  // where the stage begins in the ring
-  float sum[Shape::kLiveRows][kStreamColumns][kVector] = {};
+  float sum[Shape::kLiveRows][kColumns][kVector] = {};
   for (int stage = 0; stage < stages; ++stage) {
     wait_for_stage(plan.depth - 1);
     __syncthreads();  // and every thread is done with the stage that the next request overwrites
@@ -211,55 +214,76 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
     const T* const corner = window_corner + slot;
     slot = slot + stage_elements == plan.depth * stage_elements ? 0 : slot + stage_elements;
     const int stage_row = stage * Shape::kStageOutputs;  // output row, from first_row, whose first tap is in this stage
+    // A strip's first stage meets no rows begun before it, its last one begins none that end in it.
+    const auto take = [&](auto is_first, auto is_last) {
+      constexpr bool kIsFirst = decltype(is_first)::value, kIsLast = decltype(is_last)::value;
 #pragma unroll
-    for (int r = 0; r < Shape::kStageRows; ++r) {
-      float window[kWindow][kVector];
+      for (int r = 0; r < Shape::kStageRows; ++r) {
+        float window[kWindow][kVector];
 #pragma unroll
-      for (int k = 0; k < kWindow; ++k) {
-        if (!(kUsedColumns >> k & 1)) continue;
-        const Pixel in = *reinterpret_cast<const Pixel*>(corner + r * row_elements + k * Shared::kChannels);
+        for (int k = 0; k < kWindow; ++k) {
+          if (!(kUsedColumns >> k & 1)) continue;
+          const Pixel in = *reinterpret_cast<const Pixel*>(corner + r * row_elements + k * Shared::kChannels);
 #pragma unroll
-        for (int e = 0; e < kVector; ++e) window[k][e] = to_float(in.value[e]);
-      }
+          for (int e = 0; e < kVector; ++e) window[k][e] = to_float(in.value[e]);
+        }
 #pragma unroll
-      for (int i = 0; i < Traits::kKernelH; ++i) {
-        if (!Shape::meets(r, i)) continue;
-        const int o = Shape::output_row(r, i);  // negative: begun in an earlier stage
-        float (&row_sum)[kStreamColumns][kVector] =
-            sum[(o + Shape::kStageOutputs * Shape::kLiveRows) % Shape::kLiveRows];
+        for (int i = 0; i < Traits::kKernelH; ++i) {
+          if (!Shape::meets(r, i)) continue;
+          const int o = Shape::output_row(r, i);  // negative: begun in an earlier stage
+          const bool is_complete = i == Traits::kKernelH - 1;
+          if (kIsFirst && o < 0) {
+            if (is_complete) next_out += ptx::opaque(row_step);
+            continue;
+          }
+          if (kIsLast && o >= Shape::kStageOutputs - Shape::kLag) continue;
+          float (&row_sum)[kColumns][kVector] = sum[(o + Shape::kStageOutputs * Shape::kLiveRows) % Shape::kLiveRows];
 #pragma unroll
-        for (int j = 0; j < kKernelW; ++j)
+          for (int j = 0; j < kKernelW; ++j)
 #pragma unroll
-          for (int q = 0; q < kStreamColumns; ++q)
+            for (int q = 0; q < kColumns; ++q)
 #pragma unroll
-            for (int e = 0; e < kVector; ++e)
-              row_sum[q][e] =
-                  fmaf(window[q * Traits::kStrideW + j * Traits::kDilationW][e], weight[i * kKernelW + j][e],
-                       i == 0 && j == 0 ? to_float(bias.value[e]) : row_sum[q][e]);
-        if (i != Traits::kKernelH - 1) continue;
-        if (static_cast<unsigned>(stage_row + o) < static_cast<unsigned>(num_rows)) {
-          if constexpr (Shared::kExchanges) {
-            store_pixels_of_pair(next_out, pixel, row_sum, num_columns);
-          } else {
-            T* out = next_out;
-            if (num_columns >= kStreamColumns) {
-#pragma unroll
-              for (int q = 0; q < kStreamColumns; ++q) {
-                store_streaming(out, row_sum[q]);
-                out += ptx::opaque(out_pixel);
-              }
+              for (int e = 0; e < kVector; ++e)
+                row_sum[q][e] =
+                    fmaf(window[q * Traits::kStrideW + j * Traits::kDilationW][e], weight[i * kKernelW + j][e],
+                         i == 0 && j == 0 ? to_float(bias.value[e]) : row_sum[q][e]);
+          if (!is_complete) continue;
+          const bool is_between = Shared::kSkips && !kIsFirst && !kIsLast;  // its rows are the strip's
+          if (is_between || static_cast<unsigned>(stage_row + o) < static_cast<unsigned>(num_rows)) {
+            if constexpr (Shared::kExchanges) {
+              store_pixels_of_pair(next_out, pixel, row_sum, num_columns);
             } else {
+              T* out = next_out;
+              if (num_columns >= kColumns) {
 #pragma unroll
-              for (int q = 0; q < kStreamColumns - 1; ++q) {
-                if (q < num_columns) store_streaming(out, row_sum[q]);
-                out += ptx::opaque(out_pixel);
+                for (int q = 0; q < kColumns; ++q) {
+                  store_streaming(out, row_sum[q]);
+                  out += ptx::opaque(out_pixel);
+                }
+              } else {
+#pragma unroll
+                for (int q = 0; q < kColumns - 1; ++q) {
+                  if (q < num_columns) store_streaming(out, row_sum[q]);
+                  out += ptx::opaque(out_pixel);
+                }
               }
             }
           }
+          next_out += ptx::opaque(row_step);
         }
-        next_out += ptx::opaque(row_step);
+      }
+    };
+    if constexpr (Shared::kSkips) {
+      if (stage == 0) {
+        take(std::true_type(), std::false_type());
+        continue;
+      }
+      if (stage == stages - 1) {
+        take(std::false_type(), std::true_type());
+        continue;
       }
     }
+    take(std::false_type(), std::false_type());
   }
 }
 
@@ -267,9 +291,9 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
 template <class Traits, int kLanes, int kVector>
 StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limits) {
   using Shape = RollingShape<Traits>;
-  using Shared = StreamNhwcShared<typename Traits::T, kLanes, kVector>;
+  using Shared = StreamNhwcShared<Traits, kLanes, kVector>;
   StreamNhwcPlan plan{};
-  const int all_tiles = divide_up(args.out_w, kStreamColumns);
+  const int all_tiles = divide_up(args.out_w, Shared::kColumns);
   plan.blocks_c = divide_up(static_cast<int>(args.out_c), Shared::kChannels);
   // Two blocks a multiprocessor; of few taps at stride 1 four small ones, whose threads wait for fewer others (3x3,
   // 16x64x512x512, fp32 / fp16, H200: 0.544 / 0.274 ms, two 0.550 / 0.283; not 32x96x112x112 at stride 2, fp16: 0.038,
@@ -284,36 +308,45 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
     for (int most = min_int(512 / blocks, kStreamNhwcThreads) / kLanes; most > 0 && plan.depth < 2; most /= 2) {
       plan.tiles_w =
           divide_up(divide_up(all_tiles, divide_up(all_tiles, most)), Shared::kLeastTiles) * Shared::kLeastTiles;
-      plan.in_columns = plan.tiles_w * kStreamColumns * Traits::kStrideW + stream_halo<Traits>();
+      plan.in_columns = plan.tiles_w * Shared::kColumns * Traits::kStrideW + Shared::kHalo;
       plan.depth = min_int(4, limits.shared_bytes_for(blocks) / stage_bytes());
     }
   if (plan.depth < 2) return StreamNhwcPlan{};
   plan.blocks_w = divide_up(all_tiles, plan.tiles_w);
-  // A multiprocessor holds 512 threads of 128 registers.
-  const int by_shared = limits.shared_bytes / (plan.depth * stage_bytes() + (1 << 10));
-  const int concurrent = limits.multiprocessors * min_int(by_shared, 512 / (kLanes * plan.tiles_w));
+  // A multiprocessor holds 512 threads of 128 registers. Of eight columns a thread, whose stages are large, rather more
+  // blocks than stages.
+  constexpr bool kIsWide = Shared::kColumns > 4;
+  const auto held = [&](int depth) {
+    return min_int(limits.shared_bytes / (depth * stage_bytes() + (1 << 10)), 512 / (kLanes * plan.tiles_w));
+  };
+  for (int depth = plan.depth - 1; kIsWide && depth >= 2; --depth)
+    if (held(depth) > held(plan.depth)) plan.depth = depth;
+  const int concurrent = limits.multiprocessors * held(plan.depth);
   const int64_t images = args.n * plan.blocks_c * plan.blocks_w;
   int strips =
       best_strips(images, concurrent, args.out_h, 2 * Shape::kStageOutputs, Shape::kStageOutputs + Shape::kLag);
   // Tall images: many strips, in 16 bits always (3x3, H200: 64x128x256x512, fp16: 1.233 ms with one strip, 1.154 with 8;
-  // fp32: 2.162, 2.172; 3x7, 32x128x128x256, fp16, H100: three strips 0.202, one 0.209), else where all blocks would be a
-  // single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
+  // fp32: 2.162, 2.172), else where all blocks would be a single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
+  // Of eight columns a thread, half as many, as blocks are twice as wide.
+  constexpr int kTallRows = kIsWide ? 63 : 32;
   if (kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
-    strips = max_int(strips, args.out_h / 32);
-  // A few waves of blocks of such images: longer strips, but half as long ones of half of the images, which come last (3x7,
-  // 32x128x128x256, fp16, H100: 0.195, of a fifth of the images 0.196, of none 0.197; a wave alone is best as it is: 1x11,
-  // 16x64x128x128: 0.031, 0.032).
-  const bool is_uneven = kIsShort && args.out_h >= 96 && args.out_h < 192 && images * strips > 2 * concurrent &&
-                         images * strips < 8 * concurrent;
-  if (is_uneven) strips = args.out_h / 42;
+    strips = max_int(strips, args.out_h / kTallRows);
+  // A few waves of blocks of such images: longer strips, but shorter ones of some of the images, which come last (3x7,
+  // 32x128x128x256, fp16: of half of them H100: 0.195, of a fifth 0.196, of none 0.197. Of eight columns, H200: two strips,
+  // but six of an eighth of the images 0.158, six of a quarter 0.161, none 0.162; three strips 0.161, one 0.169. A wave
+  // alone is best as it is: 1x11, 16x64x128x128, H100: 0.031, 0.032).
+  constexpr int kFewestWaves = kIsWide ? 1 : 2, kLastShare = kIsWide ? 8 : 2, kLastStrips = kIsWide ? 3 : 2;
+  const bool is_uneven = kIsShort && args.out_h >= 96 && args.out_h < 192 &&
+                         images * strips > kFewestWaves * concurrent && images * strips < 8 * concurrent;
+  if (is_uneven && !kIsWide) strips = args.out_h / 42;
   const auto rows_of = [&](int strips) {  // whole stages
     return divide_up(divide_up(args.out_h, strips) + Shape::kLag, Shape::kStageOutputs) * Shape::kStageOutputs -
            Shape::kLag;
   };
   plan.rows = rows_of(strips);
   plan.strips = divide_up(args.out_h, plan.rows);
-  const int64_t last_images = is_uneven ? args.n / 2 : 0;
-  plan.last_rows = rows_of(plan.strips * 2);
+  const int64_t last_images = is_uneven ? args.n / kLastShare : 0;
+  plan.last_rows = rows_of(plan.strips * kLastStrips);
   plan.last_strips = divide_up(args.out_h, plan.last_rows);
   plan.first_images = static_cast<int>(args.n - last_images);
   const unsigned image_blocks = plan.blocks_w * plan.blocks_c;
@@ -328,7 +361,7 @@ int launch_stream_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
                                              Traits::kDilationH, Traits::kDilationW);
   constexpr int kLanes = kChannels / kVector;
   using Shape = RollingShape<Traits>;
-  using Shared = StreamNhwcShared<typename Traits::T, kLanes, kVector>;
+  using Shared = StreamNhwcShared<Traits, kLanes, kVector>;
   const StreamNhwcPlan plan = plan_stream_nhwc<Traits, kLanes, kVector>(args, device_limits());
   if (plan.depth == 0) return cudaErrorInvalidConfiguration;
   const auto kernel = stream_nhwc_kernel<Traits, kLanes, kVector>;

@@ -172,10 +172,10 @@ class Emulator:
                 self.library.depthwise_inline_add_launcher(name.encode(), None)
 
     @contextlib.contextmanager
-    def device(self, multiprocessors, shared_bytes, shared_bytes_block):
+    def device(self, multiprocessors, shared_bytes, shared_bytes_block, l2_bytes=50 << 20):
         """For a while another GPU than an H200."""
-        self.library.emulator_set_device(multiprocessors, shared_bytes, shared_bytes_block)
+        self.library.emulator_set_device(multiprocessors, shared_bytes, shared_bytes_block, l2_bytes)
         try:
             yield
         finally:
-            self.library.emulator_set_device(132, 228 << 10, 227 << 10)
+            self.library.emulator_set_device(132, 228 << 10, 227 << 10, 50 << 20)

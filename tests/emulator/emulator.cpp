@@ -417,6 +417,7 @@ extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_init() {}
 
-extern "C" void emulator_set_device(int multiprocessors, int shared_bytes, int shared_bytes_block) {
-  emulator::device[0] = multiprocessors, emulator::device[1] = shared_bytes, emulator::device[2] = shared_bytes_block;
+extern "C" void emulator_set_device(int multiprocessors, int shared_bytes, int shared_bytes_block, int l2_bytes) {
+  const int values[] = {multiprocessors, shared_bytes, shared_bytes_block, l2_bytes};
+  std::copy(values, values + 4, emulator::device);
 }
