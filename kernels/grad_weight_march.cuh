@@ -74,7 +74,9 @@ struct PackedLoad {
     using Word = typename RawWord<sizeof(T) * kWidth>::type;
     const Word* source = reinterpret_cast<const Word*>(pointer);
     Word loaded{};
-    if (in_bounds) loaded = kShared ? *source : policy.load(source);
+    // Elements of two bytes one by one, of small images: what a policy adds to so many loads costs more than it saves (3x3,
+    // 32x384x14x14, channels_last, fp16 / bf16, H100: 0.0138 / 0.0140 ms, with a policy 0.0156 / 0.0154).
+    if (in_bounds) loaded = kShared ? *source : sizeof(Word) == 2 ? __ldg(source) : policy.load(source);
     keep(loaded);
   }
   template <class Word>
