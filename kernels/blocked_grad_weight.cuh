@@ -2,16 +2,17 @@
 //
 // Serves  fp32, and fp16 and bf16 where the tensor cores do not; stride 1, dilation 1, kernels up to 64x64, any padding
 //         below the kernel's size, any image size, alignment and depth multiplier.
-// Owns    a block: one channel and a share of the stages (a stage: some images, or a band of rows and a tile of columns
-//         of one). A thread: kRows x kColumns taps, summed over strips of four columns of grad_output, which it marches
-//         down: a step reads a window of one input row and the kRows rows of the strip that meet it: kRows * kColumns * 4
-//         multiply-adds for (kColumns + 4) / 4 + kRows loads of 16 bytes. Rows of a strip kept in registers would save
-//         loads, but for them the compiler unrolls steps and shuffles their multiply-adds, half of which then read three
-//         registers of two banks, where one of them could be the one before's.
+// Owns    a block: one channel, all of the kernel's rows or a part of them, and a share of the bands of rows, which it takes
+//         in stages (some images, or neighbouring bands of a tile of columns of one). A thread: kRows x kColumns taps,
+//         summed over strips of four columns of grad_output, which it marches down: a step reads a window of one input
+//         row and the kRows rows of the strip that meet it: kRows * kColumns * 4 multiply-adds for (kColumns + 4) / 4 +
+//         kRows loads of 16 bytes. Rows of a strip kept in registers would save loads, but for them the compiler unrolls
+//         steps and shuffles their multiply-adds, half of which then read three registers of two banks, where one of
+//         them could be the one before's.
 //         Threads are laid out kernel rows slowest, those as far from the middle side by side, so that warps skip the
 //         steps whose input row is padding. Neighbouring groups of threads take neighbouring strips, and of the last
-//         ones, of which there are too few, a share of the steps. The threads' sums are added in a fixed order, and the
-//         splits by add_splits_kernel: no atomics.
+//         ones, of which there are too few, a share of all their steps, across a strip's end. The threads' sums are
+//         added in a fixed order, and the splits by add_splits_kernel: no atomics.
 // Memory  a stage's input and gradient as fp32, and zeros around them, or two stages', of which one is loaded meanwhile:
 //         as much as a multiprocessor has for each of the blocks that its registers hold, four of 128 threads (see
 //         blocked_grad_weight_tiling.h). Strips lie one after the other, so that their rows are a constant apart.
@@ -44,39 +45,43 @@ struct BlockedGradWeightTraits {
 // How a launch is cut.
 struct BlockedGradWeightTiling : BlockedGradWeightCut {
   bool channels_last;
-  bool grad_vectors;  // rows of grad_output are whole words of kStrip columns
-  int input_vector;   // columns of input that are loaded at once
-  int lead;           // columns that a window begins left of tap 0, as far as its tiles have room, for words of these
+  int split_bands, longer_splits;  // of a split; splits that have one more
+  bool grad_vectors;               // rows of grad_output are whole words of kStrip columns
+  int input_vector;                // columns of input that are loaded at once
+  int lead;  // columns that a window begins left of tap 0, as far as its tiles have room, for words of these
   int input_lane_bits, grad_lane_bits;  // threads that copy a row
-
-  // Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image.
-  __device__ int tile_of(int place) const {
-    return place >= tiles_h ? place : place % 2 == 0 ? place / 2 : tiles_h - 1 - place / 2;
-  }
-  __device__ int place_of(int tile_h) const {
-    return 2 * tile_h < tiles_h ? 2 * tile_h : 2 * (tiles_h - 1 - tile_h) + 1;
-  }
 };
 
 // What a stage holds: `rows` rows from first_row on of some images' grad_output, its columns from first_column on, and the
-// input rows that these meet.
+// input rows that these meet, of a part of the kernel's rows. Bands lie one below the other, tile by tile of columns, image
+// by image.
 struct BlockedGradWeightStage {
   int64_t first_image;
+  int bands;  // that it takes, of one image, or all of some
   int images, first_row, rows, first_column, first_input_row, input_rows;
 
+  // From band `band` on, before band `end`.
   __device__ __forceinline__ BlockedGradWeightStage(const GradWeightArgs& args, const BlockedGradWeightTiling& tiling,
-                                                    int idx) {
+                                                    int part_rows, int band, int end) {
     // A division takes as long as a step of a march.
-    const int rest = tiling.num_column_tiles == 1 ? idx : idx / tiling.num_column_tiles;
-    const int group = tiling.num_bands == 1 ? rest : rest / tiling.num_bands;  // of images
-    first_image = static_cast<int64_t>(group) * tiling.images;
-    images = static_cast<int>(min(static_cast<int64_t>(tiling.images), args.n - first_image));
-    first_row = (rest - group * tiling.num_bands) * tiling.band_rows;
-    rows = min(tiling.band_rows, args.out_h - first_row);
-    first_column = (idx - rest * tiling.num_column_tiles) * tiling.tile_columns;
-    first_input_row = max(0, first_row - args.padding_h);
-    const int last_input_row = min(args.h, first_row + rows + args.kernel_h - 1 - args.padding_h);
-    input_rows = max(0, last_input_row - first_input_row);
+    const int tile = tiling.num_bands == 1 ? band : band / tiling.num_bands;  // of columns, of all images
+    const int image = tiling.num_column_tiles == 1 ? tile : tile / tiling.num_column_tiles;
+    const int first_band = band - tile * tiling.num_bands;
+    first_image = image;
+    images = 1;
+    bands = min(min(end - band, tiling.num_bands - first_band), tiling.stage_bands);
+    if (tiling.images > 1 && first_band == 0 && end - band > tiling.num_bands) {
+      images = min(tiling.images, (end - band) / tiling.num_bands);
+      bands = images * tiling.num_bands;
+    }
+    first_row = first_band * tiling.band_rows;
+    rows = min(bands * tiling.band_rows, args.out_h - first_row);
+    first_column = (tile - image * tiling.num_column_tiles) * tiling.tile_columns;
+    const int first_tap_row = static_cast<int>(blockIdx.z) * part_rows;
+    const int tap_rows = min(part_rows, args.kernel_h - first_tap_row);
+    first_input_row = max(0, first_row + first_tap_row - args.padding_h);
+    input_rows =
+        max(0, min(args.h, first_row + rows + first_tap_row + tap_rows - 1 - args.padding_h) - first_input_row);
   }
 };
 
@@ -136,6 +141,15 @@ __device__ __forceinline__ float sum_every(const float* values, int step, int co
   return part[0] + part[1] + (part[2] + part[3]);
 }
 
+// Where a march goes on when so many steps are left, among them the last of the first strip: elements from there.
+struct NextStrip {
+  static constexpr bool kExists = true;
+  int steps, input, grad;
+};
+struct NoStrip {
+  static constexpr bool kExists = false;
+};
+
 template <class Traits>
 __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
     blocked_grad_weight_kernel(const GradWeightArgs args, const BlockedGradWeightTiling tiling,
@@ -144,6 +158,11 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
   constexpr int kRows = Traits::kRows, kColumns = Traits::kColumns;
   const int taps = args.kernel_h * args.kernel_w;
 
+  const int64_t channel = blockIdx.x;
+  const int part_rows = tiling.tiles_h * kRows, first_tap_row = static_cast<int>(blockIdx.z) * part_rows;
+  const int split = static_cast<int>(blockIdx.y);
+  const int begin = split * tiling.split_bands + min(split, tiling.longer_splits);
+  const int end = begin + tiling.split_bands + (split < tiling.longer_splits ? 1 : 0);
   extern __shared__ __align__(16) unsigned char shared_memory[];
   for (int k = threadIdx.x; k < shared_bytes / 16; k += blockDim.x)
     reinterpret_cast<uint4*>(shared_memory)[k] = uint4{};
@@ -152,26 +171,25 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
   const int stage_elements = tiling.stage_elements(kRows), ahead = tiling.buffers - 1;
   const int input_pitch = tiling.input_pitch, strip_pitch = tiling.strip_rows(kRows) * kStrip;
 
-  const int64_t channel = blockIdx.x;
-  const int share = tiling.stages / args.splits, more = tiling.stages - share * args.splits;  // blocks of a stage more
-  const int split = static_cast<int>(blockIdx.y), begin = split * share + min(split, more);
-  const int end = begin + share + (split < more ? 1 : 0);
   // Warps take turns from block to block: those of other kernel rows have other amounts of work.
-  const unsigned turn = (blockIdx.x + blockIdx.y) % (blockDim.x / 32) * 32;
+  const unsigned turn = (blockIdx.x + blockIdx.y + blockIdx.z) % (blockDim.x / 32) * 32;
   const int worker = static_cast<int>(threadIdx.x + turn - (threadIdx.x + turn < blockDim.x ? 0 : blockDim.x));
   const int all_groups = worker / tiling.tiles_w, tile_w = worker - all_groups * tiling.tiles_w;
   const int place = all_groups / tiling.groups, group = all_groups - place * tiling.groups;
-  const int tile_h = tiling.tile_of(place);
+  const int tile_h = blocked_grad_weight_tile(place, tiling.tiles_h);  // of the part
   const int strips = tiling.strips(), grad_image = strips * strip_pitch;
   const bool one_column_tile = tiling.num_column_tiles == 1;
 
+  const bool takes_bias = blockIdx.z == 0 && (args.partial_bias != nullptr || args.grad_bias != nullptr);
   float sum[kRows][kColumns] = {};
   float bias = 0.f;
+  int next = begin, now = begin;  // bands: of the stage that is loaded, and that is multiplied
 #pragma unroll 1
-  for (int next = begin; next < end + ahead; ++next) {
+  for (int idx = -ahead; now < end; ++idx) {
     if (next < end) {  // load it, while the one before is multiplied
-      const BlockedGradWeightStage stage(args, tiling, next);
-      float* const shared_input = buffers + (ahead != 0 && (next - begin) % 2 != 0 ? stage_elements : 0);
+      const BlockedGradWeightStage stage(args, tiling, part_rows, next, end);
+      next += stage.bands;
+      float* const shared_input = buffers + ((idx + ahead) % 2 != 0 ? ahead * stage_elements : 0);
       float* const shared_grad = shared_input + tiling.input_elements();
       const int64_t in_c = args.out_c / args.multiplier;
       const int64_t in_step = tiling.channels_last ? in_c : 1, grad_step = tiling.channels_last ? args.out_c : 1;
@@ -201,7 +219,7 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
       out.image_stride = out_image;
       out.row_stride = args.out_w * grad_step;
       out.images = stage.images;
-      out.rows = tiling.band_rows;  // zeros below a band that is cut short
+      out.rows = tiling.stage_rows;  // zeros below the last one
       out.first_row = stage.first_row;
       out.height = stage.first_row + stage.rows;
       out.first_column = stage.first_column;
@@ -225,27 +243,28 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
       }
     }
     commit_copies();
-    const int idx = next - ahead;
-    if (idx < begin) continue;
+    if (idx < 0) continue;
     if (ahead == 0)
       wait_for_copies<0>();
     else
       wait_for_copies<1>();
     __syncthreads();
-    const BlockedGradWeightStage stage(args, tiling, idx);
-    const float* const shared_input = buffers + (ahead != 0 && (idx - begin) % 2 != 0 ? stage_elements : 0);
+    const BlockedGradWeightStage stage(args, tiling, part_rows, now, end);
+    now += stage.bands;
+    const float* const shared_input = buffers + (idx % 2 != 0 ? ahead * stage_elements : 0);
     const float* const shared_grad = shared_input + tiling.input_elements();
 
-    if (args.partial_bias != nullptr || args.grad_bias != nullptr)
+    if (takes_bias)
       bias +=
           sum_every(shared_grad + threadIdx.x, blockDim.x,
                     divide_up(stage.images * grad_image - static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)));
 
-    // Step s multiplies input row first_row + s + tile_h * kRows - padding_h by the rows s, s - 1, ... of the strip.
-    const int input_shift = stage.first_row + tile_h * kRows - args.padding_h - stage.first_input_row;
+    // Step s multiplies input row first_row + s + the thread's first kernel row - padding_h by the rows s, s - 1, ... of a
+    // strip.
+    const int input_shift = stage.first_row + first_tap_row + tile_h * kRows - args.padding_h - stage.first_input_row;
     const int first_step = max(0, -input_shift),
-              all_steps = min(stage.rows + kRows - 1, stage.input_rows - input_shift) - first_step;
-    const auto march = [&](const float* input, const float* grad, int steps) {
+              strip_steps = min(stage.rows + kRows - 1, stage.input_rows - input_shift) - first_step;
+    const auto march = [&](const float* input, const float* grad, int steps, auto next_strip) {
       float part[kRows][kColumns] = {};
 #pragma unroll 1
       while (steps > 0) {
@@ -276,8 +295,14 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
                 for (int i = 0; i < kRows; ++i)
                   if (k - w >= 0 && k - w < kColumns) multiply_add(i, k - w, w);
           }
-          input += input_pitch;
-          grad += kStrip;
+          if constexpr (decltype(next_strip)::kExists) {
+            const bool is_next = steps == next_strip.steps;
+            input += is_next ? next_strip.input : input_pitch;
+            grad += is_next ? next_strip.grad : kStrip;
+          } else {
+            input += input_pitch;
+            grad += kStrip;
+          }
         }
         if constexpr (Traits::kSumsParts) {
 #pragma unroll
@@ -287,20 +312,31 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
         }
       }
     };
-    if (tile_h < tiling.tiles_h)
-      for (int unit = group, units = stage.images * strips; units > 0; units -= tiling.groups, unit += tiling.groups) {
-        int begin = 0, end = all_steps;
-        if (units < tiling.groups) {  // which share the steps
-          const int shares = tiling.groups / units, share = group / units;
-          if (share >= shares) break;
-          unit -= share * units;
-          begin = all_steps * share / shares, end = all_steps * (share + 1) / shares;
-        }
-        const int image = unit / strips, strip = unit - image * strips, step = first_step + begin;
-        march(shared_input + (image * tiling.input_rows + step + input_shift) * input_pitch + strip * kStrip +
-                  tile_w * kColumns,
-              shared_grad + image * grad_image + strip * strip_pitch + (kRows - 1 + step) * kStrip, end - begin);
+    if (tile_h < tiling.tiles_h && strip_steps > 0) {
+      // Groups take every so many-th strip, and of the last ones, of which there are too few, a share of all steps.
+      const int units = stage.images * strips, whole = units / tiling.groups, rest = units - whole * tiling.groups;
+      const float* const first_input = shared_input + (first_step + input_shift) * input_pitch + tile_w * kColumns;
+      const float* const first_grad = shared_grad + (kRows - 1 + first_step) * kStrip;
+      const auto input_of = [&](int unit) {
+        const int image = tiling.images == 1 ? 0 : unit / strips;
+        return image * (tiling.input_rows * input_pitch) + (unit - image * strips) * kStrip;
+      };
+      int unit = group;
+#pragma unroll 1
+      for (; unit < whole * tiling.groups; unit += tiling.groups)
+        march(first_input + input_of(unit), first_grad + unit * strip_pitch, strip_steps, NoStrip{});
+      if (rest > 0) {
+        const int begin = rest * strip_steps * group / tiling.groups,
+                  end = rest * strip_steps * (group + 1) / tiling.groups;
+        const int before = begin / strip_steps, step = begin - before * strip_steps;
+        unit = whole * tiling.groups + before;
+        const int back = strip_steps - 1, from = input_of(unit);
+        const NextStrip next_strip{end - (before + 1) * strip_steps + 1, input_of(unit + 1) - from - back * input_pitch,
+                                   strip_pitch - back * kStrip};
+        march(first_input + from + step * input_pitch, first_grad + unit * strip_pitch + step * kStrip, end - begin,
+              next_strip);
       }
+    }
     __syncthreads();
   }
 
@@ -314,34 +350,40 @@ __global__ void __launch_bounds__(kBlockedThreads, Traits::kTaps.blocks())
     for (int j = 0; j < kColumns; ++j) sums[(i * kColumns + j) * blockDim.x + worker] = sum[i][j];
   __syncthreads();
   bool finite = true;
+  const int first_tap = first_tap_row * args.kernel_w,
+            part_taps = min(part_rows, args.kernel_h - first_tap_row) * args.kernel_w;
   int tap_row = threadIdx.x / args.kernel_w, tap_column = threadIdx.x - tap_row * args.kernel_w;
   const int next_rows = blockDim.x / args.kernel_w, next_columns = blockDim.x - next_rows * args.kernel_w;
-  for (int tap = threadIdx.x; tap < taps; tap += blockDim.x) {
+  for (int tap = threadIdx.x; tap < part_taps; tap += blockDim.x) {
     const int j = tap_column + tiling.lead;
-    const float* const first = sums + (tap_row % kRows * kColumns + j % kColumns) * blockDim.x +
-                               tiling.place_of(tap_row / kRows) * tiling.groups * tiling.tiles_w + j / kColumns;
+    const float* const first =
+        sums + (tap_row % kRows * kColumns + j % kColumns) * blockDim.x +
+        blocked_grad_weight_place(tap_row / kRows, tiling.tiles_h) * tiling.groups * tiling.tiles_w + j / kColumns;
     const float total = sum_every(first, tiling.tiles_w, tiling.groups);
     finite = finite && is_finite(total);
-    store_grad_weight<T>(args, blockIdx.y, channel * taps + tap, args.out_c * taps, total);
+    store_grad_weight<T>(args, blockIdx.y, channel * taps + first_tap + tap, args.out_c * taps, total);
     tap_row += next_rows, tap_column += next_columns;
     if (tap_column >= args.kernel_w) tap_column -= args.kernel_w, ++tap_row;
   }
   finite = __syncthreads_or(!finite) == 0;
-  sums[threadIdx.x] = bias;
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    float total = sum_every(sums + threadIdx.x, 32, static_cast<int>(blockDim.x) / 32);
+  if (takes_bias) {
+    sums[threadIdx.x] = bias;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      float total = sum_every(sums + threadIdx.x, 32, static_cast<int>(blockDim.x) / 32);
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-    if (threadIdx.x == 0) store_grad_bias<T>(args, blockIdx.y, channel, total);
+      for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+      if (threadIdx.x == 0) store_grad_bias<T>(args, blockIdx.y, channel, total);
+    }
   }
   if (finite) return;
 
-  for (int tap = threadIdx.x; tap < taps; tap += blockDim.x) {
+  for (int tap = first_tap + threadIdx.x; tap < first_tap + part_taps; tap += blockDim.x) {
     float total = 0.f;
 #pragma unroll 1
-    for (int idx = begin; idx < end; ++idx) {
-      const BlockedGradWeightStage stage(args, tiling, idx);
+    for (int band = begin; band < end;) {
+      const BlockedGradWeightStage stage(args, tiling, part_rows, band, end);
+      band += stage.bands;
       total += exact_grad_weight<T>(
           args, tiling.channels_last, channel, tap / args.kernel_w, tap % args.kernel_w,
           {stage.first_image, stage.first_image + stage.images, stage.first_row, stage.first_row + stage.rows,
@@ -368,6 +410,7 @@ int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_
   const bool has_words = sizeof(typename Traits::T) == 4 && !tiling.channels_last;
   tiling.grad_vectors =
       has_words && args.out_w % kStrip == 0 && reinterpret_cast<uintptr_t>(args.grad_output) % 16 == 0;
+  tiling.split_bands = tiling.bands / args.splits, tiling.longer_splits = tiling.bands % args.splits;
   tiling.input_vector = 1;
   for (int vector = 4; has_words && tiling.input_vector == 1 && vector > 1; vector /= 2) {
     const int lead = divide_up(args.padding_w, vector) * vector - args.padding_w;
@@ -381,13 +424,14 @@ int launch_blocked_grad_weight(const GradWeightArgs& args, int tile, cudaStream_
   tiling.grad_lane_bits = copy_lane_bits(tiling.tile_columns / (tiling.grad_vectors ? kStrip : 1));
   const int bytes = tiling.shared_bytes(Traits::kTaps);
   // More shared memory than a block needs keeps the first rounds from leaving few blocks for the last.
-  const int64_t blocks = divide_up<int64_t>(args.out_c * args.splits, device.multiprocessors);
+  const int64_t blocks = divide_up<int64_t>(args.out_c * args.splits * tiling.parts, device.multiprocessors);
   const int places = tiling.places(Traits::kTaps, device.shared_bytes, static_cast<int>(blocks));
   const int too_many = device.shared_bytes / (places + 1) / 16 * 16 - (1 << 10) + 16;  // bytes, for a block more
   const int taken = max_int(bytes, min_int(too_many, device.shared_bytes_block));
   if (const int error = allow_shared_bytes(blocked_grad_weight_kernel<Traits>, taken)) return error;
   blocked_grad_weight_kernel<Traits>
-      <<<dim3(static_cast<unsigned>(args.out_c), args.splits), tiling.threads(), taken, stream>>>(args, tiling, bytes);
+      <<<dim3(static_cast<unsigned>(args.out_c), args.splits, tiling.parts), tiling.threads(), taken, stream>>>(
+          args, tiling, bytes);
   return cudaGetLastError();
 }
 

@@ -6,8 +6,10 @@
 
 namespace depthwise {
 
-constexpr int kBlockedSharedBytes = 48 << 10;      // of a block everywhere
+constexpr int kBlockedSharedBytes = 48 << 10;  // of a block everywhere
+constexpr int kBlockedSharedBytesNhwc = 40 << 10;
 constexpr int kBlockedMostSharedBytes = 72 << 10;  // where a multiprocessor has them for each block
+constexpr int kBlockedMostParts = 4;               // of the kernel's rows
 constexpr int kBlockedThreads = 128;               // of a block, at most
 constexpr int kStrip = 4;                          // columns of grad_output a step takes
 constexpr int kBlockedTileColumns = 64;            // of grad_output a stage holds, at most
@@ -43,19 +45,22 @@ constexpr TapTile best_tap_tile(int64_t kernel_h, int64_t kernel_w) {
 }
 
 struct BlockedGradWeightCut {
-  int images, band_rows, tile_columns;      // of grad_output: a stage
-  int num_bands, num_column_tiles, stages;  // of a channel
-  int input_rows;                           // of an image in a stage, at most
-  int tiles_h, tiles_w, groups;             // threads: register tiles of the kernel, and those that share the strips
-  int input_pitch;                          // columns of an input row: those that the tile's meet
-  int buffers;                              // of a stage each: two where the next one is loaded meanwhile
+  int num_column_tiles, tile_columns;  // of grad_output
+  int num_bands, band_rows;            // of a tile of columns of an image
+  int bands;                           // of a channel: some blocks take one more than others
+  int images, stage_bands;             // of a stage, at most: whole images, or bands of one
+  int stage_rows, input_rows;          // of an image in a stage, at most
+  int parts;                           // of the kernel's rows, a block each
+  int tiles_h, tiles_w, groups;        // threads: register tiles of a part, and those that share the strips
+  int input_pitch;                     // columns of an input row: those that the tile's meet
+  int buffers;                         // of a stage each: two where the next one is loaded meanwhile
 
   constexpr int threads() const { return (tiles_h * tiles_w * groups + 31) / 32 * 32; }
   constexpr int input_elements() const { return images * input_rows * input_pitch; }
   // A strip's rows lie side by side, `rows` - 1 rows of zeros, of a thread's `rows` taps, above and below them. An odd
   // number: so many neighbouring threads' strips meet banks of their own.
   constexpr int strips() const { return tile_columns / kStrip; }
-  constexpr int strip_rows(int rows) const { return (band_rows + rows - 1) | 1; }
+  constexpr int strip_rows(int rows) const { return (stage_rows + rows - 1) | 1; }
   constexpr int grad_elements(int rows) const { return (images * strips() * strip_rows(rows) + rows - 1) * kStrip; }
   constexpr int stage_elements(int rows) const { return input_elements() + grad_elements(rows); }
   // The sums of all threads take the room of the stages at the end.
@@ -72,109 +77,145 @@ struct BlockedGradWeightCut {
   }
 };
 
-// Estimates the cycles of a launch on an H100, for all blocks as long as the longest. Fitted to 420 forced cuts of 6
-// problems in two layouts: 0.86 to 1.15 times as long in the middle of them, and what it picks among ten is 2% slower than
-// the best of these.
+// Kernel rows are dealt to threads from both ends: those as far from the middle meet as many rows of the image. The tile of
+// `place`, and the place of a tile, of so many.
+constexpr int blocked_grad_weight_tile(int place, int tiles_h) {
+  return place >= tiles_h ? place : place % 2 == 0 ? place / 2 : tiles_h - 1 - place / 2;
+}
+constexpr int blocked_grad_weight_place(int tile_h, int tiles_h) {
+  return 2 * tile_h < tiles_h ? 2 * tile_h : 2 * (tiles_h - 1 - tile_h) + 1;
+}
+
+// Estimates the cycles of a launch on an H100, for all blocks as long as the longest. Fitted to 84 forced cuts of 6 problems
+// in two layouts, fp32, H200: 0.92 to 1.08 times as long as estimated, but for six of them.
 template <class Args>
 double blocked_grad_weight_cycles(const Args& args, const TapTile& tile, const BlockedGradWeightCut& cut,
                                   int64_t splits, bool channels_last) {
-  // Issue slots a cycle of a scheduler and of a warp that is alone there; cycles of a multiply-add, whose operands do not
-  // always come at once; cycles until a block loads, and of a stage and of a block beside; of a multiprocessor for each float
-  // that it loads, which lie a sector each in channels_last; bytes a cycle of the sums' way to the second pass and back.
-  constexpr double kIssueRate = 0.84, kWarpRate = 0.52, kTail = 0.18, kMultiplyAddCycles = 1.1;
-  constexpr double kStartCycles = 13600, kStageCycles = 3500, kEndCycles = 3800, kBytes = 1750;
-  const double float_cycles = channels_last ? 1 : 0.33;
-  const int n = static_cast<int>(args.n), h = static_cast<int>(args.h), w = static_cast<int>(args.w);
+  constexpr int kSectorFloats = 8;
+  // Cycles of a scheduler for a warp's multiply-add and what comes with it, where windows are loaded by fours and by twos,
+  // and for a strip; of a warp that is alone there, times as many, of which the slowest adds some.
+  constexpr double kByFours = 1.13, kByTwos = 1.42, kStripCycles = 650, kAlone = 1.47, kTail = 0.126;
+  // Cycles of a launch and of a block beside its march, and of a stage; of a multiprocessor for each float that it loads. In
+  // channels_last these lie a sector each, which blocks of other channels take from the L1 cache, if that has room: bytes
+  // beside which it has, and of those that double the cost. Bytes a cycle of the sums' way to the second pass and back.
+  constexpr double kBlockCycles = 18400, kStageCycles = 530, kFloatCycles = 0.17, kSectorCycles = 0.8;
+  constexpr double kRoom = 130 << 10, kDoubled = 74 << 10, kBytes = 1540;
+  // How much of a second round is as if all multiprocessors took as many blocks as fit.
+  constexpr double kUneven = 0.6;
+  const int h = static_cast<int>(args.h), w = static_cast<int>(args.w);
   const int out_h = static_cast<int>(args.out_h), padding_h = static_cast<int>(args.padding_h);
-  const int threads = cut.threads(), warps = threads / 32, strips = cut.strips();
+  const int warps = cut.threads() / 32, strips = cut.strips(), place_threads = cut.groups * cut.tiles_w;
 
-  // Steps down a strip of a whole image, of all tiles and of the one that has most; bands add those between them.
+  // Steps down a strip of a whole image, of all warps and of the one that has most; every cut adds those between two bands.
+  const int between = tile.rows - 1;
   int all_steps = 0, most_steps = 0;
-  for (int tile_h = 0; tile_h < cut.tiles_h; ++tile_h) {
-    const int shift = tile_h * tile.rows - padding_h;
-    const int steps = min_int(out_h + tile.rows - 1, h - shift) - (shift < 0 ? -shift : 0);
-    if (steps > 0) all_steps += steps;
-    if (steps > most_steps) most_steps = steps;
-  }
-  const int between = (cut.num_bands - 1) * (tile.rows - 1);
-  const double mean = (static_cast<double>(all_steps) / cut.tiles_h + between) / cut.num_bands;
-  const double most = min_int(most_steps, cut.band_rows + tile.rows - 1);
-  // Issue slots of a strip: steps of multiply-adds, loads and sums of parts, and what surrounds them.
-  const int taps = tile.rows * tile.columns;
-  const double step_slots = kMultiplyAddCycles * taps * kStrip + tile.columns / 4 + tile.rows + 6 + taps / 16,
-               strip_slots = 80 + taps;
-  const auto rounds_of = [&](int units) {  // groups share the last strips
-    const int rest = units % cut.groups;
-    return units / cut.groups + (rest == 0 ? 0 : 1.0 / (cut.groups / rest));
-  };
-  const double rounds = rounds_of(cut.images * strips);
-  const double fewer = rounds - rounds_of(((n - 1) % cut.images + 1) * strips);  // of the last stage
-  const int stages = divide_up(cut.stages, splits);                              // of a block, at most
-  const double longest = stages * rounds * (most * step_slots + strip_slots);
-  const double work = (stages * rounds - fewer / splits) * (mean * step_slots + strip_slots) * warps;
+  for (int part = 0; part < cut.parts; ++part)
+    for (int warp = 0; warp < warps; ++warp) {
+      int steps = 0;
+      for (int place = 32 * warp / place_threads; place <= (32 * warp + 31) / place_threads && place < cut.tiles_h;
+           ++place) {
+        const int tile_h = part * cut.tiles_h + blocked_grad_weight_tile(place, cut.tiles_h);
+        const int shift = tile_h * tile.rows - padding_h;
+        steps = max_int(steps, min_int(out_h + between, h - shift) - max_int(-shift, 0));
+      }
+      all_steps += steps;
+      most_steps = max_int(most_steps, steps);
+    }
+  // A block's bands, at most, in tiles of an image; its pieces of those, and its stages.
+  const int share = divide_up(cut.bands, static_cast<int>(splits)), pieces = divide_up(cut.num_bands, cut.stage_bands);
+  const double tiles = static_cast<double>(share) / cut.num_bands;
+  const bool whole = cut.bands / cut.num_bands % splits == 0;
+  const double cuts = tiles * pieces + (whole ? 0 : 1);
+  double stages = cut.images > 1 ? tiles / cut.images + (whole ? 0 : 1) : cuts;
+  if (stages < 1) stages = 1;
+  const double more = (cuts - tiles) * between, rounds = static_cast<double>(strips) / cut.groups;
+  const double step_cycles = (tile.columns % 4 == 0 ? kByFours : kByTwos) * tile.rows * tile.columns * kStrip;
+  const double strip_cycles = cuts * kStripCycles;
+  const double mean = static_cast<double>(all_steps) / (cut.parts * warps);
+  const double work = rounds * ((tiles * mean + more) * step_cycles + strip_cycles) * warps / 4;
+  const double longest = rounds * ((tiles * most_steps + more) * step_cycles + strip_cycles);
 
-  const int blocks = divide_up(args.out_c * splits, kMultiprocessors);  // of the multiprocessor that has most
-  const int places = cut.places(tile, kMultiprocessorSharedBytes, blocks);
-  const int in_columns = min_int(w, cut.input_pitch);
-  const double floats =
-      cut.images * (static_cast<double>(cut.input_rows) * in_columns + cut.band_rows * cut.tile_columns);
-  const double load = kStartCycles + kEndCycles + stages * kStageCycles;
+  double blocks = divide_up(args.out_c * splits * cut.parts, kMultiprocessors);  // of the multiprocessor that has most
+  const int places = cut.places(tile, kMultiprocessorSharedBytes, static_cast<int>(blocks));
+  const int block_rounds = divide_up(static_cast<int>(blocks), places);
+  if (block_rounds == 2) blocks += kUneven * (2 * places - blocks);
+  double float_cycles = kFloatCycles;
+  if (channels_last) {
+    const double taken = places * (cut.shared_bytes(tile) + (1 << 10)) - kRoom;
+    float_cycles = kSectorCycles * (args.out_c < kSectorFloats ? static_cast<double>(args.out_c) / kSectorFloats : 1) *
+                   (1 + (taken > 0 ? taken / kDoubled : 0));
+  }
+  const double floats = tiles * (h * min_int(w, cut.input_pitch) + out_h * cut.tile_columns);
   // Warps wait for themselves, or for each other, at last for the slowest; where both count, for longer: the sixth root of
   // the sum of sixth powers.
-  const int block_rounds = divide_up(blocks, places);
-  const double alone = block_rounds * (load + longest / kWarpRate);
-  const double together = load + blocks * (work / 4 / kIssueRate + stages * floats * float_cycles) +
-                          (block_rounds - 1) * load / places + kTail * longest / kWarpRate;
+  const double load = kBlockCycles + stages * kStageCycles;
+  const double alone = block_rounds * (load + longest * kAlone);
+  const double together =
+      load + blocks * (work + floats * float_cycles) + (block_rounds - 1) * load / places + kTail * longest;
   const double high = alone > together ? alone : together, low = alone > together ? together : alone;
   const double ratio = low / high * (low / high);
   const double second_pass = splits > 1 ? 8.0 * args.out_c * splits * args.kernel_h * args.kernel_w / kBytes : 0;
   return high * (1 + ratio * ratio * ratio / 6) + second_pass;
 }
 
-// The cut for so many splits of a channel, with as many images a stage as is estimated to be the fastest.
+// The cut for so many splits of a channel that is estimated to be the fastest.
 template <class Args>
 BlockedGradWeightCut blocked_grad_weight_cut(const Args& args, const TapTile& tile, int64_t splits,
                                              int of_multiprocessor, bool channels_last) {
-  constexpr int kFewestRows = 8, kMostTries = 6;
+  constexpr int kFewestRows = 4, kManyBands = 8;
   const int h = static_cast<int>(args.h), kernel_h = static_cast<int>(args.kernel_h);
   const int out_h = static_cast<int>(args.out_h), out_w = static_cast<int>(args.out_w);
-  BlockedGradWeightCut cut{};
-  cut.tiles_h = divide_up(kernel_h, tile.rows);
+  const int most_bytes = tile.shared_bytes(of_multiprocessor);
+  // channels_last: the L1 cache needs the rest.
+  const int shared_bytes = channels_last ? min_int(most_bytes, kBlockedSharedBytesNhwc) : most_bytes;
+  const int all_tiles_h = divide_up(kernel_h, tile.rows);
+  BlockedGradWeightCut cut{}, best{};
   cut.tiles_w = divide_up(args.kernel_w, tile.columns);
-  cut.groups = kBlockedThreads / (cut.tiles_h * cut.tiles_w);
-  const int shared_bytes = tile.shared_bytes(of_multiprocessor);
   cut.num_column_tiles = divide_up(out_w, kBlockedTileColumns);
   cut.tile_columns = divide_up(divide_up(out_w, cut.num_column_tiles), kStrip) * kStrip;
   cut.input_pitch = divide_up(cut.tile_columns + cut.tiles_w * tile.columns, 4) * 4;
+  const int64_t tiles = args.n * cut.num_column_tiles;
 
-  const int strips = cut.strips();
-  const auto set = [&](int bands, int images) {
-    cut.images = images;
-    cut.band_rows = divide_up(out_h, bands);
-    cut.num_bands = divide_up(out_h, cut.band_rows);
-    cut.input_rows = min_int(h, cut.band_rows + kernel_h - 1);
-    cut.stages = divide_up(args.n, images) * cut.num_bands * cut.num_column_tiles;
-    cut.buffers = cut.stages > splits ? 2 : 1;
-    if (cut.shared_bytes(tile) > shared_bytes) cut.buffers = 1;
-    return cut.shared_bytes(tile) <= shared_bytes;
+  double cycles = 0;
+  // Stages of so many whole images, or bands of one; two of them where there is room and a block has more than one.
+  const auto look = [&](int images, int stage_bands) {
+    cut.images = images, cut.stage_bands = stage_bands;
+    cut.stage_rows = min_int(out_h, stage_bands * cut.band_rows);
+    cut.input_rows = min_int(h, cut.stage_rows + min_int(kernel_h, cut.tiles_h * tile.rows) - 1);
+    const bool one_stage = tiles % splits == 0 && tiles / splits * cut.num_bands <= images * stage_bands;
+    for (cut.buffers = one_stage ? 1 : 2; cut.buffers > 0; --cut.buffers) {
+      if (cut.shared_bytes(tile) > shared_bytes) continue;
+      const double found = blocked_grad_weight_cycles(args, tile, cut, splits, channels_last);
+      if (best.parts == 0 || found < cycles) cycles = found, best = cut;
+      return true;
+    }
+    return false;
   };
-  // Few images: bands, so that every split has a stage; or as many as fit.
-  int fewest = max_int(1, min_int(divide_up(splits, args.n * cut.num_column_tiles), divide_up(out_h, kFewestRows)));
-  while (!set(fewest, 1) && cut.band_rows > 1) ++fewest;
-  BlockedGradWeightCut best = cut;
-  double cycles = blocked_grad_weight_cycles(args, tile, cut, splits, channels_last);
-  const auto look = [&](int bands, int images) {
-    if (!set(bands, images)) return;
-    const double found = blocked_grad_weight_cycles(args, tile, cut, splits, channels_last);
-    if (found < cycles) cycles = found, best = cut;
-  };
-  for (int bands = fewest + 1; bands < fewest + kMostTries && divide_up(out_h, bands) >= kFewestRows; ++bands)
-    look(bands, 1);
-  if (fewest > 1 || cut.num_column_tiles > 1) return best;
-  // channels_last: two stages at least, as loads take long there (13x13, 32x200x20x20, five splits, H100: a stage of one
-  // image 82 us, of four 84; 31x31, 8x40x96x96: two stages a block 219, one 234).
-  const int share = channels_last ? divide_up(divide_up(args.n, splits), 2) : divide_up(args.n, splits);
-  for (int images = max_int(2, share - kMostTries); images <= share; ++images) look(1, images);
+  // Parts of the kernel where images alone make few blocks.
+  const int most_parts = args.out_c * tiles < tile.blocks() * kMultiprocessors ? kBlockedMostParts : 1;
+  for (cut.parts = 1; cut.parts <= most_parts; ++cut.parts) {
+    if (all_tiles_h % cut.parts != 0) continue;
+    cut.tiles_h = all_tiles_h / cut.parts;
+    cut.groups = kBlockedThreads / (cut.tiles_h * cut.tiles_w);
+    // Whole images where they can be dealt evenly, or as many bands as make shares even enough; or bands that fit.
+    const int many = max_int(kManyBands, static_cast<int>(2 * divide_up(splits, tiles)));
+    for (int bands = 1; bands <= many || best.parts == 0; bands = bands == 1 ? many : bands * kManyBands) {
+      if (bands == 1 && tiles % splits != 0) continue;
+      cut.band_rows = max_int(divide_up(out_h, bands), bands > many ? 1 : min_int(kFewestRows, out_h));
+      cut.num_bands = divide_up(out_h, cut.band_rows);
+      cut.bands = static_cast<int>(tiles * cut.num_bands);
+      int stage_bands = cut.num_bands;
+      while (!look(1, stage_bands) && stage_bands > 1) --stage_bands;
+      for (const int pieces : {divide_up(cut.num_bands, stage_bands), 2 * divide_up(cut.num_bands, stage_bands)})
+        if (divide_up(cut.num_bands, pieces) < stage_bands) look(1, divide_up(cut.num_bands, pieces));  // as long each
+      if (cut.num_column_tiles > 1 || stage_bands < cut.num_bands) continue;
+      const int share = static_cast<int>(tiles / splits);
+      for (int count = divide_up(share, 2); count > 0; --count) {  // stages of as many images each
+        const int images = divide_up(share, count);
+        if (divide_up(share, images) == count && images > 1 && !look(images, stage_bands)) break;
+      }
+    }
+  }
   return best;
 }
 

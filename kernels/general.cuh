@@ -226,17 +226,30 @@ __global__ void __launch_bounds__(kGeneralThreads)
     add_splits_kernel(const accumulator_t<T>* partial, int splits, int64_t weights, int64_t biases, T* grad_weight,
                       T* grad_bias) {
   using Sum = accumulator_t<T>;
-  constexpr int kShares = kGeneralThreads / 32;
+  constexpr int kShares = kGeneralThreads / 32, kBatch = 8;
   const int64_t k = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   const bool of_bias = k >= weights;
   const int64_t count = of_bias ? biases : weights;
   const int64_t idx = of_bias ? k - weights : k;
   if (of_bias) partial += splits * weights;
+  const int first = static_cast<int>(threadIdx.y);
+  const Sum* from = partial + first * count + idx;
+  const int64_t step = kShares * count;
+  int left = idx < count && first < splits ? (splits - first + kShares - 1) / kShares : 0;
   wait_for_first_pass();
   Sum sum = 0;
-  if (idx < count)
-#pragma unroll 16
-    for (int split = threadIdx.y; split < splits; split += kShares) sum += partial[split * count + idx];
+  if (left == 1) {
+    sum = *from;
+  } else {  // as many loads under way as can be; what is left at the end is one batch too
+#pragma unroll 1
+    for (; left > 0; left -= kBatch) {
+      Sum value[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b, from += step) value[b] = b < left ? *from : 0;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) sum += value[b];
+    }
+  }
 
   __shared__ Sum shared[kShares][32];
   shared[threadIdx.y][threadIdx.x] = sum;

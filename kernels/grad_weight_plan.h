@@ -134,18 +134,21 @@ inline GradWeightPlan strips_nchw_grad_weight_plan(const Problem& p) {
   return {splits > 1 && splits <= fewest && splits < most ? bounded_splits(p, most) : splits, 0};
 }
 
-// blocked_grad_weight: eight blocks a multiprocessor, unless other splits, dealt as many images each or a band of one, are
-// estimated to be clearly faster. (31x31, 32x128x56x56, fp32, H100: 8 splits 0.569 ms, 16 splits 0.564; 29x29,
-// 16x200x48x48: 16 splits 0.345, 8 splits 0.364, 4 splits 0.402.)
+// blocked_grad_weight: the splits that are estimated to be the fastest, of those with as many images each, of whole rounds
+// of the blocks that an H100's multiprocessors hold, which are cut within images, and of bands of images. (fp32, H200,
+// microseconds by splits; NCHW: 31x31, 8x40x96x96: 13: 148, 16: 166, 26: 159; 64x3x56x56, two parts: 44: 42.9, 64: 38.7, 88:
+// 43.4; 27x27, 32x40x33x47: 8: 105, 9: 104, 16: 96, 19: 112; 29x29, 16x200x48x48: 5: 352, 8: 337, 13: 368, 16: 330;
+// channels_last: 453, 450, 459, 363.)
 inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
-  constexpr int64_t kFewestBlocks = kMultiprocessors, kMostBlocks = 32 * kMultiprocessors;
-  constexpr double kClearly = 0.93, kSingleRound = 0.83;
+  constexpr int kMostRounds = 4, kMostBands = 32;
+  constexpr int64_t kMostBlocks = 32 * kMultiprocessors;
+  // More splits of whole images are preferred to fewer that are estimated to be as fast, and both to others.
+  constexpr double kAsFast = 1.01, kClearly = 0.95;
   const TapTile taps = best_tap_tile(p.kernel_h, p.kernel_w);
   const int64_t images = p.n * divide_up(p.out_w, kBlockedTileColumns);
-  const int64_t fewest = divide_up(p.n * p.out_h * p.out_w, kMostPositions);
   const int64_t worthwhile = p.n * p.out_h * p.out_w / kLargePositions;
+  const int64_t first = bounded_splits(p, divide_up(p.n * p.out_h * p.out_w, kMostPositions));
   int64_t most = bounded_splits(p, worthwhile < kMostBlocks / p.out_c ? worthwhile : kMostBlocks / p.out_c);
-  const int64_t first = bounded_splits(p, fewest < kFewestBlocks / p.out_c ? kFewestBlocks / p.out_c : fewest);
   if (most < first) most = first;
   const bool channels_last = p.layout == Layout::kNhwc;
   const auto cycles_of = [&](int64_t splits) {
@@ -153,29 +156,27 @@ inline GradWeightPlan blocked_grad_weight_plan(const Problem& p) {
         p, taps, blocked_grad_weight_cut(p, taps, splits, kMultiprocessorSharedBytes, channels_last), splits,
         channels_last);
   };
-  int64_t best = large_grad_weight_plan(p, p.out_c, kBlockedBlocks).splits;
-  double least = kClearly * cycles_of(best);
-  const auto look_at = [&](int64_t splits) {
+  int64_t best = 0;
+  double least = 0;
+  for (int64_t share = images; share > 0; --share) {  // of a split
+    const int64_t splits = images / share;
+    if (splits * share != images || splits < first) continue;
+    if (splits > most) break;
     const double cycles = cycles_of(splits);
-    if (cycles < least) least = cycles, best = splits;
-  };
-  int64_t splits = divide_up(images, divide_up(images, first < images ? first : images));
-  while (splits <= most) {
-    if (splits >= first) look_at(splits);
-    const int64_t share = divide_up(images, splits);  // of a split
-    if (share == 1) break;
-    splits = divide_up(images, share - 1);
+    if (best == 0 || cycles < kAsFast * least) best = splits;
+    if (least == 0 || cycles < least) least = cycles;
   }
-  for (int64_t bands = 2; bands * images <= most && bands <= p.out_h; ++bands)
-    if (bands * images >= first) look_at(bands * images);
-  // NCHW: where a second round of blocks would not be full, a single one that loads while it computes is faster, although
-  // estimated to be slower (31x31, 8x40x96x96, fp32, H100: 13 splits 166 us, estimated 190; 16 splits 175, 162).
-  const int64_t round = taps.blocks() * kMultiprocessors, single = round / p.out_c;
-  if (!channels_last && best * p.out_c > round && 2 * best * p.out_c < 3 * round && single >= first &&
-      blocked_grad_weight_cut(p, taps, single, kMultiprocessorSharedBytes, false).buffers == 2 &&
-      kSingleRound * cycles_of(single) < cycles_of(best))
-    best = single;
-  return {best, 0};
+  least *= best == 0 ? 1 : kClearly;
+  const auto look_at = [&](int64_t splits) {
+    if (splits < first || splits > most || images % splits == 0) return;
+    const double cycles = cycles_of(splits);
+    if (best == 0 || cycles < least) least = cycles, best = splits;
+  };
+  for (int parts = 1; parts <= kBlockedMostParts; ++parts)
+    for (int rounds = 1; rounds <= kMostRounds; ++rounds)
+      look_at(rounds * taps.blocks() * kMultiprocessors / (p.out_c * parts));
+  for (int bands = 2; bands <= kMostBands; bands *= 2) look_at(bands * images);
+  return {best == 0 ? first : best, 0};
 }
 
 // toeplitz_grad_weight, NCHW: as many splits as are estimated to end first, in fortieths of a row that a block multiplies

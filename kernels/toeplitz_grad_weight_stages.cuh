@@ -69,6 +69,7 @@ constexpr int kLeastBlocks = Traits::kBlocks;
 struct ToeplitzGradWeightTiling {
   int images, band_rows, tile_columns;      // a stage
   int num_bands, num_column_tiles, stages;  // of a channel
+  int split_stages, longer_splits;          // of a split; splits that have one more
   int image_rows, input_rows;               // shared memory: input rows from image to image, and of a stage or ring
   int step_rows, step_input_rows;           // channels_last: of the gradient, which a step multiplies, and that it adds
   int first_step, fill_step_rows;           // 0 or, of a ring, negative; input rows that a negative step adds
@@ -94,10 +95,12 @@ struct ToeplitzWalk {
   int column_tile, band, first_image;
 
   __device__ __forceinline__ ToeplitzWalk(const ToeplitzGradWeightTiling& tiling, int stage_idx) {
-    const int rest = stage_idx / tiling.num_column_tiles;
-    column_tile = stage_idx % tiling.num_column_tiles;
-    band = rest % tiling.num_bands;
-    first_image = rest / tiling.num_bands * tiling.images;
+    // A division takes as long as a row of grad_output.
+    const int rest = tiling.num_column_tiles == 1 ? stage_idx : stage_idx / tiling.num_column_tiles;
+    column_tile = stage_idx - rest * tiling.num_column_tiles;
+    const int group = tiling.num_bands == 1 ? rest : rest / tiling.num_bands;
+    band = rest - group * tiling.num_bands;
+    first_image = group * tiling.images;
   }
   __device__ __forceinline__ void advance(const ToeplitzGradWeightTiling& tiling) {
     if (++column_tile < tiling.num_column_tiles) return;
@@ -250,6 +253,7 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   }
   tiling.stages =
       static_cast<int>(divide_up<int64_t>(args.n, tiling.images)) * tiling.num_bands * tiling.num_column_tiles;
+  tiling.split_stages = tiling.stages / args.splits, tiling.longer_splits = tiling.stages % args.splits;
   // The last kernel column reads furthest to the left.
   const int leftmost = args.padding_w - (8 * Traits::kTilesJ - 1);
   tiling.grad_start = (leftmost - 7) / 8 * 8;  // leftmost is at most 0

@@ -16,14 +16,16 @@ struct ToeplitzThread {
 // shared memory.
 template <class Traits>
 __device__ __forceinline__ bool store_sums(const GradWeightArgs& args,
-                                           const float (&sum)[Traits::kGroupTiles][Traits::kTilesJ][4], float bias,
-                                           int parity, float* sums, int first_channel, ToeplitzThread thread) {
+                                           const float (&sum)[Traits::kGroupTiles][Traits::kTilesJ][4], bool has_bias,
+                                           float bias, int parity, float* sums, int first_channel,
+                                           ToeplitzThread thread) {
   using T = typename Traits::T;
   constexpr int kTilesJ = Traits::kTilesJ, kGroupTiles = Traits::kGroupTiles;
   const int taps = args.kernel_h * args.kernel_w;
   const int warp = thread.warp, lane = thread.lane, group = thread.group, slot = thread.slot;
-  const auto place = [&](int i, int j) {  // of a kernel row, counted from a warp's first, and column in a warp's sums
-    const int tile = i / 16 * kTilesJ + j / 16 * 2 + ((j & 1) ^ parity);
+  const auto place = [&](unsigned i,
+                         unsigned j) {  // of a kernel row, counted from a warp's first, and column in a warp's sums
+    const unsigned tile = i / 16 * kTilesJ + j / 16 * 2 + ((j & 1) ^ parity);
     return (tile * 4 + i / 8 % 2 * 2 + j / 2 % 2) * Traits::kSumPitch + i % 8 * 4 + j % 16 / 4;
   };
   const int channel = first_channel + (Traits::kChannelsLast ? slot : 0);
@@ -63,17 +65,22 @@ __device__ __forceinline__ bool store_sums(const GradWeightArgs& args,
       for (int k = 0; k < Traits::kSums; ++k) own[k * Traits::kSumPitch] += flat[k];
     }
     __syncthreads();
+    const unsigned columns = args.kernel_w, next_rows = Traits::kThreads / columns,
+                   next_columns = Traits::kThreads - next_rows * columns;
+    unsigned i = threadIdx.x / columns, j = threadIdx.x - i * columns;
 #pragma unroll 1
     for (int tap = threadIdx.x; tap < taps; tap += Traits::kThreads) {
-      const int i = tap / args.kernel_w, from = i / Traits::kGroupRows;
-      const float* const part =
-          sums + from * Traits::kWarpSums + place(i - from * Traits::kGroupRows, tap - i * args.kernel_w);
+      const unsigned from = i / Traits::kGroupRows;
+      const float* const part = sums + from * Traits::kWarpSums + place(i - from * Traits::kGroupRows, j);
       float value = part[0];
 #pragma unroll
       for (int k = 1; k < kHalf; ++k) value += part[k * Traits::kGroups * Traits::kWarpSums];
       finite = finite && is_finite(value);
       store(channel, tap, value);
+      i += next_rows, j += next_columns;
+      if (j >= columns) j -= columns, ++i;
     }
+    if (!has_bias) return finite;
     __syncthreads();
     if (group == 0 && lane == 0) sums[slot] = bias;
     __syncthreads();

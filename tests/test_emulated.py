@@ -257,6 +257,21 @@ def test_words_of_blocked_input(emulator):
         assert messages(*where) == ""
 
 
+CUTS = [  # of blocked_grad_weight: parts of the kernel, and splits that are cut within images and tiles of columns
+    Problem((20, 24), (31, 31), padding=(15, 15), batch=3, channels=2),
+    Problem((90, 70), (13, 13), padding=(6, 6), batch=1, channels=2),
+    Problem((33, 21), (27, 27), padding=(13, 13), batch=3, channels=1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuts_of_blocked_grad_weight(emulator, layout):
+    for problem, dtype in zip(CUTS, (F32, F32, F16), strict=True):
+        where = ("grad_weight", "weight_blocked" + ("_nhwc" if layout == "nhwc" else ""), problem, dtype, layout)
+        emulator.obtain(only(*where))
+        assert messages(*where) == ""
+
+
 ANY_BOUNDARY = [  # odd rows, and even ones that begin on no word; bands of a wide image; fewer elements than words hold
     Problem((11, 15), (13, 13), padding=(6, 6), batch=3, channels=3),
     Problem((9, 16), (13, 13), padding=(6, 6), batch=18, channels=2),

@@ -67,6 +67,8 @@ void wait_for_copies() {
 }
 void wait_for_all_copies();
 
+inline void prefetch(const void* global) { *static_cast<const volatile char*>(global); }
+
 // Kernels run one after the other.
 inline void launch_dependents() {}
 inline void wait_for_dependencies() {}
