@@ -1,8 +1,8 @@
 // What the kernels for few taps can serve, which are compiled for their filter's size: forward, grad of input, and grad of
-// weight (grad_weight_nchw, grad_weight_nhwc, grad_weight_stream_nhwc).
+// weight (grad_weight_nchw, grad_weight_nhwc, grad_weight_stream_nhwc, grad_weight_rows_nhwc).
 #pragma once
 
-#include "variants.h"
+#include "grad_weight_rows_tiling.h"
 
 namespace depthwise {
 
@@ -250,6 +250,25 @@ inline bool can_serve_grad_weight_stream(const Problem& p, const Tile& tile) {
   const int64_t row_pixels = shape.stride_h * shape.window + kGradWeightStreamColumns;
   return shape.vector > 0 &&
          2 * shape.stage_steps * row_pixels * tile.vector * element_size(p.dtype) <= kSharedBytesEverywhere;
+}
+
+// grad_weight_rows_nhwc: eight channels a block, and one band under way.
+inline bool can_serve_grad_weight_rows(const Problem& p, const Tile& tile) {
+  if (p.layout != Layout::kNhwc || p.dtype == DType::kFloat32 || p.multiplier != 1 || !p.aligned || p.c % 8 != 0)
+    return false;
+  if (p.stride_h > 2 || p.stride_w > 2 || p.stride_h > p.kernel_h || p.stride_w > p.kernel_w || p.dilation_h > 1 ||
+      p.dilation_w > 1)
+    return false;
+  if (p.kernel_h * p.kernel_w > kMaxRegisterTaps || p.padding_h > 1 << 20 || p.padding_w > 64 || p.h > 1 << 28 ||
+      p.w > 1 << 16 || p.out_w > 1 << 16)
+    return false;
+  if (p.n * p.out_h > kInt32Max || p.w * p.c > kInt32Max || p.out_w * p.c > kInt32Max || p.c > kInt32Max / 128)
+    return false;
+  const GradWeightRowsShape shape = grad_weight_rows_shape(p, tile);
+  if (shape.vector == 0) return false;
+  const GradWeightRowsTiling least = grad_weight_rows_cut(shape, p.n, static_cast<int>(p.c), static_cast<int>(p.out_h),
+                                                          static_cast<int>(p.out_w), 1, 1);
+  return least.threads <= kGradWeightRowsThreads && least.bytes <= kSharedBytesEverywhere;
 }
 
 }  // namespace depthwise

@@ -324,6 +324,13 @@ inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile
   return best;
 }
 
+// grad_weight_rows_nhwc: one round of blocks, all of as many bands.
+inline GradWeightPlan rows_grad_weight_plan(const Problem& p, const Tile& tile) {
+  const GradWeightRowsTiling tiling = grad_weight_rows_tiling(p, tile);
+  const int64_t wanted = bounded_splits(p, int64_t{tiling.blocks} * kMultiprocessors / tiling.groups);
+  return {divide_up(int64_t{tiling.units}, divide_up(int64_t{tiling.units}, wanted)), 0};
+}
+
 // strips_grad_weight_nhwc: of as many pieces of an image, as many patches a round, and as many rounds a block (see
 // strips_grad_weight.cuh), as leave the least work to the multiprocessor that has most of it: steps, which cost as some strips beside
 // their own. A block that begins costs some steps. (7x7, 32x192x28x28, fp16, H100: 11 splits of three patches 0.0254 ms, 8
@@ -360,6 +367,7 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kGradWeightStreamNhwc:
       return stream_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kGradWeightRowsNhwc: return rows_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kToeplitzGradWeight:
       return p.layout == Layout::kNhwc
                  ? toeplitz_grad_weight_plan_nhwc(p, tile_table(config.kernel, p.dtype)[config.tile])

@@ -56,6 +56,23 @@ inline Config select_marching_nchw(const Problem& p) {
 // channels_last, fp32: kernels of so many taps queue their rows.
 constexpr int64_t kQueuedTaps = k3x5;
 
+// By whole rows, 16 bits: all channels of a block that fills a multiprocessor. bf16, H200, beside the stream: 3x3,
+// 144x56x56, two rows a thread: 0.0334, 0.0358; 5x5 at stride 2, 144x56x56, one row: 0.0302, 0.0326. Not 3x3 at stride 2
+// (96x112x112: 0.0401, 0.0406), nor small images (3x3, 384x14x14: 0.0185, marching 0.0158), nor where a block takes some
+// of the channels (5x5, 240x28x28: 0.0309, strips 0.0244). The thresholds rest on these shapes alone.
+inline Config select_rows_nhwc(const Problem& p) {
+  constexpr int kFewestThreads = 320, kFewestPixels = 56 * 56;
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const bool strided = p.stride_h > 1;
+  const int tile = strided ? 0 : 1;
+  if (p.stride_h != p.stride_w || taps != (strided ? k5x5 : k3x3) || p.h * p.w < kFewestPixels ||
+      !can_serve(p, Kernel::kGradWeightRowsNhwc, tile))
+    return {};
+  const GradWeightRowsTiling tiling = grad_weight_rows_tiling(p, kGradWeightRowsNhwcTiles[tile]);
+  const bool fills = tiling.groups == 1 && tiling.threads >= kFewestThreads;
+  return fills ? Config{Kernel::kGradWeightRowsNhwc, tile} : Config{};
+}
+
 inline Config select_marching_nhwc(const Problem& p) {
   const bool wide = p.dtype == DType::kFloat32, dilated = p.dilation_h > 1 || p.dilation_w > 1;
   const int64_t taps = p.kernel_h * p.kernel_w;
@@ -67,6 +84,8 @@ inline Config select_marching_nhwc(const Problem& p) {
     }
     return Config{};
   };
+  const Config rows = select_rows_nhwc(p);
+  if (rows.kernel != Kernel::kGeneral) return rows;
   const bool small = p.out_h * p.out_w <= 14 * 14, large = p.n * p.out_h * p.out_w >= 1 << 20;
   // Streams. fp32 at stride 1, 32 channels: 3x3, 16x64x512x512: 0.491, marching 0.510; 144x56x56: 0.051, 0.055; 1x11,
   // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073). fp16, 64 channels: 144x56x56: 0.036, 0.042;

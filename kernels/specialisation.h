@@ -249,6 +249,9 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (s.kernel == Kernel::kGradWeightStreamNhwc)
     traits = std::string("GradWeightStreamTraits<") + arguments + ", " +
              std::to_string(tile_table(s.kernel, s.dtype)[s.tile].vector);
+  if (s.kernel == Kernel::kGradWeightRowsNhwc)
+    traits = std::string("GradWeightRowsTraits<") + arguments + ", " +
+             std::to_string(tile_table(s.kernel, s.dtype)[s.tile].rows);
   if (is_marching_grad_weight(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +

@@ -19,6 +19,7 @@ enum class Kernel : int {
   kGradWeightNchw,
   kGradWeightNhwc,
   kGradWeightStreamNhwc,
+  kGradWeightRowsNhwc,
   kToeplitz,
   kBandImages,
   kImagesNchw,
@@ -49,6 +50,7 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kGradWeightNchw,
                                           Kernel::kGradWeightNhwc,
                                           Kernel::kGradWeightStreamNhwc,
+                                          Kernel::kGradWeightRowsNhwc,
                                           Kernel::kToeplitz,
                                           Kernel::kBandImages,
                                           Kernel::kImagesNchw,
@@ -82,8 +84,8 @@ inline bool is_strips_grad_weight(Kernel kernel) {
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return is_marching_grad_weight(kernel) || kernel == Kernel::kToeplitzGradWeight ||
          kernel == Kernel::kBlockedGradWeight || kernel == Kernel::kGradWeightStreamNhwc ||
-         is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight ||
-         kernel == Kernel::kImageRowsGradWeight;
+         kernel == Kernel::kGradWeightRowsNhwc || is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) ||
+         kernel == Kernel::kImagesFmaGradWeight || kernel == Kernel::kImageRowsGradWeight;
 }
 inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
@@ -95,8 +97,9 @@ inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
          kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
          is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
-         kernel == Kernel::kGradWeightStreamNhwc || is_strips_grad_weight(kernel) || is_strips(kernel) ||
-         kernel == Kernel::kImageRowsGradWeight || kernel == Kernel::kWarpsNchw;
+         kernel == Kernel::kGradWeightStreamNhwc || kernel == Kernel::kGradWeightRowsNhwc ||
+         is_strips_grad_weight(kernel) || is_strips(kernel) || kernel == Kernel::kImageRowsGradWeight ||
+         kernel == Kernel::kWarpsNchw;
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -157,6 +160,9 @@ constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4},
 // Channels of a block.
 constexpr Tile kGradWeightStreamNhwcTiles[] = {{"weight_stream64", 4, 0, 64}, {"weight_stream32", 4, 0, 32}};
 
+// Rows of grad_output that a thread takes at a time.
+constexpr Tile kGradWeightRowsNhwcTiles[] = {{"weight_rows1", 4, 1, 8}, {"weight_rows2", 4, 2, 8}};
+
 constexpr Tile kToeplitzTiles[] = {{"band", 64, 0, 8}};
 // Columns of the images, at most; rows of outputs that a warp takes at a time: those that divide the image's are best.
 constexpr Tile kBandImagesTiles[] = {{"band_images7", 32, 7, 8}, {"band_images4", 64, 4, 8}};
@@ -213,6 +219,7 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kGradWeightStreamNhwc: return kGradWeightStreamNhwcTiles;
+    case Kernel::kGradWeightRowsNhwc: return kGradWeightRowsNhwcTiles;
     case Kernel::kToeplitz: return kToeplitzTiles;
     case Kernel::kBandImages: return kBandImagesTiles;
     case Kernel::kImagesNchw: return kImagesNchwTiles;
@@ -248,6 +255,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "grad_weight_nchw",
                                     "grad_weight_nhwc",
                                     "grad_weight_stream_nhwc",
+                                    "grad_weight_rows_nhwc",
                                     "toeplitz",
                                     "band_images",
                                     "images_nchw",

@@ -343,6 +343,22 @@ UNITS = [  # of several images, of several columns of tiles, without room to fet
 ]
 
 
+WHOLE_ROWS = [  # several bands a block and more than one image; channels that do not fit one block
+    (None, "weight_rows1", Problem((31, 56), (5, 5), (2, 2), (2, 2), batch=17, channels=144), F16),
+    (None, "weight_rows2", Problem((5, 56), (3, 3), padding=(1, 1), batch=90, channels=144, bias=False), BF16),
+    (T4, "weight_rows2", Problem((14, 31), (3, 3), padding=(1, 1), batch=1, channels=56), BF16),
+]
+
+
+@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: str(case[2]))
+def test_bands_of_whole_rows(emulator, case):
+    device, variant, problem, dtype = case
+    where = ("grad_weight", variant, problem, dtype, "nhwc")
+    emulator.obtain(only(*where))
+    with emulator.device(*device) if device else contextlib.nullcontext():
+        assert messages(*where) == ""
+
+
 @pytest.mark.parametrize(("multiprocessors", "shared", "problem"), UNITS, ids=str)
 def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
     """Of channels_last products with bands: a block has more than its warps hold at a time."""
