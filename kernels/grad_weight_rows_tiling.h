@@ -91,7 +91,7 @@ inline GradWeightRowsTiling grad_weight_rows_tiling(const GradWeightRowsShape& s
 
 // An H100's.
 inline GradWeightRowsTiling grad_weight_rows_tiling(const Problem& p, const Tile& tile) {
-  constexpr int kSharedBytes = 228 << 10, kSharedBytesBlock = 227 << 10;
+  constexpr int kSharedBytes = kMultiprocessorSharedBytes, kSharedBytesBlock = kSharedBytes - (1 << 10);
   return grad_weight_rows_tiling(grad_weight_rows_shape(p, tile), p.n, static_cast<int>(p.c), static_cast<int>(p.out_h),
                                  static_cast<int>(p.out_w), kSharedBytes, kSharedBytesBlock);
 }
