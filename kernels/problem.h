@@ -258,8 +258,8 @@ constexpr int stream_nhwc_vector(int kernel_h, int kernel_w, int stride_h, int s
 }
 
 // stream_nhwc: columns of outputs a thread. Eight share more of a wide window, and of what is done once a stage, where
-// registers hold the filters of two channels and their sums (3x7, 32x128x128x256, fp16, H200: 0.158 ms, four columns 0.177;
-// 1x11, 16x64x128x128: 0.0247, 0.0256).
+// registers hold the filters of two channels and their sums (1x11, 16x64x128x128, fp16, H100: 0.0292 ms, four columns
+// 0.0309; 3x7, 32x128x128x256, H200: 0.158, 0.177; H100, whose memory is slower: 0.194 both).
 constexpr int stream_nhwc_columns(int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
                                   int dilation_w, int element_bytes) {
   const bool is_wide = element_bytes == 2 && kernel_w >= 7 && stride_w == 1 && dilation_w == 1 &&

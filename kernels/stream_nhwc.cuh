@@ -327,26 +327,25 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
       best_strips(images, concurrent, args.out_h, 2 * Shape::kStageOutputs, Shape::kStageOutputs + Shape::kLag);
   // Tall images: many strips, in 16 bits always (3x3, H200: 64x128x256x512, fp16: 1.233 ms with one strip, 1.154 with 8;
   // fp32: 2.162, 2.172), else where all blocks would be a single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
-  // Of eight columns a thread, half as many, as blocks are twice as wide.
-  constexpr int kTallRows = kIsWide ? 63 : 32;
+  // Of eight columns a thread, short ones: blocks that run at once then read rows that lie near each other (3x7,
+  // 32x128x128x256, fp16, H100: 12 strips 0.194, 8 0.196, 5 0.203, 3 0.206, 2 0.212, 1 0.219).
+  constexpr int kTallRows = kIsWide ? 10 : 32;
   if (kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
     strips = max_int(strips, args.out_h / kTallRows);
-  // A few waves of blocks of such images: longer strips, but shorter ones of some of the images, which come last (3x7,
-  // 32x128x128x256, fp16: of half of them H100: 0.195, of a fifth 0.196, of none 0.197. Of eight columns, H200: two strips,
-  // but six of an eighth of the images 0.158, six of a quarter 0.161, none 0.162; three strips 0.161, one 0.169. A wave
-  // alone is best as it is: 1x11, 16x64x128x128, H100: 0.031, 0.032).
-  constexpr int kFewestWaves = kIsWide ? 1 : 2, kLastShare = kIsWide ? 8 : 2, kLastStrips = kIsWide ? 3 : 2;
-  const bool is_uneven = kIsShort && args.out_h >= 96 && args.out_h < 192 &&
-                         images * strips > kFewestWaves * concurrent && images * strips < 8 * concurrent;
-  if (is_uneven && !kIsWide) strips = args.out_h / 42;
+  // A few waves of blocks of such images: longer strips, but shorter ones of half of the images, which come last (3x7,
+  // 32x128x128x256, fp16, H100: of half of them 0.195, of a fifth 0.196, of none 0.197. A wave alone is best as it is: 1x11,
+  // 16x64x128x128, H100: 0.031, 0.032).
+  const bool is_uneven = !kIsWide && kIsShort && args.out_h >= 96 && args.out_h < 192 &&
+                         images * strips > 2 * concurrent && images * strips < 8 * concurrent;
+  if (is_uneven) strips = args.out_h / 42;
   const auto rows_of = [&](int strips) {  // whole stages
     return divide_up(divide_up(args.out_h, strips) + Shape::kLag, Shape::kStageOutputs) * Shape::kStageOutputs -
            Shape::kLag;
   };
   plan.rows = rows_of(strips);
   plan.strips = divide_up(args.out_h, plan.rows);
-  const int64_t last_images = is_uneven ? args.n / kLastShare : 0;
-  plan.last_rows = rows_of(plan.strips * kLastStrips);
+  const int64_t last_images = is_uneven ? args.n / 2 : 0;
+  plan.last_rows = rows_of(2 * plan.strips);
   plan.last_strips = divide_up(args.out_h, plan.last_rows);
   plan.first_images = static_cast<int>(args.n - last_images);
   const unsigned image_blocks = plan.blocks_w * plan.blocks_c;
