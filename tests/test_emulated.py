@@ -187,6 +187,12 @@ def test_the_general_variant_runs_where_it_is_forced(emulator, monkeypatch, dire
     assert built
 
 
+def test_a_variant_that_cannot_serve_is_told(emulator):
+    problem = reference.Problem((9, 11), (3, 3), (2, 2))
+    with reference.forced("band"), pytest.raises(RuntimeError, match="variant cannot serve grad_input of this problem"):
+        reference.select("grad_input", problem, F16, "nchw")
+
+
 def only(direction, variant, problem, dtype, layout):
     """The specialisation of one variant."""
     with reference.forced(variant):
