@@ -57,6 +57,31 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_lost_in = None  # the test in which this process lost the GPU: after a wrong access, CUDA answers no more
+
+
+def _gpu_answers():
+    try:
+        torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        return False
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    global _lost_in
+    failed = call.excinfo is not None and call.excinfo.errisinstance(torch.AcceleratorError)
+    if failed and _lost_in is None and not _gpu_answers():
+        _lost_in = item.nodeid
+    return (yield)
+
+
+def pytest_runtest_setup(item):
+    if _lost_in and item.get_closest_marker("gpu"):
+        pytest.fail(f"not run: the GPU was lost in {_lost_in}", pytrace=False)
+
+
 def pytest_sessionstart(session):
     session.config.started = time.monotonic()
 

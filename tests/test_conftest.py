@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,26 @@ TEST = "tests/test_reference.py::test_all_bits_set_is_nan"  # four passes
 
 
 MACHINE = ("sources_sha256", "gpu", "driver", "torch", "cuda", "date")
+
+
+LOST = """
+import pytest, torch
+
+def answer():
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+@pytest.mark.gpu
+def test_first():
+    torch.cuda.synchronize = answer
+    answer()
+
+@pytest.mark.gpu
+def test_second():
+    pass
+
+def test_of_the_cpu():
+    pass
+"""
 
 
 def recorded(folder, *arguments, before=""):
@@ -58,3 +79,13 @@ def test_record_of_fuzzing(tmp_path):
     record = records.pop("gpu_fuzz.json")
     assert not records and tuple(record) == (*MACHINE, "seed", "draws", "specialisations", "failed", "seconds")
     assert (record["draws"], record["specialisations"], record["failed"]) == (7, 0, 0)
+
+
+def test_a_lost_gpu_is_said_once(tmp_path):
+    (tmp_path / "test_lost.py").write_text(LOST)
+    code = RUN.replace("# before", "sys.path.insert(0, 'tests')")
+    code = code.replace('"--record"', '"-p", "conftest", "-c", "pyproject.toml"')
+    command = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "test_lost.py")]
+    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
+    assert "1 failed, 1 passed, 1 error" in done.stdout, done.stdout + done.stderr
+    assert re.search(r"(?m)^not run: the GPU was lost in .*::test_first$", done.stdout), done.stdout
