@@ -162,10 +162,13 @@ def make_record(
 ) -> dict[str, Any]:
     """The content of results/bench_<gpu>.json; `speeds` are copy_tbps, matmul_tflops and host_us.
 
-    What `old` holds stays, unless it was measured again, when it comes from the same sources, GPU and versions.
+    What `old` holds stays, unless it was measured again, when it comes from the same sources, GPU and versions; so do
+    its speeds, unless there are new rows: rows are held against those of their own run.
     """
     entries, models = list(rows), list(models)
     if old is not None and all(old.get(key) == info[key] for key in MACHINE_KEYS):
+        if old["rows"] and not entries:
+            speeds = {key: old[key] for key in speeds}
         entries = _merge([*old["rows"], *old.get("failed", ())], entries, ROW_IDENTITY)
         models = _merge(old["models"], models, MODEL_IDENTITY)
     failed = [{key: row[key] for key in (*ROW_IDENTITY, "failed")} for row in entries if "failed" in row]

@@ -477,6 +477,8 @@ def test_record_keeps_what_the_same_sources_measured_before():
     new = report.make_record(INFO, SPEEDS, [broken], [], new)
     assert [r["case"] for r in new["rows"]] == ["kb83"] and new["failed"] == [broken]
     assert "failed" not in report.make_record(INFO, SPEEDS, [row()], [], new)
+    of_models = report.make_record(INFO, {**SPEEDS, "copy_tbps": 9.0}, [], [MODEL], old)
+    assert of_models["copy_tbps"] == SPEEDS["copy_tbps"] and len(of_models["rows"]) == 2
     other = report.make_record({**INFO, "sources_sha256": "1" * 64}, SPEEDS, [row(ours=0.5)], [], old)
     assert len(other["rows"]) == 1 and not other["models"]
 

@@ -208,6 +208,13 @@ def messages(direction, variant, problem, dtype, layout):
     return "\n".join(failures.messages)
 
 
+def check_one(emulator, *where, device=None):
+    """One variant is right: direction, variant, problem, dtype, layout; on this device, if one is named."""
+    emulator.obtain(only(*where))
+    with emulator.device(*device) if device else contextlib.nullcontext():
+        assert messages(*where) == ""
+
+
 SMALL = Problem((11, 16), (3, 3), padding=(1, 1), batch=3, channels=16)
 ODD = replace(SMALL, image=(11, 15))
 TALL = replace(SMALL, image=(60, 16))
@@ -218,9 +225,7 @@ LARGE = Problem((11, 24), (13, 13), padding=(6, 6), batch=3, channels=16)
 def test_several_groups_of_images_in_a_split(emulator):
     """Of the kernels whose lanes are images: so many channels that a block adds up more images than it has lanes."""
     problem = Problem((2, 3), (7, 7), padding=(3, 3), batch=96, channels=530)
-    where = ("grad_weight", "weight_images_fma", problem, F32, "nchw")
-    emulator.obtain(only(*where))
-    assert messages(*where) == ""
+    check_one(emulator, "grad_weight", "weight_images_fma", problem, F32, "nchw")
 
 
 WIDE_LANES = [  # more images than lanes of half a warp; odd and even kernels, one of one row
@@ -235,18 +240,15 @@ WIDE_LANES = [  # more images than lanes of half a warp; odd and even kernels, o
 def test_wide_images_of_lanes(emulator, layout):
     """Of the kernels whose lanes are images: those of which a warp's shared memory holds half as many."""
     for problem, direction in itertools.product(WIDE_LANES, reference.DIRECTIONS):
-        where = (direction, "weight_images_fma" if direction == "grad_weight" else "images_fma", problem, F32, layout)
-        emulator.obtain(only(*where))
-        assert messages(*where) == ""
+        variant = "weight_images_fma" if direction == "grad_weight" else "images_fma"
+        check_one(emulator, direction, variant, problem, F32, layout)
 
 
 def test_wide_planes_of_lanes(emulator):
     """Of the kernels whose lanes are images: whole planes, however wide, take whole warps."""
     for image in ((3, 15), (3, 18)):
         problem = Problem(image, (5, 5), padding=(2, 2), batch=33)
-        where = ("grad_weight", "weight_images_fma_plane", problem, F32, "nchw")
-        emulator.obtain(only(*where))
-        assert messages(*where) == ""
+        check_one(emulator, "grad_weight", "weight_images_fma_plane", problem, F32, "nchw")
 
 
 WORDS = [  # of input of blocked_grad_weight: of four columns, with and without columns before the first tap, and of two
@@ -258,9 +260,7 @@ WORDS = [  # of input of blocked_grad_weight: of four columns, with and without 
 
 def test_words_of_blocked_input(emulator):
     for problem in WORDS:
-        where = ("grad_weight", "weight_blocked", problem, F32, "nchw")
-        emulator.obtain(only(*where))
-        assert messages(*where) == ""
+        check_one(emulator, "grad_weight", "weight_blocked", problem, F32, "nchw")
 
 
 CUTS = [  # of blocked_grad_weight: parts of the kernel, and splits that are cut within images and tiles of columns
@@ -272,10 +272,9 @@ CUTS = [  # of blocked_grad_weight: parts of the kernel, and splits that are cut
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_cuts_of_blocked_grad_weight(emulator, layout):
+    variant = "weight_blocked_nhwc" if layout == "nhwc" else "weight_blocked"
     for problem, dtype in zip(CUTS, (F32, F32, F16), strict=True):
-        where = ("grad_weight", "weight_blocked" + ("_nhwc" if layout == "nhwc" else ""), problem, dtype, layout)
-        emulator.obtain(only(*where))
-        assert messages(*where) == ""
+        check_one(emulator, "grad_weight", variant, problem, dtype, layout)
 
 
 ANY_BOUNDARY = [  # odd rows, and even ones that begin on no word; bands of a wide image; fewer elements than words hold
@@ -310,13 +309,16 @@ TIGHT = [  # grads of weight at the end of shared memory: of the block's own, an
 ]
 
 
-@pytest.mark.parametrize("case", TIGHT, ids=["weight_band32_nhwc", "weight_band32_nhwc-T4", "weight_images8_nhwc-T4"])
-def test_tight_shared_memory(emulator, case):
-    device, variant, problem, dtype = case
-    where = ("grad_weight", variant, problem, dtype, "nhwc")
-    emulator.obtain(only(*where))
-    with emulator.device(*device) if device else contextlib.nullcontext():
-        assert messages(*where) == ""
+WHOLE_ROWS = [  # several bands a block and more than one image; channels that do not fit one block
+    (None, "weight_rows1", Problem((31, 56), (5, 5), (2, 2), (2, 2), batch=17, channels=144), F16),
+    (None, "weight_rows2", Problem((5, 56), (3, 3), padding=(1, 1), batch=90, channels=144, bias=False), BF16),
+    (T4, "weight_rows2", Problem((14, 31), (3, 3), padding=(1, 1), batch=1, channels=56), BF16),
+]
+
+
+@pytest.mark.parametrize(("device", "variant", "problem", "dtype"), TIGHT + WHOLE_ROWS, ids=str)
+def test_grad_weight_in_channels_last(emulator, device, variant, problem, dtype):
+    check_one(emulator, "grad_weight", variant, problem, dtype, "nhwc", device=device)
 
 
 def test_selected_where_shared_memory_is_too_small(emulator):
@@ -349,30 +351,11 @@ UNITS = [  # of several images, of several columns of tiles, without room to fet
 ]
 
 
-WHOLE_ROWS = [  # several bands a block and more than one image; channels that do not fit one block
-    (None, "weight_rows1", Problem((31, 56), (5, 5), (2, 2), (2, 2), batch=17, channels=144), F16),
-    (None, "weight_rows2", Problem((5, 56), (3, 3), padding=(1, 1), batch=90, channels=144, bias=False), BF16),
-    (T4, "weight_rows2", Problem((14, 31), (3, 3), padding=(1, 1), batch=1, channels=56), BF16),
-]
-
-
-@pytest.mark.parametrize("case", WHOLE_ROWS, ids=lambda case: str(case[2]))
-def test_bands_of_whole_rows(emulator, case):
-    device, variant, problem, dtype = case
-    where = ("grad_weight", variant, problem, dtype, "nhwc")
-    emulator.obtain(only(*where))
-    with emulator.device(*device) if device else contextlib.nullcontext():
-        assert messages(*where) == ""
-
-
 @pytest.mark.parametrize(("multiprocessors", "shared", "problem"), UNITS, ids=str)
 def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
     """Of channels_last products with bands: a block has more than its warps hold at a time."""
     for direction, dtype in (("forward", F16), ("grad_input", BF16)):
-        where = (direction, "band", problem, dtype, "nhwc")
-        emulator.obtain(only(*where))
-        with emulator.device(multiprocessors, *shared):
-            assert messages(*where) == ""
+        check_one(emulator, direction, "band", problem, dtype, "nhwc", device=(multiprocessors, *shared))
 
 
 STRAIGHT = Problem((19, 32), (3, 3), padding=(1, 0), batch=3, channels=4)  # grad of input: rows of 30, with padding
@@ -393,9 +376,7 @@ OTHER_WAYS = [
 
 @pytest.mark.parametrize("where", OTHER_WAYS, ids=lambda where: f"{where[0]}-{where[1]}-{where[2].kernel}")
 def test_other_ways(emulator, where):
-    emulator.obtain(only(*where))
-    with emulator.device(1, 228 << 10, 227 << 10, l2_bytes=0):
-        assert messages(*where) == ""
+    check_one(emulator, *where, device=(1, 228 << 10, 227 << 10, 0))  # without an L2 cache
 
 
 BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's conversions and products
