@@ -106,7 +106,7 @@ class Problem:
         s, p, d = case.stride, case.padding, case.dilation
         if self.direction == "forward":
             return depthwise_inline.depthwise_conv2d(x, weight, None, (s, s), (p, p), (d, d))
-        last = layout == "nhwc"
+        last = case.is_channels_last(layout)
         ops = torch.ops.depthwise_inline
         if self.direction == "grad_input":
             return ops.grad_input.default(grad, weight, case.h, case.w, s, s, p, p, d, d, last)
@@ -154,6 +154,11 @@ def _convolution(case: Case, direction: str, x: Tensor, weight: Tensor, grad: Te
     mask = [direction == "grad_input", direction == "grad_weight", False]
     backward = torch.ops.aten.convolution_backward.default
     return backward(grad, x, weight, None, *case.convolution_arguments(), mask)[mask.index(True)]
+
+
+def selected(case: Case, dtype: torch.dtype, layout: str, direction: str) -> tuple[str, str]:
+    """The name of the variant that serves a case, and the source of its specialisation."""
+    return depthwise_inline._select(direction, dtype, case.is_channels_last(layout), case.sizes())
 
 
 # ---- timing
@@ -226,11 +231,16 @@ class Stopwatch:
         return [start.elapsed_time(end) for start, end in events]
 
 
+def copy_of(moved: int, device: torch.device | str = "cuda") -> Call:
+    """A copy that moves so many bytes, half of them read and half written."""
+    source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Call(lambda: target.copy_(source))
+
+
 def copy_bandwidth(watch: Stopwatch) -> float:
     """Bytes read and written a second by copying COPY_BYTES, in TB/s."""
-    source = torch.ones(COPY_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    call = Call(lambda: target.copy_(source))
+    call = copy_of(2 * COPY_BYTES)
     watch.once(call)
     watch.time([call])
     return round(2 * COPY_BYTES / call.median / 1e9, 4)
@@ -319,7 +329,7 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
     for row in rows:
         layout = row["layout"]
         try:
-            row["variant"] = depthwise_inline._select(problem.direction, dtype, layout == "nhwc", case.sizes())[0]
+            row["variant"] = selected(case, dtype, layout, problem.direction)[0]
             if not any(key[0] == layout for key in pytorch):
                 raise RuntimeError("PyTorch itself fails in this layout")
             results[layout] = results_of(problem, layout, watch)
@@ -342,10 +352,13 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
 
     if ours:
         torch.cuda.empty_cache()
-        watch.time([*ours.values(), *pytorch.values()])
+        copy = copy_of(case.bytes(dtype.itemsize), problem.x["nchw"].device)
+        watch.once(copy)
+        watch.time([*ours.values(), *pytorch.values(), copy])
     for row in rows:
         if "failed" not in row:
             call = ours[row["layout"]]
+            row["copy_ms"] = copy.median
             row["ours_ms"], row["ours_spread"] = call.median, call.spread
             row["pytorch_ms"] = min(other.median for key, other in pytorch.items() if key[0] == row["layout"])
             row["pytorch_any_layout_ms"] = min(other.median for other in pytorch.values())
@@ -376,8 +389,8 @@ def allowed_error(problem: Problem, error_pytorch: float) -> float:
 
 
 def memory_needed(case: Case, dtype: torch.dtype) -> int:
-    """A generous guess at the bytes of GPU memory that a row takes: operands and results in both layouts."""
-    return 5 * case.bytes(dtype.itemsize) + 10 * 8 * CHUNK_ELEMENTS + FLUSH_BYTES
+    """A generous guess at the bytes of GPU memory that a row takes: operands and results in both layouts, a copy."""
+    return 6 * case.bytes(dtype.itemsize) + 10 * 8 * CHUNK_ELEMENTS + FLUSH_BYTES
 
 
 HEADER = (
@@ -631,7 +644,7 @@ def print_compiler_report(cases: Sequence[Case], args: argparse.Namespace) -> in
         sources: dict[str, str | None] = {"operators": None}
         for case, direction in itertools.product(cases, args.direction):
             for dtype, layout in itertools.product(args.dtype, args.layout):
-                name, source = depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
+                name, source = selected(case, DTYPES[dtype], layout, direction)
                 if source:
                     sources.setdefault(name.rpartition("/")[0], source)
         print(f"compiling for {architecture}; registers and bytes of each kernel:")
@@ -688,11 +701,8 @@ def compile_all(groups: Sequence[tuple[Case, str, str]], layouts: Sequence[str],
     """What the groups need, a process a core; with it what the headline problem and the host's times need."""
     others = [(headline, "float32", "forward"), *((HOST_PROBLEM, "float32", direction) for direction in DIRECTIONS)]
     wanted = [*itertools.product(groups, layouts), *((other, "nchw") for other in others)]
-    selected = [
-        depthwise_inline._select(direction, DTYPES[dtype], layout == "nhwc", case.sizes())
-        for (case, dtype, direction), layout in wanted
-    ]
-    depthwise_inline._obtain_all({name.rpartition("/")[0]: source for name, source in selected if source})
+    found = [selected(case, DTYPES[dtype], layout, direction) for (case, dtype, direction), layout in wanted]
+    depthwise_inline._obtain_all({name.rpartition("/")[0]: source for name, source in found if source})
 
 
 def run_table(

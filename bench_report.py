@@ -29,7 +29,7 @@ PICTURES = {
 }
 
 ROW_IDENTITY = ("case", "dtype", "layout", "direction")
-ROW_KEYS = (*ROW_IDENTITY, "variant", "ours_ms", "pytorch_ms", "pytorch_any_layout_ms", "bytes", "flops")
+ROW_KEYS = (*ROW_IDENTITY, "variant", "ours_ms", "pytorch_ms", "pytorch_any_layout_ms", "copy_ms", "bytes", "flops")
 MODEL_IDENTITY = ("model", "batch", "layout", "precision")
 MACHINE_KEYS = ("sources_sha256", "gpu", "driver", "torch", "cuda", "cudnn")
 RECORD_KEYS = (*MACHINE_KEYS, "date", "copy_tbps", "matmul_tflops", "host_us", "rows", "models")
@@ -85,6 +85,10 @@ class Case:
         pairs = [value for value in (self.stride, self.padding, self.dilation) for _ in "hw"]
         return (self.n, self.c, 1, self.h, self.w, self.kernel_h, self.kernel_w, *pairs, 1)
 
+    def is_channels_last(self, layout: str) -> bool:
+        """Whether tensors count as channels_last: those of one channel or one pixel are in both layouts, and do not."""
+        return layout == "nhwc" and self.c > 1 and self.h * self.w > 1
+
     def convolution_arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
         """What aten.convolution takes after input, weight and bias."""
         pair = [[value, value] for value in (self.stride, self.padding, self.dilation)]
@@ -104,14 +108,23 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-def speedups(rows: Iterable[dict[str, Any]], direction: str | None = None, against: str = "pytorch_ms") -> list[float]:
-    return [row[against] / row["ours_ms"] for row in rows if direction in (None, row["direction"])]
+def speedups(
+    rows: Iterable[dict[str, Any]], direction: str | None = None, against: str = "pytorch_ms", of: str = "ours_ms"
+) -> list[float]:
+    return [row[against] / row[of] for row in rows if direction in (None, row["direction"])]
 
 
 def limits_ms(row: dict[str, Any], record: dict[str, Any]) -> tuple[float, float]:
     """What a row's bytes take at the measured copy bandwidth, and its flops at the rate of a matrix product."""
     flops = row["flops"] / record["matmul_tflops"][row["dtype"]] / 1e9
     return row["bytes"] / record["copy_tbps"] / 1e9, flops
+
+
+def by_family(rows: Iterable[dict[str, Any]], cases: dict[str, Case]) -> dict[str, list[dict[str, Any]]]:
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        families.setdefault(cases[row["case"]].family, []).append(row)
+    return families
 
 
 def format_means(rows: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
@@ -122,12 +135,13 @@ def format_means(rows: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
     directions = [name for name in DIRECTIONS if any(row["direction"] == name for row in rows)]
     lines = [f"{'geometric mean of the speedup':<42}" + "".join(f"{name:>13}" for name in [*directions, "all"])]
 
-    def add(title: str, chosen: Sequence[dict[str, Any]], against: str = "pytorch_ms") -> None:
-        means = [geometric_mean(speedups(chosen, direction, against)) for direction in [*directions, None]]
+    def add(title: str, chosen: Sequence[dict[str, Any]], against: str = "pytorch_ms", of: str = "ours_ms") -> None:
+        means = [geometric_mean(speedups(chosen, direction, against, of)) for direction in [*directions, None]]
         lines.append(f"{title:<42}" + "".join(f"{'-':>13}" if math.isnan(m) else f"{m:12.2f}x" for m in means))
 
-    for family in dict.fromkeys(cases[row["case"]].family for row in rows):
-        add(f"  {family}", [row for row in rows if cases[row["case"]].family == family])
+    for family, chosen in by_family(rows, cases).items():
+        add(f"  {family}", chosen)
+        add("    a copy of as many bytes", chosen, of="copy_ms")
     add("PyTorch's best in any layout", rows, "pytorch_any_layout_ms")
     add("PyTorch's best in the same layout", rows)
     slower = [row for row in rows if row["pytorch_ms"] < LOSS * row["ours_ms"]]
@@ -318,6 +332,21 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
         )
     )
 
+    lines += [
+        "",
+        "By family of cases, beside what a copy of as many bytes, timed alike, would be: half of them read, half "
+        "written. No kernel that moves each byte once is much faster, whatever it computes.",
+        "",
+        *_table_head("family", *DIRECTIONS, *(f"{direction}: copy" for direction in DIRECTIONS)),
+    ]
+    for family, chosen in by_family(rows, cases).items():
+        means = [
+            geometric_mean(speedups(chosen, direction, of=of))
+            for of in ("ours_ms", "copy_ms")
+            for direction in DIRECTIONS
+        ]
+        lines.append(_table_row(family, *("not measured" if math.isnan(mean) else f"{mean:.2f}" for mean in means)))
+
     slower = [row for row in rows if row["pytorch_ms"] < LOSS * row["ours_ms"]]
     lines += ["", f"Slower than PyTorch in the same layout: {len(slower)} of {len(rows)} rows."]
     lines += [
@@ -366,7 +395,9 @@ def table(record: dict[str, Any]) -> str:
     """Every row of a record as a page of its own."""
     lines = [f"# Every measured row, {record['gpu']}", "", _versions(record), ""]
     lines += [_stale(record), ""] if _stale(record) else []
-    lines += _table_head(*ROW_IDENTITY, "variant", "ours ms", "PyTorch ms", "any layout ms", "speedup", "of copy")
+    lines += _table_head(
+        *ROW_IDENTITY, "variant", "ours ms", "PyTorch ms", "any layout ms", "copy ms", "speedup", "of copy"
+    )
     for row in record["rows"]:
         share = row["bytes"] / row["ours_ms"] / 1e9 / record["copy_tbps"]
         lines.append(
@@ -376,6 +407,7 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['ours_ms']:.4f}",
                 f"{row['pytorch_ms']:.4f}",
                 f"{row['pytorch_any_layout_ms']:.4f}",
+                f"{row['copy_ms']:.4f}",
                 f"{row['pytorch_ms'] / row['ours_ms']:.2f}",
                 f"{share:.0%}",
             )

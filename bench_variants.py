@@ -31,7 +31,7 @@ HEADER = (
 def serving(case: Case, dtype: torch.dtype, layout: str, direction: str) -> list[str]:
     """The names of all tiles that can serve a problem, and 'general'."""
     names = ctypes.create_string_buffer(1 << 16)
-    where = DIRECTIONS.index(direction), depthwise_inline._DTYPES.index(dtype), int(layout == "nhwc")
+    where = DIRECTIONS.index(direction), depthwise_inline._DTYPES.index(dtype), int(case.is_channels_last(layout))
     sizes = depthwise_inline._SIZES(*case.sizes())
     if depthwise_inline._load_library().depthwise_inline_tiles(*where, sizes, names, len(names)) != 0:
         raise RuntimeError("the library does not list the variants of this problem")
@@ -56,7 +56,7 @@ def plan(
             names = {}
             for variant in ["", *wanted] if wanted else []:
                 force(variant)
-                name, source = depthwise_inline._select(direction, bench.DTYPES[dtype], layout == "nhwc", case.sizes())
+                name, source = bench.selected(case, bench.DTYPES[dtype], layout, direction)
                 names[variant] = name
                 if source:
                     sources[name.rpartition("/")[0]] = source

@@ -32,7 +32,7 @@ namespace depthwise {
 
 // kTileColumns, kTileRows, kTileTaps: those of variants.h's table.
 template <class T_, int kKernelW_, int kStrideH_, int kStrideW_, int kDilationH_, int kDilationW_, bool kChannelsLast_,
-          int kTileColumns, int kTileRows, int kTileTaps>
+          bool kSumsParts_, int kTileColumns, int kTileRows, int kTileTaps>
 struct BlockedTraits {
   using T = T_;
   static constexpr int kKernelW = kKernelW_;
@@ -55,10 +55,7 @@ struct BlockedTraits {
   // Columns that the last chunk reads beyond those it needs.
   static constexpr int kSlack = (kTaps - kLastTaps) * kDilationW + kVector - 1;
   static constexpr int kRows = blocked_rows(kTile, kKernelW, kWindow);
-  // The terms of a kernel row are added up before they join an output's sum: a long running sum loses bits with every
-  // term. Not where multiply-adds are all that counts, which that would cost one in kernel_w; 16-bit results hide it.
-  static constexpr bool kSumsParts =
-      sizeof(T) == 4 && max_int(max_int(kStrideH, kStrideW), max_int(kDilationH, kDilationW)) > 1;
+  static constexpr bool kSumsParts = kSumsParts_;  // of kernel rows
   static constexpr int kWeightPitch = divide_up(kKernelW, 4) * 4;
   static constexpr int kThreads = blocked_threads(kTile, kChannels) * kChannels;  // a block, at most
   // Of a multiprocessor, by registers.

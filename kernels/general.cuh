@@ -103,11 +103,13 @@ __global__ void __launch_bounds__(kGeneralThreads)
     const int h = o.h * args.stride_h - args.padding_h + i * args.dilation_h;
     if (h < 0 || h >= args.in.h.divisor) continue;
     const T* row = plane + h * args.in.stride_h;
+    accumulator_t<T> row_sum = 0;  // apart: a running sum loses bits with every term
     for (int j = 0; j < args.kernel_w; ++j) {
       const int w = o.w * args.stride_w - args.padding_w + j * args.dilation_w;
       if (w >= 0 && w < args.in.w.divisor)
-        sum += load(row + w * args.in.stride_w) * load(filter + i * args.kernel_w + j);
+        row_sum += load(row + w * args.in.stride_w) * load(filter + i * args.kernel_w + j);
     }
+    sum += row_sum;
   }
   out[linear] = store_accumulator<T>(sum);
 }
@@ -127,13 +129,15 @@ __global__ void __launch_bounds__(kGeneralThreads)
       const int h = x.h + args.padding_h - i * args.dilation_h;  // stride_h times the output row, if it is one
       const int out_h = h / args.stride_h;
       if (h < 0 || out_h * args.stride_h != h || out_h >= args.out.h.divisor) continue;
+      accumulator_t<T> row_sum = 0;
       for (int j = 0; j < args.kernel_w; ++j) {
         const int w = x.w + args.padding_w - j * args.dilation_w;
         const int out_w = w / args.stride_w;
         if (w < 0 || out_w * args.stride_w != w || out_w >= args.out.w.divisor) continue;
-        sum +=
+        row_sum +=
             load(plane + out_h * args.out.stride_h + out_w * args.out.stride_w) * load(filter + i * args.kernel_w + j);
       }
+      sum += row_sum;
     }
   }
   grad_input[linear] = store_accumulator<T>(sum);

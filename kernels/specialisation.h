@@ -25,6 +25,7 @@ struct Specialisation {
   int height;            // images_fma: of whole planes, else 0
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
+  int sums_parts;        // blocked
   ImageShape image;      // images and image_bands, which take the kernel's width at run time
   Band band;             // toeplitz and band_images, which take the kernel's size at run time
 
@@ -38,6 +39,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   s.dtype = p.dtype;
   s.stride_w = static_cast<int>(p.stride_w);
   if (kernel == Kernel::kToeplitz || kernel == Kernel::kBlocked) s.channels_last = p.layout == Layout::kNhwc;
+  if (kernel == Kernel::kBlocked) s.sums_parts = blocked_sums_parts(p);
   if (kernel == Kernel::kToeplitz) {
     s.band = band_of(p);
     return s;
@@ -140,9 +142,10 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
 inline std::string specialisation_name(const Specialisation& s) {
   char name[128];
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_c%d_r%d_t%d", s.channels_last ? "nhwc" : "nchw",
-                  dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
-                  kBlockedTiles[s.tile].columns, kBlockedTiles[s.tile].rows, kBlockedTiles[s.tile].vector);
+    std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_c%d_r%d_t%d%s",
+                  s.channels_last ? "nhwc" : "nchw", dtype_name(s.dtype), s.kernel_w, s.stride_h, s.stride_w,
+                  s.dilation_h, s.dilation_w, kBlockedTiles[s.tile].columns, kBlockedTiles[s.tile].rows,
+                  kBlockedTiles[s.tile].vector, s.sums_parts ? "_parts" : "");
     return name;
   }
   if (s.kernel == Kernel::kToeplitz) {
@@ -301,10 +304,10 @@ inline std::string specialisation_source(const Specialisation& s) {
     }
   }
   if (s.kernel == Kernel::kBlocked) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s, %d, %d, %d",
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s, %s, %d, %d, %d",
                   kTypes[static_cast<int>(s.dtype)], s.kernel_w, s.stride_h, s.stride_w, s.dilation_h, s.dilation_w,
-                  s.channels_last ? "true" : "false", kBlockedTiles[s.tile].columns, kBlockedTiles[s.tile].rows,
-                  kBlockedTiles[s.tile].vector);
+                  s.channels_last ? "true" : "false", s.sums_parts ? "true" : "false", kBlockedTiles[s.tile].columns,
+                  kBlockedTiles[s.tile].rows, kBlockedTiles[s.tile].vector);
     traits = std::string("BlockedTraits<") + arguments;
   }
   if (is_strips(s.kernel)) {

@@ -51,6 +51,7 @@ def row(case="kb82", dtype="float32", layout="nchw", direction="forward", ours=1
         "ours_ms": ours,
         "pytorch_ms": pytorch,
         "pytorch_any_layout_ms": any_layout,
+        "copy_ms": 0.5,
         "bytes": problem.bytes(4),
         "flops": problem.flops(),
     }
@@ -251,6 +252,14 @@ def test_means_name_the_losses():
     assert "1 of 2 rows" in text
     assert "kb82 float32 nhwc forward: 0.25x" in text
     assert "1.00x" in text.splitlines()[-1]
+    copy = next(line for line in text.splitlines() if "a copy of as many bytes" in line)
+    assert copy.split()[-2:] == ["2.00x", "2.00x"]  # forward, all: of 8 and 0.5
+
+
+def test_a_copy_moves_as_many_bytes():
+    call = bench.copy_of(200, "cpu")
+    copied = call.run()
+    assert copied.nbytes == 100 and copied.sum() == 100
 
 
 class Watch:
@@ -284,7 +293,7 @@ def test_rows_are_checked_and_timed(on_the_cpu, direction):
     rows = bench.measure(bench.Problem(SMALL, torch.float32, direction), ["nchw", "nhwc"], Watch())
     assert [r["layout"] for r in rows] == ["nchw", "nhwc"]
     for r in rows:
-        assert (r["ours_ms"], r["pytorch_ms"], r["pytorch_any_layout_ms"]) == (1.0, 2.0, 2.0)
+        assert (r["ours_ms"], r["pytorch_ms"], r["pytorch_any_layout_ms"], r["copy_ms"]) == (1.0, 2.0, 2.0, 2.0)
         assert r["error"] <= 4e-7 and r["variant"] == "small/tile"
         assert set(report.ROW_KEYS) <= set(r)
 
