@@ -94,8 +94,8 @@ def pytest_terminal_summary(terminalreporter, config):
     properties = [dict(report.user_properties) for report in (*stats["passed"], *stats["failed"])]
     if config.getoption("--sanitize"):
         path, outcome = SANITIZER_RECORD, {}
-        for found in properties:
-            outcome |= found.get("sanitizer", {})
+        for tool, counts in (item for found in properties for item in found.get("sanitizer", {}).items()):
+            outcome[tool] = {name: outcome.get(tool, {}).get(name, 0) + count for name, count in counts.items()}
         if not outcome:
             terminalreporter.write_line("--sanitize --record: no tool came to its end, nothing is recorded")
             return

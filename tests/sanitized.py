@@ -4,6 +4,7 @@ Inputs are made, and results compared, on the CPU: so no kernels but ours run, a
 or written by them.
 """
 
+import itertools
 import sys
 
 import reference
@@ -23,25 +24,36 @@ def run_on_gpu(run=reference.run):
     return moved
 
 
-def main(prepare):
-    """Runs the sample of test_emulated.py on the GPU; `prepare`: compiles what that needs, and runs nothing."""
-    failures, sources = Failures(), {}
-    reference.DEVICE, reference.run = "cpu", run_on_gpu()
+def sample():
+    """The sample of test_emulated.py: problems, layouts and dtypes."""
     for shape, places in test_emulated.SAMPLE.items():
-        problems = [*test_emulated.shape_problems(*shape, everything=False), *test_emulated.edge_problems(*shape[:2])]
-        for layout, dtype in places:
-            if prepare:
-                sources |= reference.specialisations(problems, dtype, layout)
-                continue
-            for problem in problems if shape[2] == (1, 1) else problems[:3]:
-                generator = reference.fresh_generator()
-                reference.check(failures, problem, reference.make_tensors(problem, dtype, layout, generator), layout)
-    if prepare:
-        depthwise_inline._obtain_all(sources)
-    else:
-        print(f"checked {failures.checked}")
-        failures.report()
+        problems = test_emulated.shape_problems(*shape, everything=False)
+        if shape[2] == (1, 1):
+            problems += test_emulated.edge_problems(*shape[:2])
+        yield from itertools.product(problems[: None if shape[2] == (1, 1) else 3], places)
+
+
+def prepare():
+    """Compiles what the sample needs, and runs nothing."""
+    sources = {}
+    for problem, (layout, dtype) in sample():
+        sources |= reference.specialisations([problem], dtype, layout)
+    depthwise_inline._obtain_all(sources)
+
+
+def run(part, parts):
+    """Runs every parts-th problem on the GPU."""
+    failures = Failures()
+    reference.DEVICE, reference.run = "cpu", run_on_gpu()
+    for problem, (layout, dtype) in itertools.islice(sample(), part, None, parts):
+        tensors = reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
+        reference.check(failures, problem, tensors, layout)
+    print(f"checked {failures.checked}")
+    failures.report()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] == ["prepare"])
+    if sys.argv[1:] == ["prepare"]:
+        prepare()
+    else:
+        run(*map(int, sys.argv[1:]))

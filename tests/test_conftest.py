@@ -49,6 +49,15 @@ def test_of_the_cpu():
 """
 
 
+SANITIZED = """
+import pytest
+
+@pytest.mark.parametrize("tool, reported", (("memcheck", 0), ("memcheck", 2), ("racecheck", 0)))
+def test_tool(tool, reported, record_property):
+    record_property("sanitizer", {tool: {"parts": 1, "checked": 5, "reported": reported}})
+"""
+
+
 def recorded(folder, *arguments, before=""):
     """What a run of pytest leaves in results/, by the name of the file."""
     code = RUN.replace("# before", before)
@@ -79,6 +88,18 @@ def test_record_of_fuzzing(tmp_path):
     record = records.pop("gpu_fuzz.json")
     assert not records and tuple(record) == (*MACHINE, "seed", "draws", "specialisations", "failed", "seconds")
     assert (record["draws"], record["specialisations"], record["failed"]) == (7, 0, 0)
+
+
+def test_record_of_sanitizers(tmp_path):
+    """The parts of a tool's problems are added up."""
+    (tmp_path / "test_tools.py").write_text(SANITIZED)
+    (results := tmp_path / "results").mkdir()
+    options = ("-p", "conftest", "-c", "pyproject.toml", "--sanitize")
+    records = recorded(results, *options, str(tmp_path / "test_tools.py"), before="sys.path.insert(0, 'tests')")
+    record = records.pop("gpu_sanitizer.json")
+    assert not records and tuple(record) == (*MACHINE, "memcheck", "racecheck", "seconds")
+    assert record["memcheck"] == {"parts": 2, "checked": 10, "reported": 2}
+    assert record["racecheck"] == {"parts": 1, "checked": 5, "reported": 0}
 
 
 def test_a_lost_gpu_is_said_once(tmp_path):

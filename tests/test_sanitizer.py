@@ -11,6 +11,7 @@ import pytest
 import reference
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
+PARTS = 3  # of the problems, which pytest-xdist runs side by side
 SUMMARY = re.compile(r"(?m)^========= (?:RACECHECK SUMMARY: (\d+) hazards?|ERROR SUMMARY: (\d+) errors?)")
 
 
@@ -31,8 +32,9 @@ def sanitize(tool, command):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("tool", TOOLS)
-def test_nothing_is_reported(tool, request, record_property):
+def test_nothing_is_reported(tool, part, request, record_property):
     if not request.config.getoption("--sanitize"):
         pytest.skip("minutes: only with --sanitize")
     if shutil.which("compute-sanitizer") is None:
@@ -40,8 +42,8 @@ def test_nothing_is_reported(tool, request, record_property):
     command = [sys.executable, "tests/sanitized.py"]
     env = {**os.environ, "PYTHONPATH": "tests:."}
     subprocess.run([*command, "prepare"], cwd=reference.ROOT, env=env, check=True)
-    checked, ours = sanitize(tool, command)
-    record_property("sanitizer", {tool: {"checked": checked, "reported": len(ours)}})
+    checked, ours = sanitize(tool, [*command, str(part), str(PARTS)])
+    record_property("sanitizer", {tool: {"parts": 1, "checked": checked, "reported": len(ours)}})
     assert not ours, "\n".join(ours[:20])
 
 
