@@ -252,9 +252,9 @@ inline bool can_serve_grad_weight_stream(const Problem& p, const Tile& tile) {
          2 * shape.stage_steps * row_pixels * tile.vector * element_size(p.dtype) <= kSharedBytesEverywhere;
 }
 
-// grad_weight_rows_nhwc: eight channels a block, and one band under way.
+// grad_weight_rows_nhwc: 16 bytes of channels a block, and one band under way.
 inline bool can_serve_grad_weight_rows(const Problem& p, const Tile& tile) {
-  if (p.layout != Layout::kNhwc || p.dtype == DType::kFloat32 || p.multiplier != 1 || !p.aligned || p.c % 8 != 0)
+  if (p.layout != Layout::kNhwc || p.multiplier != 1 || !p.aligned || p.c * element_size(p.dtype) % 16 != 0)
     return false;
   if (p.stride_h > 2 || p.stride_w > 2 || p.stride_h > p.kernel_h || p.stride_w > p.kernel_w || p.dilation_h > 1 ||
       p.dilation_w > 1)
@@ -266,8 +266,7 @@ inline bool can_serve_grad_weight_rows(const Problem& p, const Tile& tile) {
     return false;
   const GradWeightRowsShape shape = grad_weight_rows_shape(p, tile);
   if (shape.vector == 0) return false;
-  const GradWeightRowsTiling least = grad_weight_rows_cut(shape, p.n, static_cast<int>(p.c), static_cast<int>(p.out_h),
-                                                          static_cast<int>(p.out_w), 1, 1);
+  const GradWeightRowsTiling least = grad_weight_rows_cut(shape, grad_weight_rows_sizes(p), 1, 1, 1, 1, 2);
   return least.threads <= kGradWeightRowsThreads && least.bytes <= kSharedBytesEverywhere;
 }
 

@@ -324,11 +324,9 @@ inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile
   return best;
 }
 
-// grad_weight_rows_nhwc: one round of blocks, all of as many bands.
+// grad_weight_rows_nhwc: one round of blocks, all of as many units.
 inline GradWeightPlan rows_grad_weight_plan(const Problem& p, const Tile& tile) {
-  const GradWeightRowsTiling tiling = grad_weight_rows_tiling(p, tile);
-  const int64_t wanted = bounded_splits(p, int64_t{tiling.blocks} * kMultiprocessors / tiling.groups);
-  return {divide_up(int64_t{tiling.units}, divide_up(int64_t{tiling.units}, wanted)), 0};
+  return {bounded_splits(p, grad_weight_rows_tiling(p, tile).splits), 0};
 }
 
 // strips_grad_weight_nhwc: of as many pieces of an image, as many patches a round, and as many rounds a block (see

@@ -50,6 +50,9 @@ struct GradWeightStreamTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, 
   // 16-bit results hide it.
   static constexpr bool kSumsRows = sizeof(T_) == 4;
   static constexpr int kBatch = max_int(1, 16 / kVector);  // taps that are reduced together
+  // Whether what meets no row of grad_output is left out of an item's first and last stage: where a row's arithmetic is worth
+  // a branch (of 14 rows, 5x5 takes 20 steps otherwise), and registers suffice, which 7x7's do not.
+  static constexpr bool kLeavesOut = sizeof(T_) == 4 && kKernelH_ == 5 && kKernelW_ == 5 && kVector == 1;
 };
 
 // Stages of twice as many steps: half the barriers, and what begins a stage. The second half of an item's last one may be
@@ -232,7 +235,8 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
       constexpr bool kIsFirst = decltype(is_first)::value, kIsLast = decltype(is_last)::value;
 #pragma unroll
       for (int step = 0; step < Traits::kStageSteps; ++step) {
-        const bool may_end = kIsLast || (!Traits::kIsLarge && Traits::kIsDouble && step == Traits::kStageSteps / 2);
+        const bool may_end = kIsLast || Traits::kLeavesOut ||
+                             (!Traits::kIsLarge && Traits::kIsDouble && step == Traits::kStageSteps / 2);
         if (may_end && (kIsLast || stages_left == 0) && step - kDepth + 1 >= last_rows) break;
         float (&row)[kColumns][kVector] = grad[step % kDepth];
 #pragma unroll
@@ -261,6 +265,7 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
           for (int i = r; i < Traits::kKernelH; i += Traits::kStrideH) {
             if ((kIsFirst && step < i / Traits::kStrideH) || (kIsLast && step - i / Traits::kStrideH >= last_rows))
               continue;
+            if (Traits::kLeavesOut && step < i / Traits::kStrideH && stages_left == item_stages - 1) continue;
             const float (&met)[kColumns][kVector] = grad[(step - i / Traits::kStrideH + kDepth) % kDepth];
 #pragma unroll
             for (int j = 0; j < Traits::kKernelW; ++j)

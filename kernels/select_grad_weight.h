@@ -56,20 +56,24 @@ inline Config select_marching_nchw(const Problem& p) {
 // channels_last, fp32: kernels of so many taps queue their rows.
 constexpr int64_t kQueuedTaps = k3x5;
 
-// By whole rows, 16 bits: all channels of a block that fills a multiprocessor. bf16, H200, beside the stream: 3x3,
-// 144x56x56, two rows a thread: 0.0334, 0.0358; 5x5 at stride 2, 144x56x56, one row: 0.0302, 0.0326. Not 3x3 at stride 2
-// (96x112x112: 0.0401, 0.0406), nor small images (3x3, 384x14x14: 0.0185, marching 0.0158), nor where a block takes some
-// of the channels (5x5, 240x28x28: 0.0309, strips 0.0244). The thresholds rest on these shapes alone.
+// By whole rows. H100, fp32 / fp16, beside the stream or the march: 3x3, 144x56x56: 0.0547 / 0.0340, 0.0611 / 0.0421; 3x3 at
+// stride 2, 96x112x112: 0.0810 / 0.0470, 0.0880 / 0.0515; 5x5 at stride 2, 144x56x56: 0.0418 / 0.0296, 0.0502 / 0.0363. Two
+// rows a thread of 3x3 in 16 bits (0.0340, one 0.0349), one in fp32 (0.0547, two 0.0554). Not small images (3x3, 384x14x14:
+// 0.0188, marching 0.0168), nor 5x5 on 240x28x28 (0.0358, stream 0.0332). The thresholds rest on these shapes alone: images
+// of 56x56 and no large tensors, pixels of 192 bytes a block, warps enough.
 inline Config select_rows_nhwc(const Problem& p) {
-  constexpr int kFewestThreads = 320, kFewestPixels = 56 * 56;
+  constexpr int kFewestThreads = 168, kFewestPixels = 56 * 56, kFewestBytes = 192;
+  constexpr int64_t kManyPositions = 1 << 20;
   const int64_t taps = p.kernel_h * p.kernel_w;
   const bool strided = p.stride_h > 1;
-  const int tile = strided ? 0 : 1;
-  if (p.stride_h != p.stride_w || taps != (strided ? k5x5 : k3x3) || p.h * p.w < kFewestPixels ||
+  const int tile = strided || p.dtype == DType::kFloat32 ? 0 : 1;
+  if (p.stride_h != p.stride_w || p.kernel_h != p.kernel_w || (taps != k3x3 && !(strided && taps == k5x5)) ||
+      p.h * p.w < kFewestPixels || p.n * p.out_h * p.out_w > kManyPositions ||
       !can_serve(p, Kernel::kGradWeightRowsNhwc, tile))
     return {};
   const GradWeightRowsTiling tiling = grad_weight_rows_tiling(p, kGradWeightRowsNhwcTiles[tile]);
-  const bool fills = tiling.groups == 1 && tiling.threads >= kFewestThreads;
+  const int vector = grad_weight_rows_shape(p, kGradWeightRowsNhwcTiles[tile]).vector;
+  const bool fills = tiling.threads >= kFewestThreads && tiling.lanes * vector * element_size(p.dtype) >= kFewestBytes;
   return fills ? Config{Kernel::kGradWeightRowsNhwc, tile} : Config{};
 }
 
@@ -90,20 +94,22 @@ inline Config select_marching_nhwc(const Problem& p) {
   // Streams. fp32 at stride 1, 32 channels: 3x3, 16x64x512x512: 0.491, marching 0.510; 144x56x56: 0.051, 0.055; 1x11,
   // 16x64x128x128: 0.050, 0.067; not at stride 2 (96x112x112: 0.077, 0.073). fp16, 64 channels: 144x56x56: 0.036, 0.042;
   // 3x7, 128x128x256: 0.208, 0.281; 1x11: 0.036, 0.059; 3x3 at stride 2: 0.047, 0.050; but 32 for 5x5 at stride 2
-  // (144x56x56: 0.032, 64 channels 0.043, 0.044).
-  if (!small && p.c >= 32 && (wide ? p.stride_w == 1 && taps < kQueuedTaps : taps <= k5x5)) {
+  // (144x56x56: 0.032, 64 channels 0.043, 0.044). fp32 5x5 (H100): 672x14x14: 0.0267, marching 0.0312; 240x28x28: 0.0332,
+  // queue 0.0337.
+  const bool is_5x5 = wide && taps == k5x5 && p.kernel_h == p.kernel_w && p.out_h * p.out_w >= 14 * 14;
+  if ((!small || is_5x5) && p.c >= 32 && (wide ? p.stride_w == 1 && (taps < kQueuedTaps || is_5x5) : taps <= k5x5)) {
     const int tile = wide || taps == k5x5 ? 1 : 0;
     if (can_serve(p, Kernel::kGradWeightStreamNhwc, tile)) return {Kernel::kGradWeightStreamNhwc, tile};
   }
   // fp32: rows to come wait in shared memory where there is much to do for each, of two channels as far as registers hold
-  // their sums (H100: 3x7, 128x128x256: 0.398, stream 0.420; 5x5, 240x28x28: 0.039, stream 0.041, marching 0.050; 7x7,
+  // their sums (H100: 3x7, 128x128x256: 0.398, stream 0.420; 7x7,
   // 96x56x56: 0.073, marching 0.085, stream 0.095; 192x28x28: 0.041, 0.055, 0.058; 9x9, 768x32x32: 0.202, 0.218).
   if (wide && taps >= kQueuedTaps && p.stride_w == 1 && !dilated && (!small || taps > k5x5)) {
     const Config queue = tile_of(taps <= k5x5 ? 2 : 1, true);
     if (queue.kernel != Kernel::kGeneral) return queue;
   }
   // Four channels a thread, where registers hold them, but one in small images, of which there would be too few threads
-  // (3x3, 384x14x14, fp32 / fp16: 0.016 / 0.014, four 0.022 / 0.018; 5x5, 672x14x14: 0.031 / 0.028, two 0.044 / 0.035),
+  // (3x3, 384x14x14, fp32 / fp16: 0.016 / 0.014, four 0.022 / 0.018),
   // and fewer in large ones, of which more warps are read at once (3x3, 16x64x512x512: 0.509 / 0.279, four 0.536 /
   // 0.350). In fp32 one also where four do not fit (3x7, 128x128x256: 0.339, two 0.394).
   Config config = small || (large && wide) ? tile_of(1) : large ? tile_of(2) : tile_of(4);

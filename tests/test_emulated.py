@@ -327,6 +327,11 @@ WHOLE_ROWS = [  # several bands a block and more than one image; channels that d
     (None, "weight_rows1", Problem((31, 56), (5, 5), (2, 2), (2, 2), batch=17, channels=144), F16),
     (None, "weight_rows2", Problem((5, 56), (3, 3), padding=(1, 1), batch=90, channels=144, bias=False), BF16),
     (T4, "weight_rows2", Problem((14, 31), (3, 3), padding=(1, 1), batch=1, channels=56), BF16),
+    # Parts of the columns; groups of channels; several bands at once, of a small image; rows that no window meets.
+    (None, "weight_rows1", Problem((9, 112), (3, 3), (2, 2), (1, 1), batch=30, channels=96), F32),
+    (None, "weight_rows1", Problem((14, 56), (5, 5), (2, 2), (2, 2), batch=20, channels=144), F32),
+    (None, "weight_rows2", Problem((14, 14), (3, 3), padding=(1, 1), batch=5, channels=36), F32),
+    (None, "weight_rows2", Problem((12, 9), (2, 3), (2, 1), (0, 4), batch=3, channels=8), F16),
 ]
 
 
@@ -417,6 +422,7 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("forward", "images_fma", TINY, F32, "nchw"),
     ("grad_weight", "weight_images_fma_plane", TINY, F32, "nchw"),
     ("grad_weight", "weight_stream32", SMALL, BF16, "nhwc"),
+    ("grad_weight", "weight_rows1", SMALL, F32, "nhwc"),
     ("grad_weight", "weight_x4g4_queue", SMALL, F32, "nchw"),
     ("grad_weight", "weight_strips", ODD, F16, "nchw"),
     ("grad_weight", "weight_strips_nhwc", SMALL, BF16, "nhwc"),

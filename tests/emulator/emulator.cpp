@@ -53,6 +53,11 @@ struct Cell {  // two bytes of shared memory: who wrote and read them last, and 
   unsigned warp_written, warp_read;  // of the writer's and the reader's warp
   int writer, reader, reader_warp;   // or kSeveral
 };
+struct CopyBarrier {  // of bulk copies
+  int count, arrived, phase;
+  int64_t expected, copied;  // bytes
+  std::vector<Copy> copies;
+};
 struct Memory {
   const char* name;
   uintptr_t begin, end;
@@ -74,6 +79,8 @@ unsigned interval = 1;           // between two barriers
 alignas(1024) unsigned char shared[kSharedCapacity];
 Cell cells[kSharedCapacity / 2];
 int dynamic_bytes, static_bytes, all_bytes, shared_end;
+std::map<unsigned, CopyBarrier> copy_barriers;
+const char* const kCopies = "bulk copies";
 std::vector<StaticShared> statics;
 std::vector<Memory> memory;
 std::map<const void*, int> allowed_shared_bytes;
@@ -186,6 +193,7 @@ void run_block(dim3 index) {
   ++interval;
   std::fill_n(shared, shared_end, 0xff);
   statics.clear(), static_bytes = 0;
+  copy_barriers.clear();
   shared_end = (dynamic_bytes + 15) / 16 * 16 + 16;
   arrived = votes = 0;
   for (Warp& warp : warps) warp.arrived = 0;
@@ -348,6 +356,53 @@ void wait_for_copies(int pending) {
       std::memset(copy.shared, 0, copy.width);
       std::memcpy(copy.shared, copy.global, copy.bytes);
     }
+}
+
+void init_barrier(unsigned barrier, int count) {
+  access_shared(current, barrier, 8, true);
+  copy_barriers[barrier] = {count};
+}
+
+CopyBarrier& copy_barrier_at(unsigned address) {
+  if (copy_barriers.count(address) == 0) fail("no barrier at %u of shared memory", address);
+  for (int t = 0; t < num_threads; ++t)
+    if (threads[t].waits == kCopies) threads[t].waits = nullptr;  // they look again
+  return copy_barriers[address];
+}
+
+void expect_bytes(unsigned barrier, int bytes) {
+  CopyBarrier& b = copy_barrier_at(barrier);
+  if (++b.arrived > b.count) fail("arrives at a barrier of %d once more", b.count);
+  b.expected += bytes;
+}
+
+void bulk_copy(unsigned address, const void* global, int bytes, unsigned barrier, uint64_t) {
+  void* const to = at_shared_address(address);
+  check_alignment(to, 16);
+  check_alignment(global, 16);
+  if (bytes <= 0 || bytes % 16 != 0) fail("copies %d bytes", bytes);
+  access_global(global, bytes, false);
+  access_shared(current, address, bytes, true);
+  std::memset(to, 0xff, bytes);
+  CopyBarrier& b = copy_barrier_at(barrier);
+  b.copied += bytes;
+  b.copies.push_back({to, global, bytes, bytes});
+}
+
+// The first thread that finds all bytes there lets them arrive.
+void wait_barrier(unsigned barrier, int phase) {
+  CopyBarrier* b = &copy_barriers[barrier];
+  while (b->phase == phase) {
+    if (b->arrived < b->count || b->copied != b->expected) {
+      threads[current].waits = kCopies;
+      suspend();
+      continue;
+    }
+    for (const Copy& copy : b->copies) std::memcpy(copy.shared, copy.global, copy.bytes);
+    b->copies.clear();
+    b->phase ^= 1, b->arrived = 0, b->copied = b->expected = 0;
+    copy_barrier_at(barrier);
+  }
 }
 
 void wait_for_all_copies() {

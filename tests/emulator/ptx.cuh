@@ -59,6 +59,12 @@ template <int kBytes, bool kThroughL1 = false>
 void copy_async(unsigned shared_address, const void* global, int bytes, uint64_t) {
   copy_async(at_shared_address(shared_address), global, kBytes, bytes);
 }
+// A barrier of bulk copies, by its address in shared memory.
+void init_barrier(unsigned barrier, int count);
+inline void fence_barriers() {}
+void expect_bytes(unsigned barrier, int bytes);
+void wait_barrier(unsigned barrier, int phase);
+void bulk_copy(unsigned shared_address, const void* global, int bytes, unsigned barrier, uint64_t policy);
 void commit_copies();
 void wait_for_copies(int pending);
 template <int kPending>
