@@ -1,8 +1,8 @@
 // Copies of whole rows from global to shared memory, an instruction each, which a barrier in shared memory counts (sm_90).
 #pragma once
 
+#include "cache_policy.cuh"
 #include "problem.h"
-#include "ptx.cuh"
 
 namespace depthwise {
 
@@ -12,14 +12,14 @@ class BulkCopies {
  public:
 #if __CUDA_ARCH__ >= 900
   __device__ __forceinline__ BulkCopies(uint64_t* arrivals, const GradWeightArgs& args)
-      : arrivals_(ptx::shared_address(arrivals)), evict_first_(__CUDA_ARCH__ == 900 && args.evict_first) {}
+      : arrivals_(ptx::shared_address(arrivals)), policy_(args) {}
 
   // Before a barrier of the block, and before that thread's first copies.
   template <int kStages>
   __device__ __forceinline__ void begin() const {
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) ptx::init_barrier(of(stage), 1);
-    ptx::fence_barriers();
+    for (int stage = 0; stage < kStages; ++stage) ptx::initialise_barrier(of(stage), 1);
+    ptx::show_barriers();
   }
   // What the copies of a stage, which may follow, have in all.
   __device__ __forceinline__ void expect(int stage, int bytes) const { ptx::expect_bytes(of(stage), bytes); }
@@ -27,16 +27,15 @@ class BulkCopies {
   template <class T>
   __device__ __forceinline__ void copy_rows(int stage, T* shared, const T* global, int rows, int bytes, int pitch,
                                             int slot, int slots, int slot_pitch) const {
-    const uint64_t policy = ptx::cache_policy(evict_first_);
 #pragma unroll 1
     for (int row = 0; row < rows && bytes > 0; ++row) {
-      ptx::bulk_copy(ptx::shared_address(shared + slot * slot_pitch), global, bytes, of(stage), policy);
+      policy_.copy_bulk(ptx::shared_address(shared + slot * slot_pitch), global, bytes, of(stage));
       global += pitch;
       slot = slot + 1 == slots ? 0 : slot + 1;
     }
   }
   // `phase`: 0 where it is the stage's first use, 1 the second, and so on in turns.
-  __device__ __forceinline__ void wait(int stage, int phase) const { ptx::wait_barrier(of(stage), phase); }
+  __device__ __forceinline__ void wait(int stage, int phase) const { ptx::wait_for_barrier(of(stage), phase); }
 
  private:
   __device__ __forceinline__ unsigned of(int stage) const {
@@ -44,7 +43,7 @@ class BulkCopies {
   }
 
   unsigned arrivals_;
-  bool evict_first_;
+  CachePolicy policy_;
 #else
   __device__ __forceinline__ BulkCopies(uint64_t*, const GradWeightArgs&) {}
   template <int kStages>

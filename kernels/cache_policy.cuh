@@ -55,6 +55,17 @@ class CachePolicy {
     target.template copy_async<kBytes>(offset, global, in_bounds);
 #endif
   }
+#if __CUDA_ARCH__ >= 900
+  // See ptx::copy_bulk.
+  __device__ __forceinline__ void copy_bulk(unsigned shared_address, const void* global, int bytes,
+                                            unsigned barrier) const {
+#if __CUDA_ARCH__ == 900
+    ptx::copy_bulk(shared_address, global, bytes, barrier, policy_);
+#else
+    ptx::copy_bulk(shared_address, global, bytes, barrier);
+#endif
+  }
+#endif
   template <int kBytes, class T>
   __device__ __forceinline__ void copy_async(T* shared, const void* global, bool in_bounds) const {
     copy_async<kBytes>(target(shared), 0, global, in_bounds);

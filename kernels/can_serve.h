@@ -40,6 +40,7 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     case Kernel::kImagesFmaGradWeight: return can_serve_images_fma_grad_weight(p, t);
     case Kernel::kGradWeightNchw:
     case Kernel::kGradWeightNhwc: return can_serve_grad_weight(p, kernel, t);
+    case Kernel::kGradWeightPlanesNchw: return can_serve_grad_weight_planes(p, t);
     case Kernel::kGradWeightStreamNhwc: return can_serve_grad_weight_stream(p, t);
     case Kernel::kGradWeightRowsNhwc: return can_serve_grad_weight_rows(p, t);
     default: return can_serve_direct(p, kernel, t);

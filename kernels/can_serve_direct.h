@@ -1,7 +1,8 @@
 // What the kernels for few taps can serve, which are compiled for their filter's size: forward, grad of input, and grad of
-// weight (grad_weight_nchw, grad_weight_nhwc, grad_weight_stream_nhwc, grad_weight_rows_nhwc).
+// weight (grad_weight_nchw, grad_weight_planes_nchw, grad_weight_nhwc, grad_weight_stream_nhwc, grad_weight_rows_nhwc).
 #pragma once
 
+#include "grad_weight_planes_tiling.h"
 #include "grad_weight_rows_tiling.h"
 
 namespace depthwise {
@@ -250,6 +251,34 @@ inline bool can_serve_grad_weight_stream(const Problem& p, const Tile& tile) {
   const int64_t row_pixels = shape.stride_h * shape.window + kGradWeightStreamColumns;
   return shape.vector > 0 &&
          2 * shape.stage_steps * row_pixels * tile.vector * element_size(p.dtype) <= kSharedBytesEverywhere;
+}
+
+// grad_weight_planes_nchw: registers of the sums, the live rows of grad_output and the window, and of what was read ahead.
+constexpr int kMaxPlanesRegisters = 88;
+
+inline bool can_serve_grad_weight_planes(const Problem& p, const Tile& tile) {
+  const int64_t taps = p.kernel_h * p.kernel_w, granule = 16 / element_size(p.dtype);
+  if (p.layout != Layout::kNchw || !p.aligned || taps > kMaxRegisterTaps || p.dilation_h > 1 || p.dilation_w > 1)
+    return false;
+  if (p.stride_h > 2 || p.stride_w > 2 || p.kernel_w - 1 > kMaxGradWeightSpan) return false;
+  // Rows of grad_output that meet padding alone would be missed.
+  if (p.padding_h > p.kernel_h - 1 || p.padding_w > 64) return false;
+  if (p.w % tile.vector != 0 || p.out_w % tile.grad_vector != 0 || (tile.columns == 8 && taps > kMaxWideStripTaps))
+    return false;
+  // All planes of a channel begin alike within their 16 bytes.
+  if (p.c * p.h * p.w % granule != 0 || p.out_c * p.out_h * p.out_w % granule != 0) return false;
+  const int64_t strips = divide_up(p.out_w, static_cast<int64_t>(tile.columns));
+  if (strips > kFewestPlanesThreads || p.n * p.out_c * (p.h + p.padding_h) * strips > kInt32Max / 2 ||
+      p.h * p.w > kInt32Max / 16)
+    return false;
+  const MarchRegisters registers =
+      march_registers(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
+                      static_cast<int>(p.stride_w), 1, tile.columns, 1,
+                      tile.vector < tile.grad_vector ? tile.vector : tile.grad_vector, element_size(p.dtype));
+  return registers.kept + registers.step <= kMaxPlanesRegisters &&
+         grad_weight_planes_cut(grad_weight_planes_shape(p, tile), grad_weight_planes_sizes(p), 1, 1,
+                                kSharedBytesEverywhere)
+                 .bytes > 0;
 }
 
 // grad_weight_rows_nhwc: 16 bytes of channels a block, and one band under way.

@@ -157,13 +157,14 @@ struct NchwStrip {
 };
 
 // Sums of kCount values over a warp: each step exchanges half of what a lane still holds with the lane `offset` away,
-// so that both have half as many. In the end a lane holds `kept` sums, those from index `first` to `end`.
-template <int kCount, int kOffset = 16>
+// so that both have half as many. In the end a lane holds a few sums, those from index `first` to `end`, which it puts, or
+// adds, to `shared`.
+template <bool kAdds = false, int kOffset = 16, int kCount>
 __device__ __forceinline__ void sum_over_warp(const float (&values)[kCount], float* shared, int first, int end) {
   if constexpr (kOffset == 0) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k)
-      if (first + k < end) shared[first + k] = values[k];
+      if (first + k < end) shared[first + k] = kAdds ? shared[first + k] + values[k] : values[k];
   } else {
     constexpr int kHalf = (kCount + 1) / 2;
     const bool upper = threadIdx.x & kOffset;
@@ -173,9 +174,37 @@ __device__ __forceinline__ void sum_over_warp(const float (&values)[kCount], flo
       const float high = k + kHalf < kCount ? values[k + kHalf < kCount ? k + kHalf : 0] : 0.f;
       half[k] = (upper ? high : values[k]) + __shfl_xor_sync(~0u, upper ? values[k] : high, kOffset);
     }
-    sum_over_warp<kHalf, kOffset / 2>(half, shared, upper ? first + kHalf : first,
+    sum_over_warp<kAdds, kOffset / 2>(half, shared, upper ? first + kHalf : first,
                                       upper ? end : min(end, first + kHalf));
   }
+}
+
+// Stores the sums of `threads` threads, whole warps, of which each has left its own at `shared`; `thread` is this one.
+// Returns whether those that the thread stored are finite.
+template <class Traits>
+__device__ __forceinline__ bool store_sums(const GradWeightArgs& args, unsigned split, unsigned channel,
+                                           const float* shared, int thread, int threads) {
+  constexpr int kTaps = Traits::kTaps, kPitch = kTaps + 1;
+  bool finite = true;
+  for (int tap = thread; tap <= kTaps; tap += threads) {
+    float total = shared[tap];
+    for (int k = 1; k < threads / 32; ++k) total += shared[k * kPitch + tap];
+    store_sum<Traits>(args, split, channel, tap, total);
+    finite = finite && isfinite(total);
+  }
+  return finite;
+}
+
+// Adds up one tap's sums of `threads` threads.
+template <class Traits>
+__device__ __forceinline__ void store_tap(const GradWeightArgs& args, unsigned split, unsigned channel, int tap,
+                                          float total, float* shared, int thread, int threads) {
+  for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+  if (thread % 32 == 0) shared[thread / 32] = total;
+  __syncthreads();
+  for (int k = 1; k < threads / 32 && thread == 0; ++k) total += shared[k];
+  if (thread == 0) store_sum<Traits>(args, split, channel, tap, total);
+  __syncthreads();
 }
 
 // Copies the planes of images first to last to shared memory, `pitch` elements apart. A warp takes a plane, so that it
@@ -250,16 +279,9 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) values[tap] = sum[tap][0];
   values[kTaps] = bias[0];
-  const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
-  sum_over_warp(values, shared[warp], 0, kTaps + 1);
+  sum_over_warp(values, shared[threadIdx.x / 32], 0, kTaps + 1);
   __syncthreads();
-  bool finite = true;
-  for (int tap = threadIdx.x; tap <= kTaps; tap += blockDim.x) {
-    float total = shared[0][tap];
-    for (int k = 1; k < num_warps; ++k) total += shared[k][tap];
-    store_sum<Traits>(args, split, channel, tap, total);
-    finite = finite && isfinite(total);
-  }
+  const bool finite = store_sums<Traits>(args, split, channel, shared[0], threadIdx.x, blockDim.x);
   if (__syncthreads_and(finite)) return;
 
   for (int tap = 0; tap < kTaps; ++tap) {
@@ -268,12 +290,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
       const Piece piece = piece_at<Traits>(args, pieces, index);
       total += sum_of_pairs<Traits>(args, piece, tap, grad_plane(piece.image), input_plane(piece.image), 1);
     }
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-    if (threadIdx.x % 32 == 0) shared[warp][0] = total;
-    __syncthreads();
-    for (int k = 1; k < num_warps && threadIdx.x == 0; ++k) total += shared[k][0];
-    if (threadIdx.x == 0) store_sum<Traits>(args, split, channel, tap, total);
-    __syncthreads();
+    store_tap<Traits>(args, split, channel, tap, total, shared[0], threadIdx.x, blockDim.x);
   }
 }
 

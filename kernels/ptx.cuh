@@ -151,37 +151,49 @@ __device__ __forceinline__ void copy_async(unsigned shared_address, const void* 
                  "r"(bytes), "l"(policy), "n"(kBytes)
                  : "memory");
 }
-// Copies of any multiple of 16 bytes (sm_90), all aligned to that, which a barrier in shared memory counts: a phase of it ends
-// when `count` threads have come and all bytes that they expect have arrived.
-__device__ __forceinline__ void init_barrier(unsigned barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void expect_bytes(unsigned barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// For the end of a phase; `phase`: 0 the first, 1 the second, and so on in turns.
-__device__ __forceinline__ void wait_barrier(unsigned barrier, int phase) {
-  unsigned done = 0;
-  while (!done)
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(phase)
-                 : "memory");
-}
-__device__ __forceinline__ void bulk_copy(unsigned to, const void* from, int bytes, unsigned barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-      : "memory");
-}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 __device__ __forceinline__ void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Barriers in shared memory (sm_90), each at a shared_address; a phase ends with its `count` arrivals, and the bytes that
+// they tell it to expect.
+__device__ __forceinline__ void initialise_barrier(unsigned barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+// Makes the barriers that this thread initialised known to copies, from the block's next barrier on.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void arrive(unsigned barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void expect_bytes(unsigned barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Bulk copies, of which a barrier gets the bytes: a multiple of 16, as both addresses are.
+__device__ __forceinline__ void copy_bulk(unsigned shared_address, const void* global, int bytes, unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void copy_bulk(unsigned shared_address, const void* global, int bytes, unsigned barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared_address),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+// Waits for the end of the barrier's phase of this parity.
+__device__ __forceinline__ void wait_for_barrier(unsigned barrier, unsigned parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
+          "r"(barrier),
+      "r"(parity)
+      : "memory");
+}
 
 // Programmatic dependent launch (sm_90): the kernel that was launched to depend on this one may begin; what this one
 // depends on has ended.

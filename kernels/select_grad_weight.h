@@ -39,7 +39,30 @@ inline Config select_images_grad_weight(const Problem& p) {
                                                        : first_that_serves(p, Kernel::kImagesFmaGradWeight);
 }
 
+// Whole planes, NCHW. H100, microseconds, of 32 images, fp32 / fp16, beside what served them before (marching, but for two):
+// 3x3: 32x112x112: 47.3 / 28.8, 49.3 / 33.7; 144x56x56: 52.4 / 31.7, 56.3 / 36.8; 192x28x28: 21.2 / 16.1, 27.0 / 17.6;
+// 384x14x14: 14.2 / 11.1, 15.9 / images 11.9; fp32, 960x7x7: 12.0, 14.9; at stride 2: 96x112x112: 80.0 / 44.8, 90.1 / 51.1;
+// 144x56x56: 37.4 / 24.3, 39.2 / 27.8; 192x28x28: 18.0 / 12.6, 19.0 / 14.2. 5x5, fp32: 240x28x28: 26.0, 31.5; 672x14x14: 21.8,
+// images 26.7; at stride 2: 144x56x56: 36.7 / 25.3, 43.3 / 28.0; 672x14x14: 18.5 / 14.4, 26.6 / 21.4. Not of larger images
+// (3x3, 16x32x256x256: 115 / 65, 107 / 63); fp16: 5x5 at stride 1 (240x28x28: 21.2, strips 19.3; 672x14x14: 19.8, images 17.5)
+// and 960x7x7 (11.1, images 9.7); fp32: 5x5, 1152x7x7 (16.4, images 14.6).
+inline bool may_take_planes(const Problem& p) {
+  constexpr int64_t kMostPixels = 112 * 112;
+  return p.layout == Layout::kNchw && p.kernel_h * p.kernel_w <= k5x5 && p.h * p.w <= kMostPixels;
+}
+inline Config select_planes_grad_weight(const Problem& p) {
+  constexpr int64_t kFewestPixels = 10 * 10;
+  const bool wide = p.dtype == DType::kFloat32, many = p.kernel_h * p.kernel_w > k3x3;
+  const bool strided = p.stride_h > 1 || p.stride_w > 1, small = p.h * p.w < kFewestPixels;
+  if (!may_take_planes(p) || (small && (many || !wide)) || (many && !wide && !strided)) return {};
+  return first_that_serves(p, Kernel::kGradWeightPlanesNchw);
+}
+
 inline Config select_marching_nchw(const Problem& p) {
+  if (may_take_planes(p)) {
+    const Config planes = first_that_serves(p, Kernel::kGradWeightPlanesNchw);
+    if (planes.kernel != Kernel::kGeneral) return planes;
+  }
   const Kernel kernel = Kernel::kGradWeightNchw;
   const TileTable table = tile_table(kernel, p.dtype);
   const bool wide = p.dtype == DType::kFloat32;
@@ -131,7 +154,8 @@ inline Config select_large_grad_weight(const Problem& p) { return first_that_ser
 
 inline Config select_grad_weight(const Problem& p) {
   const bool channels_last = p.layout == Layout::kNhwc;
-  for (const Config& config : {select_images_grad_weight(p), select_strips_grad_weight(p)})
+  for (const Config& config :
+       {select_planes_grad_weight(p), select_images_grad_weight(p), select_strips_grad_weight(p)})
     if (config.kernel != Kernel::kGeneral) return config;
   const Config marching = channels_last ? select_marching_nhwc(p) : select_marching_nchw(p);
   // 16 bits beyond 9x9, or 8x8 of channels_last: 9x9, 768x32x32: 0.147, marching 0.201.

@@ -134,7 +134,8 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.padding_w = args.padding_w;
     s.padding_h = args.padding_h;
   }
-  if (kernel == Kernel::kGradWeightNchw) s.padding_w = static_cast<int>(p.padding_w);
+  if (kernel == Kernel::kGradWeightNchw || kernel == Kernel::kGradWeightPlanesNchw)
+    s.padding_w = static_cast<int>(p.padding_w);
   if (is_compiled_by_tile(kernel)) s.tile = config.tile;
   return s;
 }
@@ -255,6 +256,11 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (s.kernel == Kernel::kGradWeightRowsNhwc)
     traits = std::string("GradWeightRowsTraits<") + arguments + ", " +
              std::to_string(tile_table(s.kernel, s.dtype)[s.tile].rows);
+  if (s.kernel == Kernel::kGradWeightPlanesNchw) {
+    const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
+    traits = std::string("GradWeightPlanesTraits<") + arguments + ", " + std::to_string(tile.columns) + ", " +
+             std::to_string(tile.vector) + ", " + std::to_string(tile.grad_vector) + ", " + std::to_string(s.padding_w);
+  }
   if (is_marching_grad_weight(s.kernel)) {
     const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
     traits = "GradWeight" + std::string(s.kernel == Kernel::kGradWeightNchw ? "NchwTraits<" : "NhwcTraits<") +

@@ -17,6 +17,7 @@ enum class Kernel : int {
   kGradInputNchw,
   kGradInputNhwc,
   kGradWeightNchw,
+  kGradWeightPlanesNchw,
   kGradWeightNhwc,
   kGradWeightStreamNhwc,
   kGradWeightRowsNhwc,
@@ -48,6 +49,7 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kGradInputNchw,
                                           Kernel::kGradInputNhwc,
                                           Kernel::kGradWeightNchw,
+                                          Kernel::kGradWeightPlanesNchw,
                                           Kernel::kGradWeightNhwc,
                                           Kernel::kGradWeightStreamNhwc,
                                           Kernel::kGradWeightRowsNhwc,
@@ -84,8 +86,9 @@ inline bool is_strips_grad_weight(Kernel kernel) {
 inline bool is_grad_weight_kernel(Kernel kernel) {
   return is_marching_grad_weight(kernel) || kernel == Kernel::kToeplitzGradWeight ||
          kernel == Kernel::kBlockedGradWeight || kernel == Kernel::kGradWeightStreamNhwc ||
-         kernel == Kernel::kGradWeightRowsNhwc || is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) ||
-         kernel == Kernel::kImagesFmaGradWeight || kernel == Kernel::kImageRowsGradWeight;
+         kernel == Kernel::kGradWeightRowsNhwc || kernel == Kernel::kGradWeightPlanesNchw ||
+         is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight ||
+         kernel == Kernel::kImageRowsGradWeight;
 }
 inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
@@ -95,11 +98,11 @@ inline bool is_strips(Kernel kernel) { return kernel == Kernel::kStripsNchw || k
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
   return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
-         kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
-         is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
-         kernel == Kernel::kGradWeightStreamNhwc || kernel == Kernel::kGradWeightRowsNhwc ||
-         is_strips_grad_weight(kernel) || is_strips(kernel) || kernel == Kernel::kImageRowsGradWeight ||
-         kernel == Kernel::kWarpsNchw;
+         kernel == Kernel::kGradWeightPlanesNchw || kernel == Kernel::kToeplitzGradWeight || is_images(kernel) ||
+         is_images_grad_weight(kernel) || is_images_fma(kernel) || kernel == Kernel::kBandImages ||
+         kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc ||
+         kernel == Kernel::kGradWeightRowsNhwc || is_strips_grad_weight(kernel) || is_strips(kernel) ||
+         kernel == Kernel::kImageRowsGradWeight || kernel == Kernel::kWarpsNchw;
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -149,6 +152,17 @@ constexpr Tile kGradWeightNchwTiles16[] = {
     {"weight_x8g2", 8, 0, 8, 2},         {"weight_x2g2", 4, 0, 2, 2},
     {"weight_staged", 4, 0, 1, 1, true}, {"weight_x1g1", 4, 0, 1, 1},
     {"weight_x1g1_narrow", 2, 0, 1, 1},  {"weight_x8g8_queue", 8, 0, 8, 8, false, true}};
+// Likewise, of whole planes.
+constexpr Tile kGradWeightPlanesNchwTiles32[] = {{"weight_planes_x4g4", 4, 0, 4, 4},
+                                                 {"weight_planes_x4g2", 4, 0, 4, 2},
+                                                 {"weight_planes_x2g2", 4, 0, 2, 2},
+                                                 {"weight_planes_x2g1", 4, 0, 2, 1},
+                                                 {"weight_planes_x1g1", 4, 0, 1, 1}};
+constexpr Tile kGradWeightPlanesNchwTiles16[] = {{"weight_planes_x8g8", 8, 0, 8, 8},
+                                                 {"weight_planes_x4g4", 4, 0, 4, 4},
+                                                 {"weight_planes_x2g2", 4, 0, 2, 2},
+                                                 {"weight_planes_x2g1", 4, 0, 2, 1},
+                                                 {"weight_planes_x1g1", 4, 0, 1, 1}};
 // Of few taps, a thread takes several channels; of very many (11x11), a strip of two columns.
 constexpr Tile kGradWeightNhwcTiles[] = {{"weight_c4q4", 4, 0, 4},
                                          {"weight_c2q4", 4, 0, 2},
@@ -217,6 +231,8 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
     case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
     case Kernel::kGradWeightNchw: return wide ? TileTable(kGradWeightNchwTiles32) : TileTable(kGradWeightNchwTiles16);
+    case Kernel::kGradWeightPlanesNchw:
+      return wide ? TileTable(kGradWeightPlanesNchwTiles32) : TileTable(kGradWeightPlanesNchwTiles16);
     case Kernel::kGradWeightNhwc: return kGradWeightNhwcTiles;
     case Kernel::kGradWeightStreamNhwc: return kGradWeightStreamNhwcTiles;
     case Kernel::kGradWeightRowsNhwc: return kGradWeightRowsNhwcTiles;
@@ -253,6 +269,7 @@ inline const char* kernel_name(Kernel kernel) {
                                     "grad_input_nchw",
                                     "grad_input_nhwc",
                                     "grad_weight_nchw",
+                                    "grad_weight_planes_nchw",
                                     "grad_weight_nhwc",
                                     "grad_weight_stream_nhwc",
                                     "grad_weight_rows_nhwc",

@@ -340,6 +340,28 @@ def test_grad_weight_in_channels_last(emulator, device, variant, problem, dtype)
     check_one(emulator, "grad_weight", variant, problem, dtype, "nhwc", device=device)
 
 
+WHOLE_PLANES = [  # small planes side by side, bands of a large one, and channels of which several blocks have a part
+    (None, "weight_planes_x1g1", Problem((7, 7), (3, 3), padding=(1, 1), batch=9, channels=12), F32),
+    (None, "weight_planes_x2g2", Problem((14, 14), (5, 5), padding=(2, 2), batch=9, channels=136), BF16),
+    (T4, "weight_planes_x8g8", Problem((200, 208), (3, 3), (2, 2), (1, 1), batch=1, channels=1), F16),
+    (None, "weight_planes_x4g4", Problem((9, 16), (3, 3), padding=(1, 1), batch=3, channels=150, bias=False), F32),
+    (RTX_3060, "weight_planes_x4g4", Problem((60, 56), (5, 5), padding=(2, 2), batch=2, channels=2), F32),
+    (None, "weight_planes_x1g1", Problem((10, 12), (4, 2), (2, 1), (3, 1), channels=4, multiplier=2), F32),
+]
+
+
+@pytest.mark.parametrize(("device", "variant", "problem", "dtype"), WHOLE_PLANES, ids=str)
+def test_grad_weight_of_whole_planes(emulator, device, variant, problem, dtype):
+    check_one(emulator, "grad_weight", variant, problem, dtype, "nchw", device=device)
+
+
+def test_grad_weight_of_whole_planes_without_bulk_copies(emulator):
+    build = Build(emulator.root, arch=800)
+    for _, variant, problem, dtype in WHOLE_PLANES:
+        with emulator.replaced(build, only("grad_weight", variant, problem, dtype, "nchw")):
+            assert messages("grad_weight", variant, problem, dtype, "nchw") == ""
+
+
 def test_selected_where_shared_memory_is_too_small(emulator):
     """The kernel that is selected wants more than a T4 grants: another specialised one serves."""
     problem = Problem((15, 17), (9, 9), padding=(4, 4), batch=4, channels=8)

@@ -48,15 +48,16 @@ struct Warp {
   unsigned interval;         // between two of its barriers
   unsigned words[2][32][8];  // what the lanes brought, at this turn and the one before
 };
-struct Cell {  // two bytes of shared memory: who wrote and read them last, and between which barriers
-  unsigned written, read;            // of the block
+struct CopyBarrier {   // an mbarrier
+  int count, pending;  // arrivals: of a phase, and those that are still to come
+  int64_t bytes;       // likewise
+  unsigned phase;
+  std::vector<Copy> copies;  // they arrive when they are waited for
+};
+struct Cell {              // two bytes of shared memory: who wrote and read them last, and between which barriers
+  unsigned written, read;  // of the block
   unsigned warp_written, warp_read;  // of the writer's and the reader's warp
   int writer, reader, reader_warp;   // or kSeveral
-};
-struct CopyBarrier {  // of bulk copies
-  int count, arrived, phase;
-  int64_t expected, copied;  // bytes
-  std::vector<Copy> copies;
 };
 struct Memory {
   const char* name;
@@ -79,11 +80,11 @@ unsigned interval = 1;           // between two barriers
 alignas(1024) unsigned char shared[kSharedCapacity];
 Cell cells[kSharedCapacity / 2];
 int dynamic_bytes, static_bytes, all_bytes, shared_end;
-std::map<unsigned, CopyBarrier> copy_barriers;
-const char* const kCopies = "bulk copies";
 std::vector<StaticShared> statics;
 std::vector<Memory> memory;
 std::map<const void*, int> allowed_shared_bytes;
+std::map<unsigned, CopyBarrier> copy_barriers;
+constexpr const char* kWaitsForCopies = "copies";
 // An H200's multiprocessors; shared memory of each, of a block; L2 cache.
 int device[4] = {132, 228 << 10, 227 << 10, 50 << 20};
 
@@ -358,56 +359,46 @@ void wait_for_copies(int pending) {
     }
 }
 
-void init_barrier(unsigned barrier, int count) {
-  access_shared(current, barrier, 8, true);
-  copy_barriers[barrier] = {count};
-}
-
-CopyBarrier& copy_barrier_at(unsigned address) {
-  if (copy_barriers.count(address) == 0) fail("no barrier at %u of shared memory", address);
-  for (int t = 0; t < num_threads; ++t)
-    if (threads[t].waits == kCopies) threads[t].waits = nullptr;  // they look again
-  return copy_barriers[address];
-}
-
-void expect_bytes(unsigned barrier, int bytes) {
-  CopyBarrier& b = copy_barrier_at(barrier);
-  if (++b.arrived > b.count) fail("arrives at a barrier of %d once more", b.count);
-  b.expected += bytes;
-}
-
-void bulk_copy(unsigned address, const void* global, int bytes, unsigned barrier, uint64_t) {
-  void* const to = at_shared_address(address);
-  check_alignment(to, 16);
-  check_alignment(global, 16);
-  if (bytes <= 0 || bytes % 16 != 0) fail("copies %d bytes", bytes);
-  access_global(global, bytes, false);
-  access_shared(current, address, bytes, true);
-  std::memset(to, 0xff, bytes);
-  CopyBarrier& b = copy_barrier_at(barrier);
-  b.copied += bytes;
-  b.copies.push_back({to, global, bytes, bytes});
-}
-
-// The first thread that finds all bytes there lets them arrive.
-void wait_barrier(unsigned barrier, int phase) {
-  CopyBarrier* b = &copy_barriers[barrier];
-  while (b->phase == phase) {
-    if (b->arrived < b->count || b->copied != b->expected) {
-      threads[current].waits = kCopies;
-      suspend();
-      continue;
-    }
-    for (const Copy& copy : b->copies) std::memcpy(copy.shared, copy.global, copy.bytes);
-    b->copies.clear();
-    b->phase ^= 1, b->arrived = 0, b->copied = b->expected = 0;
-    copy_barrier_at(barrier);
-  }
-}
-
 void wait_for_all_copies() {
   commit_copies();
   wait_for_copies(0);
+}
+
+void initialise_barrier(unsigned barrier, int count) { copy_barriers[barrier] = {count, count, 0, 0, {}}; }
+
+// What comes to a barrier: arrivals and bytes.
+void come(unsigned barrier, int arrivals, int64_t bytes) {
+  CopyBarrier& b = copy_barriers.at(barrier);
+  b.pending -= arrivals, b.bytes -= bytes;
+  if (b.pending < 0 || (b.pending == 0 && b.bytes < 0)) fail("more comes to a barrier than it expects");
+  if (b.pending > 0 || b.bytes > 0) return;
+  b.pending = b.count, ++b.phase;
+  for (Thread& thread : threads)
+    if (thread.waits == kWaitsForCopies) thread.waits = nullptr;
+}
+
+void expect_bytes(unsigned barrier, int bytes) { come(barrier, 1, -bytes); }
+void arrive(unsigned barrier) { come(barrier, 1, 0); }
+
+void copy_bulk(unsigned address, const void* global, int bytes, unsigned barrier) {
+  check_alignment(shared + address, 16);
+  check_alignment(global, 16);
+  if (bytes <= 0 || bytes % 16 != 0 || static_cast<int>(address) + bytes > dynamic_bytes)
+    fail("copies %d bytes to shared memory at %u, of %d", bytes, address, dynamic_bytes);
+  access_global(global, bytes, false);
+  std::memset(shared + address, 0xff, bytes);
+  copy_barriers.at(barrier).copies.push_back({shared + address, global, bytes, bytes});
+  come(barrier, 0, bytes);
+}
+
+void wait_for_barrier(unsigned barrier, unsigned parity) {
+  CopyBarrier& b = copy_barriers.at(barrier);
+  while (b.phase % 2 == parity) {
+    threads[current].waits = kWaitsForCopies;
+    suspend();
+  }
+  for (const Copy& copy : b.copies) std::memcpy(copy.shared, copy.global, copy.bytes);
+  b.copies.clear();
 }
 
 // The lanes' addresses of matrices of eight rows, which are read as far as `count` matrices go.

@@ -59,12 +59,6 @@ template <int kBytes, bool kThroughL1 = false>
 void copy_async(unsigned shared_address, const void* global, int bytes, uint64_t) {
   copy_async(at_shared_address(shared_address), global, kBytes, bytes);
 }
-// A barrier of bulk copies, by its address in shared memory.
-void init_barrier(unsigned barrier, int count);
-inline void fence_barriers() {}
-void expect_bytes(unsigned barrier, int bytes);
-void wait_barrier(unsigned barrier, int phase);
-void bulk_copy(unsigned shared_address, const void* global, int bytes, unsigned barrier, uint64_t policy);
 void commit_copies();
 void wait_for_copies(int pending);
 template <int kPending>
@@ -72,6 +66,17 @@ void wait_for_copies() {
   wait_for_copies(kPending);
 }
 void wait_for_all_copies();
+
+// Bulk copies are in nobody's name: that they and others keep out of each other's way is not checked, but by what arrives.
+void initialise_barrier(unsigned barrier, int count);
+inline void show_barriers() {}
+void expect_bytes(unsigned barrier, int bytes);
+void arrive(unsigned barrier);
+void copy_bulk(unsigned shared_address, const void* global, int bytes, unsigned barrier);
+inline void copy_bulk(unsigned shared_address, const void* global, int bytes, unsigned barrier, uint64_t) {
+  copy_bulk(shared_address, global, bytes, barrier);
+}
+void wait_for_barrier(unsigned barrier, unsigned parity);
 
 inline void prefetch(const void* global) { *static_cast<const volatile char*>(global); }
 
