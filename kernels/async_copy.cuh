@@ -28,6 +28,10 @@ struct CopyTarget {
   __device__ __forceinline__ void copy_async(int offset, const void* global, bool in_bounds = true) const {
     ptx::copy_async<kBytes>(address + offset * static_cast<int>(sizeof(T)), global, in_bounds ? kBytes : 0);
   }
+  // 16 bytes; the L2 cache reads all of the 256 bytes that they lie in.
+  __device__ __forceinline__ void copy_async_of_256(int offset, const void* global, bool in_bounds) const {
+    ptx::copy_async_of_256(address + offset * static_cast<int>(sizeof(T)), global, in_bounds ? 16 : 0);
+  }
 #else
   T* shared;
   __device__ __forceinline__ explicit CopyTarget(T* shared) : shared(shared) {}
@@ -35,6 +39,9 @@ struct CopyTarget {
   template <int kBytes>
   __device__ __forceinline__ void copy_async(int offset, const void* global, bool in_bounds = true) const {
     depthwise::copy_async<kBytes>(shared + offset, global, in_bounds);
+  }
+  __device__ __forceinline__ void copy_async_of_256(int offset, const void* global, bool in_bounds) const {
+    copy_async<16>(offset, global, in_bounds);
   }
 #endif
 };

@@ -138,6 +138,11 @@ template <int kBytes, bool kThroughL1 = kBytes != 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
   copy_async<kBytes, kThroughL1>(shared_address(shared), global, bytes);
 }
+// The same of 16 bytes, for which the L2 cache reads all of the 256 bytes that they lie in.
+__device__ __forceinline__ void copy_async_of_256(unsigned shared_address, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(global), "r"(bytes)
+               : "memory");
+}
 // The same with a cache_policy. The address must not be one to which ptxas can add a uniform register: the instruction that
 // ptxas 13.0 writes then is one that no GPU executes ("illegal instruction", sm_90).
 template <int kBytes, bool kThroughL1 = kBytes != 16>

@@ -261,13 +261,18 @@ inline Config select_nchw(const Problem& p) {
 // 0.040 / 0.029, 64 channels 0.043 / 0.032; 5x5, 672x14x14: 32 channels 0.022 / 0.018, 96 channels 0.020 / 0.019;
 // 3x1, 64x8x512x512: 8 channels 0.308 / 0.150, 32 channels 0.338 / 0.257). At stride 2, 96 win where they waste no more
 // (96x112x112: 0.057 / 0.036, 64 channels 0.058 / 0.038; 5x5, 144x56x56: 0.030 / 0.023, 0.031 / 0.025). 7x7, of one
-// channel a thread: few (96x56x56: 8 channels 0.043 / 0.040, 16 channels 0.049 / 0.047, tiled 0.058 / 0.049).
+// channel a thread: few (96x56x56: 8 channels 0.043 / 0.040, 16 channels 0.049 / 0.047, tiled 0.058 / 0.049). In 16 bits
+// of tall images 128, whose pixels two blocks of 64 would share (fp16, H100: 3x3, 64x128x256x512: 1.427, 64 channels 1.466;
+// 3x7, 32x128x128x256: 0.187, 0.191; not 3x5: 0.188, 0.186).
 inline Config select_stream_nhwc(const Problem& p) {
   const bool wide = p.dtype == DType::kFloat32;
   const auto padded = [&](int64_t block) { return (p.c + block - 1) / block * block; };
   int channels = padded(32) < padded(64) ? 32 : 64;
   if (p.stride_w > 1 ? padded(96) <= padded(64) : wide && padded(96) < padded(64) && padded(96) <= padded(32))
     channels = 96;
+  const bool is_tall = p.h >= 96 && p.out_h >= 96 && p.kernel_h == 3 && (p.kernel_w <= 3 || p.kernel_w >= 7);
+  const bool is_dense = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+  if (!wide && is_tall && is_dense && padded(128) <= padded(channels)) channels = 128;
   if (p.kernel_h * p.kernel_w > k5x5 || p.c <= 8)
     channels = 8;
   else if (p.c <= 16)

@@ -9,7 +9,7 @@
 //         L2 still holds them. Seen from below, an image is another whose rows have a negative pitch and whose filter has
 //         its rows reversed.
 // Memory  a ring of stages in shared memory, filled asynchronously, with zeros for the padding. The last stage's place
-//         first holds the filters of threads of one channel, which are no vectors in memory.
+//         first holds the filters.
 // Writes  what a thread holds of a pixel; where a pixel is 16 bytes, pairs of threads exchange halves, so that a store
 //         fills whole sectors of 32 bytes.
 // Chosen  where the filters fit registers and the image is large enough to walk over (select.h).
@@ -28,10 +28,7 @@ struct StreamNhwcPlan {
   int tiles_w;                     // thread tiles of a block
   int blocks_w, blocks_c, strips;  // blocks of an image
   int rows, in_columns, depth;     // output rows and input columns of a block; stages in the ring
-  // Blocks from first_blocks on take shorter strips, of the images that remain: what is left at the end is dealt more
-  // evenly.
-  unsigned blocks, first_blocks;
-  int first_images, last_strips, last_rows;
+  unsigned blocks;
 };
 
 template <class Traits, int kLanes, int kVector>
@@ -55,19 +52,23 @@ struct StreamNhwcShared {
   static_assert(kLanes % kCopies == 0 && kColumns % kTilePixels == 0);
 };
 
-// Threads of one channel: the filters of all of a block's `channels` channels through shared memory, so that each line
-// is read once. `shared` is free for a stage, which is at least as many pixels as a filter has taps.
-template <class Traits>
-__device__ __forceinline__ void load_filters_shared(float (&weight)[Traits::kKernelH * Traits::kKernelW][1],
-                                                    typename Traits::T* shared, const typename Traits::T* filters,
-                                                    int channels, int thread, int num_threads, bool flip) {
-  constexpr int kTaps = Traits::kKernelH * Traits::kKernelW;
-  for (int k = thread; k < channels * kTaps; k += num_threads)
-    shared[flip ? k + kTaps - 1 - 2 * (k % kTaps) : k] = load_or_zero<1>(filters + k, true).value[0];
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) >= channels) return;
+// A thread's filters, from those of the block in shared memory: there they lie as in global memory, flipped or not, and are
+// not spread over as many lines as a warp has threads.
+template <class Traits, int kVector>
+__device__ __forceinline__ void load_filters_shared(float (&weight)[Traits::kKernelH * Traits::kKernelW][kVector],
+                                                    const typename Traits::T* shared, bool flip_rows,
+                                                    bool flip_columns) {
+  constexpr int kKernelH = Traits::kKernelH, kKernelW = Traits::kKernelW;
+  const int row_step = flip_rows ? -kKernelW : kKernelW, column_step = flip_columns ? -1 : 1;
+  const typename Traits::T* const first =
+      shared + (flip_rows ? (kKernelH - 1) * kKernelW : 0) + (flip_columns ? kKernelW - 1 : 0);
 #pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) weight[tap][0] = to_float(shared[threadIdx.x * kTaps + tap]);
+  for (int i = 0; i < kKernelH; ++i)
+#pragma unroll
+    for (int j = 0; j < kKernelW; ++j)
+#pragma unroll
+      for (int e = 0; e < kVector; ++e)
+        weight[i * kKernelW + j][e] = to_float(first[i * row_step + j * column_step + e * kKernelH * kKernelW]);
 }
 
 // Stores eight channels of neighbouring pixels, of which lane 0 of a pair holds the first four and lane 1 the others: each
@@ -121,17 +122,15 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   const int row_elements = plan.in_columns * Shared::kChannels;
 
   // Channels vary fastest over the grid: blocks that share pixels' cache lines run together.
-  const bool is_first = blockIdx.x < plan.first_blocks;
-  unsigned block = is_first ? blockIdx.x : blockIdx.x - plan.first_blocks;
-  const int strips = is_first ? plan.strips : plan.last_strips, rows = is_first ? plan.rows : plan.last_rows;
+  unsigned block = blockIdx.x;
   const int first_channel = block % plan.blocks_c * Shared::kChannels;
   block /= plan.blocks_c;
   const int first_column = block % plan.blocks_w * plan.tiles_w * kColumns;
   block /= plan.blocks_w;
-  const int strip = block % strips;
+  const int strip = block % plan.strips;
   const bool upwards = kVector > 1 && strip % 2 != 0;  // threads of one channel have no registers for it
-  const int top_row = strip * rows, num_rows = min(rows, args.out_h - top_row);
-  const int64_t image = block / strips + (is_first ? 0 : plan.first_images);
+  const int top_row = strip * plan.rows, num_rows = min(plan.rows, args.out_h - top_row);
+  const int64_t image = block / plan.strips;
   const int in_top_row = top_row * Traits::kStrideH - args.padding_h;
   const int in_bottom_row = in_top_row + (num_rows - 1) * Traits::kStrideH + Shape::kSpan - 1;
   const int stages = divide_up((num_rows - 1) * Traits::kStrideH + Shape::kSpan, Shape::kStageRows);
@@ -180,6 +179,16 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
     }
     commit_copies();
   };
+  // The filters come first, to the place of the last stage, which has room for as many pixels as taps.
+  T* const filters = ring + (plan.depth - 1) * stage_elements;
+  {
+    constexpr int kWord = 16 / static_cast<int>(sizeof(T));
+    const T* const source = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
+    const int elements = min(Shared::kChannels, static_cast<int>(args.out_c) - first_channel) * kTaps;
+    for (int k = thread * kWord; k < elements; k += static_cast<int>(blockDim.y) * kLanes * kWord)
+      copy_async<16>(filters + k, source + k);
+    commit_copies();
+  }
   for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage < stages);
 
   const int channel = first_channel + threadIdx.x * kVector;
@@ -187,13 +196,13 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   const bool computes = channel < args.out_c && column < args.out_w;
   float weight[kTaps][kVector] = {};
   Pixel bias{};
-  const T* const filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
-  if constexpr (kVector == 1)
-    load_filters_shared<Traits>(weight, ring + (plan.depth - 1) * stage_elements, filters,
-                                min(kLanes, static_cast<int>(args.out_c) - first_channel), thread, blockDim.y * kLanes,
-                                args.flip);
-  else if (computes)
-    load_filters<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip != upwards, args.flip);
+  if (plan.depth == 4)
+    wait_for_copies<3>();
+  else
+    wait_for_stage(plan.depth);
+  __syncthreads();
+  if (computes)
+    load_filters_shared<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip != upwards, args.flip);
   if (computes && args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
 
   // The first pixel that the thread stores, of the row that is complete next.
@@ -297,10 +306,10 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   plan.blocks_c = divide_up(static_cast<int>(args.out_c), Shared::kChannels);
   // Two blocks a multiprocessor; of few taps at stride 1 four small ones, whose threads wait for fewer others (3x3,
   // 16x64x512x512, fp32 / fp16, H200: 0.544 / 0.274 ms, two 0.550 / 0.283; not 32x96x112x112 at stride 2, fp16: 0.038,
-  // two 0.034), in 16 bits of more taps as well (3x7, 32x128x128x256, H100: fp16 0.198, two 0.202; fp32 0.396, 0.383).
-  // Fewer where shared memory is small.
+  // two 0.034), in 16 bits of more taps as well, but where a pixel is two warps (3x7, 32x128x128x256, H100: fp16 0.198, two
+  // 0.202; fp32 0.396, 0.383). Fewer where shared memory is small.
   constexpr bool kIsShort = sizeof(typename Traits::T) == 2;
-  constexpr bool kSmallBlocks = kVector >= (kIsShort ? 2 : 4) && Traits::kStrideW == 1;
+  constexpr bool kSmallBlocks = kVector >= (kIsShort ? 2 : 4) && Traits::kStrideW == 1 && kLanes <= 32;
   const auto stage_bytes = [&] {
     return Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
   };
@@ -325,32 +334,20 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   const int64_t images = args.n * plan.blocks_c * plan.blocks_w;
   int strips =
       best_strips(images, concurrent, args.out_h, 2 * Shape::kStageOutputs, Shape::kStageOutputs + Shape::kLag);
-  // Tall images: many strips, in 16 bits always (3x3, H200: 64x128x256x512, fp16: 1.233 ms with one strip, 1.154 with 8;
-  // fp32: 2.162, 2.172), else where all blocks would be a single wave (16x64x512x512, fp32: 32 rows 0.544, 64 rows 0.552).
-  // Of eight columns a thread, short ones: blocks that run at once then read rows that lie near each other (3x7,
-  // 32x128x128x256, fp16, H100: 12 strips 0.194, 8 0.196, 5 0.203, 3 0.206, 2 0.212, 1 0.219).
-  constexpr int kTallRows = kIsWide ? 10 : 32;
-  if (kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
+  // Tall images: short strips, as far as the rows that two of them read are few. Blocks that run at once then read and
+  // write rows that lie near each other. H100, ms, strips of 10 rows and longer ones: 3x3, 64x128x256x512: fp16 1.466,
+  // 1.538, fp32 2.910, 3.007; 16x64x512x512: 0.364, 0.377, 0.735, 0.749; 3x7, 32x128x128x256: fp16 0.190, 0.193, fp32
+  // 0.358, 0.382; 3x1, 64x8x512x512, fp16: 0.185, 0.192; not 5x5, 32x128x128x256, fp16: 16 rows 0.230, 36 rows 0.211. Else
+  // (and of a single row of taps in fp32, which was not measured) longer ones, in 16 bits always, in fp32 where all blocks would be a single wave.
+  constexpr bool kIsFlat = Shape::kLag <= 2 && (kIsShort || Shape::kLag > 0);
+  constexpr int kTallRows = kIsFlat ? 8 : 32;
+  if (kIsFlat || kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
     strips = max_int(strips, args.out_h / kTallRows);
-  // A few waves of blocks of such images: longer strips, but shorter ones of half of the images, which come last (3x7,
-  // 32x128x128x256, fp16, H100: of half of them 0.195, of a fifth 0.196, of none 0.197. A wave alone is best as it is: 1x11,
-  // 16x64x128x128, H100: 0.031, 0.032).
-  const bool is_uneven = !kIsWide && kIsShort && args.out_h >= 96 && args.out_h < 192 &&
-                         images * strips > 2 * concurrent && images * strips < 8 * concurrent;
-  if (is_uneven) strips = args.out_h / 42;
-  const auto rows_of = [&](int strips) {  // whole stages
-    return divide_up(divide_up(args.out_h, strips) + Shape::kLag, Shape::kStageOutputs) * Shape::kStageOutputs -
-           Shape::kLag;
-  };
-  plan.rows = rows_of(strips);
+  // Whole stages.
+  plan.rows =
+      divide_up(divide_up(args.out_h, strips) + Shape::kLag, Shape::kStageOutputs) * Shape::kStageOutputs - Shape::kLag;
   plan.strips = divide_up(args.out_h, plan.rows);
-  const int64_t last_images = is_uneven ? args.n / 2 : 0;
-  plan.last_rows = rows_of(2 * plan.strips);
-  plan.last_strips = divide_up(args.out_h, plan.last_rows);
-  plan.first_images = static_cast<int>(args.n - last_images);
-  const unsigned image_blocks = plan.blocks_w * plan.blocks_c;
-  plan.first_blocks = plan.first_images * image_blocks * plan.strips;
-  plan.blocks = plan.first_blocks + last_images * image_blocks * plan.last_strips;
+  plan.blocks = args.n * plan.blocks_w * plan.blocks_c * plan.strips;
   return plan;
 }
 

@@ -401,13 +401,15 @@ def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
 
 STRAIGHT = Problem((19, 32), (3, 3), padding=(1, 0), batch=3, channels=4)  # grad of input: rows of 30, with padding
 MANY = Problem((100, 20), (3, 3), padding=(1, 1), batch=12, channels=8)
+TALL_STRIPS = Problem((100, 9), (3, 7), padding=(1, 2), batch=2, channels=136)
 WIDE = Problem((40, 33), (3, 7), padding=(1, 2), batch=3, channels=8)
-# Input rows that begin within words, as they lie in memory; a few waves of blocks, the last ones short; eight columns a
-# thread; tensors much larger than the L2 cache.
+# Input rows that begin within words, as they lie in memory; tall images in many strips; eight columns a thread; tensors
+# much larger than the L2 cache.
 OTHER_WAYS = [
     ("grad_input", "warps_v8", STRAIGHT, F16, "nchw"),
     ("forward", "warps_v8", replace(STRAIGHT, image=(18, 34)), BF16, "nchw"),
     ("forward", "stream_channels8", MANY, F16, "nhwc"),
+    ("grad_input", "stream_channels128", TALL_STRIPS, F16, "nhwc"),
     ("forward", "stream_channels8", WIDE, F16, "nhwc"),
     ("grad_input", "stream_channels8", WIDE, BF16, "nhwc"),
     ("grad_weight", "weight_stream32", WIDE, F16, "nhwc"),

@@ -50,6 +50,9 @@ template <int kBytes>
 void copy_async(unsigned shared_address, const void* global, int bytes) {
   copy_async(at_shared_address(shared_address), global, kBytes, bytes);
 }
+inline void copy_async_of_256(unsigned shared_address, const void* global, int bytes) {
+  copy_async<16>(shared_address, global, bytes);
+}
 inline uint64_t cache_policy(bool) { return 0; }
 template <class Word>
 Word load(const Word* from, uint64_t) {
