@@ -338,7 +338,8 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   // write rows that lie near each other. H100, ms, strips of 10 rows and longer ones: 3x3, 64x128x256x512: fp16 1.466,
   // 1.538, fp32 2.910, 3.007; 16x64x512x512: 0.364, 0.377, 0.735, 0.749; 3x7, 32x128x128x256: fp16 0.190, 0.193, fp32
   // 0.358, 0.382; 3x1, 64x8x512x512, fp16: 0.185, 0.192; not 5x5, 32x128x128x256, fp16: 16 rows 0.230, 36 rows 0.211. Else
-  // (and of a single row of taps in fp32, which was not measured) longer ones, in 16 bits always, in fp32 where all blocks would be a single wave.
+  // (and of a single row of taps in fp32, which was not measured) longer ones, in 16 bits always, in fp32 where all blocks
+  // would be a single wave.
   constexpr bool kIsFlat = Shape::kLag <= 2 && (kIsShort || Shape::kLag > 0);
   constexpr int kTallRows = kIsFlat ? 8 : 32;
   if (kIsFlat || kIsShort ? args.out_h >= 96 : args.out_h >= 192 && images * strips <= concurrent)
