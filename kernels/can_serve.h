@@ -36,6 +36,9 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     case Kernel::kImagesGradWeightNchw:
     case Kernel::kImagesGradWeightNhwc: return can_serve_images_grad_weight(p, kernel, t);
     case Kernel::kImageRowsGradWeight: return can_serve_image_rows_grad_weight(p);
+    case Kernel::kColumnsNchw:
+    case Kernel::kColumnsNhwc:
+    case Kernel::kColumnsGradWeight: return can_serve_columns(p, kernel);
     case Kernel::kImagesFma: return can_serve_images_fma(p, t);
     case Kernel::kImagesFmaGradWeight: return can_serve_images_fma_grad_weight(p, t);
     case Kernel::kGradWeightNchw:

@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "can_serve_large.h"
+#include "columns_tiling.h"
 #include "images_fma_tiling.h"
 #include "images_tiling.h"
 
@@ -93,6 +94,23 @@ inline bool can_serve_image_rows_grad_weight(const Problem& p) {
   if (p.padding_w >= kImageRowsSize || p.kernel_w - p.padding_w > kImageRowsSize) return false;
   return p.h <= kImageRowsSize && p.w <= kImageRowsSize && p.out_h <= kImageRowsSize && p.out_w <= kImageRowsSize &&
          p.c <= kInt32Max / 256 && p.n <= kInt32Max;
+}
+
+// columns_nchw, columns_nhwc and columns_grad_weight.
+inline bool can_serve_columns(const Problem& p, Kernel kernel) {
+  const bool channels_last = kernel == Kernel::kColumnsNhwc;
+  if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || p.multiplier != 1 || !p.aligned) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.kernel_h > kMaxColumnsKernel || p.kernel_w > kMaxColumnsKernel) return false;
+  if (2 * p.padding_h + 1 != p.kernel_h || 2 * p.padding_w + 1 != p.kernel_w) return false;
+  if (p.h > (kernel == Kernel::kColumnsNchw ? kMaxColumnsHeight : kMaxColumnsRows) || p.w > 64 ||
+      p.n * p.c > kInt32Max / 64)
+    return false;
+  if (channels_last)
+    return p.kernel_h * p.kernel_w <= kMaxColumnsNhwcTaps && p.w <= kMaxColumnsNhwcWidth && p.n <= kMaxGridY &&
+           p.c * element_size(p.dtype) % 16 == 0;
+  const int width = static_cast<int>(p.w);
+  return columns_lanes(width) <= 32 && columns_run_planes(static_cast<int>(p.h), width, element_size(p.dtype)) > 0;
 }
 
 // Kernels whose lanes are images. Pairs of an input and an output position along one dimension that meet a tap.

@@ -91,7 +91,7 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
     if (!launcher) launch_general<T>(p, splits, grad_output, input, partial, partial_bias, cuda_stream);
     const int64_t count = weights + (grad_bias ? p.out_c : 0);
     check_launch(launch_second_pass(add_splits_kernel<T>, general_blocks(count * kGeneralThreads / 32),
-                                    dim3(32, kGeneralThreads / 32), cuda_stream, partial, splits, weights,
+                                    dim3(32, split_shares(splits)), cuda_stream, partial, splits, weights,
                                     count - weights, static_cast<T*>(grad_weight), static_cast<T*>(grad_bias)));
   });
 }

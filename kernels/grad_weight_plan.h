@@ -3,6 +3,7 @@
 #pragma once
 
 #include "blocked_grad_weight_tiling.h"
+#include "columns_tiling.h"
 #include "select.h"
 #include "toeplitz_grad_weight_tiling.h"
 
@@ -281,6 +282,15 @@ inline GradWeightPlan image_rows_grad_weight_plan(const Problem& p) {
   return {bounded_splits(p, best), 0};
 }
 
+// columns_grad_weight: one split, unless there are few channels, or so many images that some rounds of them are even enough.
+inline GradWeightPlan columns_grad_weight_plan(const Problem& p) {
+  constexpr int64_t kBlocks = 8 * kMultiprocessors;
+  const int64_t groups = divide_up(p.n, columns_planes(static_cast<int>(p.w)));
+  const int64_t fewest = divide_up(p.n * p.h * p.w, kMostPositions);
+  const int64_t splits = min_int64(groups / kColumnsGradWeightGroups, kBlocks / p.out_c);
+  return {bounded_splits(p, splits < fewest ? fewest : splits), 0};
+}
+
 // Blocks of images_fma_grad_weight: four rounds of what an H100's multiprocessors hold.
 constexpr int64_t kImagesFmaBlocks = 8 * kMultiprocessors;
 
@@ -395,6 +405,7 @@ inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
       return p.layout == Layout::kNhwc
                  ? toeplitz_grad_weight_plan_nhwc(p, tile_table(config.kernel, p.dtype)[config.tile])
                  : toeplitz_grad_weight_plan_nchw(p, tile_table(config.kernel, p.dtype)[config.tile]);
+    case Kernel::kColumnsGradWeight: return columns_grad_weight_plan(p);
     case Kernel::kImageRowsGradWeight: return image_rows_grad_weight_plan(p);
     case Kernel::kImagesFmaGradWeight:
       return images_fma_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);

@@ -47,6 +47,21 @@ inline Config select_images(const Problem& p) {
   return !few && can_serve(p, Kernel::kImagesNhwc, 0) ? Config{Kernel::kImagesNhwc, 0} : Config{};
 }
 
+// Small images by columns. 32 images, H100, us; what else there is for comparison. NCHW, fp32: 3x3, 384x14x14: 11.9, planes
+// 13.7; 960x7x7: 9.1, 10.9; 384x16x16: 13.3, 14.1; 192x28x28: 17.8, 20.5; 256 images of 384x14x14: 56.9, 67.5; 5x5, 672x14x14:
+// 20.0, images_fma 20.6; 384x16x16: 14.6, 15.8; not 960x7x7 (11.8, 11.5), nor 240x28x28 (25.9, direct 24.8). 16 bits: 3x3,
+// 192x28x28: 12.6, planes 16.8; not where images serves (384x14x14: 9.0, 9.2; 256 images: 33.0, 32.0; 960x7x7: 8.2, 7.6; 5x5,
+// 672x14x14: 16.0, 11.5). channels_last, 3x3, fp32 / fp16: 384x14x14: 11.5 / 9.4, stream 12.5 / 10.8; 384x16x16: 13.7 / 10.7,
+// 14.9 / 12.1; 256 images of 384x14x14: 57.8 / 34.0, 59.0 / 34.0; 960x7x7: 8.7 / 7.7, stream 10.3, images 8.4.
+inline Config select_columns(const Problem& p) {
+  const bool few = p.kernel_h * p.kernel_w <= k3x3, small = p.h <= kMaxImageSize && p.w <= kMaxImageSize;
+  if (p.kernel_h < 3 || p.kernel_w < 3) return {};
+  if (p.layout == Layout::kNhwc) return first_that_serves(p, Kernel::kColumnsNhwc);
+  const bool wide = p.dtype == DType::kFloat32, narrow = p.w <= 8;
+  const bool wins = few ? wide || (!small && p.w % 8 != 0) : wide && small && !narrow;
+  return wins && columns_fill_warps(p.w) ? first_that_serves(p, Kernel::kColumnsNchw) : Config{};
+}
+
 // Small images by multiply-adds, an image a lane. 32 images, fp32, H200, ms.
 inline Config select_images_fma(const Problem& p) {
   const bool nchw = p.layout == Layout::kNchw;
@@ -305,6 +320,8 @@ inline Config select_config(const Problem& p, bool frugal = false) {
   if (p.direction == Direction::kGradWeight) return select_grad_weight(p);
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
     return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
+  const Config columns = select_columns(p);
+  if (columns.kernel != Kernel::kGeneral) return columns;
   const Config large = select_large(p, frugal);
   if (large.kernel != Kernel::kGeneral) return large;
   const Config config = nchw ? select_nchw(p) : select_nhwc(p);

@@ -150,12 +150,24 @@ inline Config select_strips_grad_weight(const Problem& p) {
   return first_that_serves(p, nchw ? Kernel::kStripsGradWeightNchw : Kernel::kStripsGradWeightNhwc);
 }
 
+// NCHW, small images by columns, fp32 / fp16, H100, us: 3x3, 384x14x14: 14.3 / 11.0, marching 16.6, images 12.7; 8 images of
+// these: 8.2 / 7.4, 10.3 / 9.0; 256 images: 74.0 / 41.6, 84.0 / 50.0; 384x16x16: 15.9 / 12.0, 18.2 / 13.4; 960x7x7: 11.6 / 9.9,
+// staged 15.5, images 10.6; 5x5, 672x14x14: 21.6 / 16.4, images 27.3 / 18.3; 960x7x7, fp32: 12.0,
+// 13.1; not in 16 bits (12.6, 10.7).
+inline Config select_columns_grad_weight(const Problem& p) {
+  const bool few = p.kernel_h * p.kernel_w <= k3x3;
+  if (p.kernel_h < 3 || p.kernel_w < 3 || p.n < kImagesBatch || !columns_fill_warps(p.w) ||
+      (!few && p.w <= 8 && p.dtype != DType::kFloat32))
+    return {};
+  return first_that_serves(p, Kernel::kColumnsGradWeight);
+}
+
 inline Config select_large_grad_weight(const Problem& p) { return first_that_serves(p, Kernel::kToeplitzGradWeight); }
 
 inline Config select_grad_weight(const Problem& p) {
   const bool channels_last = p.layout == Layout::kNhwc;
-  for (const Config& config :
-       {select_planes_grad_weight(p), select_images_grad_weight(p), select_strips_grad_weight(p)})
+  for (const Config& config : {select_columns_grad_weight(p), select_planes_grad_weight(p),
+                               select_images_grad_weight(p), select_strips_grad_weight(p)})
     if (config.kernel != Kernel::kGeneral) return config;
   const Config marching = channels_last ? select_marching_nhwc(p) : select_marching_nchw(p);
   // 16 bits beyond 9x9, or 8x8 of channels_last: 9x9, 768x32x32: 0.147, marching 0.201.

@@ -22,7 +22,7 @@ struct Specialisation {
                          // that meets the image
   int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns (warps_nchw: the latter);
                          // images_grad_weight: rows; toeplitz_grad_weight: columns of a stage
-  int height;            // images_fma: of whole planes, else 0
+  int height;            // images_fma: of whole planes, columns; else 0
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
   int sums_parts;        // blocked
@@ -84,6 +84,14 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
     s.kernel_w = kMaxSmallGradWeight;
     s.stride_h = s.stride_w = s.dilation_h = s.dilation_w = 1;
     s.tile = config.tile;
+    return s;
+  }
+  if (is_columns(kernel)) {  // compiled for the sizes of kernel and planes
+    s.kernel_h = static_cast<int>(p.kernel_h);
+    s.kernel_w = static_cast<int>(p.kernel_w);
+    s.height = static_cast<int>(p.h);
+    s.width = static_cast<int>(p.w);
+    s.stride_h = s.dilation_h = s.dilation_w = 1;
     return s;
   }
   if (kernel == Kernel::kBlockedGradWeight) {  // compiled for the taps of a thread
@@ -181,6 +189,11 @@ inline std::string specialisation_name(const Specialisation& s) {
     if (s.height > 0)
       full += "_kh" + std::to_string(s.kernel_h) + "_p" + signed_number(s.padding_h) + "_h" + std::to_string(s.height);
     return full + "_" + tile_table(s.kernel, s.dtype)[s.tile].name;
+  }
+  if (is_columns(s.kernel)) {
+    std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_h%dx%d", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
+                  s.kernel_w, s.height, s.width);
+    return name;
   }
   if (is_strips(s.kernel)) {
     std::snprintf(name, sizeof(name), "%s_%s_kh%d_%s", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
@@ -315,6 +328,11 @@ inline std::string specialisation_source(const Specialisation& s) {
                   s.channels_last ? "true" : "false", s.sums_parts ? "true" : "false", kBlockedTiles[s.tile].columns,
                   kBlockedTiles[s.tile].rows, kBlockedTiles[s.tile].vector);
     traits = std::string("BlockedTraits<") + arguments;
+  }
+  if (is_columns(s.kernel)) {
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)], s.kernel_h,
+                  s.kernel_w, s.height, s.width);
+    traits = std::string(s.kernel == Kernel::kColumnsNhwc ? "ColumnsNhwcTraits<" : "ColumnsTraits<") + arguments;
   }
   if (is_strips(s.kernel)) {
     std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %s", kTypes[static_cast<int>(s.dtype)], s.kernel_h,

@@ -80,6 +80,8 @@ struct CopyPlan {
   int lanes;              // threads along a row, as the power of two
   int rows;               // from a thread's row to its next: whole strips, so that it is always as far in shared memory
   int step, shared_step;  // elements from one to the next
+  int pieces;             // of a whole image, if a thread has few of them; else 0
+  SmallDivider row_divider;
 };
 
 // How a launch is cut into blocks, and how a block's shared memory is laid out.

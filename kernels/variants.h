@@ -11,11 +11,14 @@ enum class Kernel : int {
   kStreamNchw,
   kPlanesNchw,
   kWarpsNchw,
+  kColumnsNchw,
+  kColumnsNhwc,
   kDirectNhwc,
   kTiledNhwc,
   kStreamNhwc,
   kGradInputNchw,
   kGradInputNhwc,
+  kColumnsGradWeight,
   kGradWeightNchw,
   kGradWeightPlanesNchw,
   kGradWeightNhwc,
@@ -43,11 +46,14 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kStreamNchw,
                                           Kernel::kPlanesNchw,
                                           Kernel::kWarpsNchw,
+                                          Kernel::kColumnsNchw,
+                                          Kernel::kColumnsNhwc,
                                           Kernel::kDirectNhwc,
                                           Kernel::kTiledNhwc,
                                           Kernel::kStreamNhwc,
                                           Kernel::kGradInputNchw,
                                           Kernel::kGradInputNhwc,
+                                          Kernel::kColumnsGradWeight,
                                           Kernel::kGradWeightNchw,
                                           Kernel::kGradWeightPlanesNchw,
                                           Kernel::kGradWeightNhwc,
@@ -79,6 +85,9 @@ inline bool is_marching_grad_weight(Kernel kernel) {
 inline bool is_images_grad_weight(Kernel kernel) {
   return kernel == Kernel::kImagesGradWeightNchw || kernel == Kernel::kImagesGradWeightNhwc;
 }
+inline bool is_columns(Kernel kernel) {
+  return kernel == Kernel::kColumnsNchw || kernel == Kernel::kColumnsNhwc || kernel == Kernel::kColumnsGradWeight;
+}
 // Those on the tensor cores for kernels up to 9x9, one for each layout.
 inline bool is_strips_grad_weight(Kernel kernel) {
   return kernel == Kernel::kStripsGradWeightNchw || kernel == Kernel::kStripsGradWeightNhwc;
@@ -88,7 +97,7 @@ inline bool is_grad_weight_kernel(Kernel kernel) {
          kernel == Kernel::kBlockedGradWeight || kernel == Kernel::kGradWeightStreamNhwc ||
          kernel == Kernel::kGradWeightRowsNhwc || kernel == Kernel::kGradWeightPlanesNchw ||
          is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight ||
-         kernel == Kernel::kImageRowsGradWeight;
+         kernel == Kernel::kImageRowsGradWeight || kernel == Kernel::kColumnsGradWeight;
 }
 inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
@@ -128,6 +137,10 @@ constexpr Tile kPlanesNchwTiles32[] = {{"planes_v4", 4, 0, 4}, {"planes_v2", 4, 
 constexpr Tile kPlanesNchwTiles16[] = {{"planes_v8", 8, 0, 8}, {"planes_v2", 4, 0, 2}, {"planes_v1", 4, 0, 1}};
 // `vector`: elements a copy.
 constexpr Tile kWarpsNchwTiles[] = {{"warps_v8", 8, 0, 8}, {"warps_v2", 8, 0, 2}};
+// Columns of a lane, at most; `vector`: channels.
+constexpr Tile kColumnsNchwTiles[] = {{"columns", 2, 0, 1}};
+constexpr Tile kColumnsNhwcTiles[] = {{"columns_nhwc", 1, 0, 2}};
+constexpr Tile kColumnsGradWeightTiles[] = {{"weight_columns", 2, 0, 1}};
 // Channels of a block.
 constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32},
                                      {"stream_channels96", 4, 0, 96}, {"stream_channels16", 4, 0, 16},
@@ -225,6 +238,9 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kStreamNchw: return wide ? TileTable(kStreamNchwTiles32) : TileTable(kStreamNchwTiles16);
     case Kernel::kPlanesNchw: return wide ? TileTable(kPlanesNchwTiles32) : TileTable(kPlanesNchwTiles16);
     case Kernel::kWarpsNchw: return kWarpsNchwTiles;
+    case Kernel::kColumnsNchw: return kColumnsNchwTiles;
+    case Kernel::kColumnsNhwc: return kColumnsNhwcTiles;
+    case Kernel::kColumnsGradWeight: return kColumnsGradWeightTiles;
     case Kernel::kStreamNhwc: return kStreamNhwcTiles;
     case Kernel::kGradInputNchw: return wide ? TileTable(kGradInputNchwTiles32) : TileTable(kGradInputNchwTiles16);
     case Kernel::kGradInputNhwc: return kGradInputNhwcTiles;
@@ -261,11 +277,14 @@ inline const char* kernel_name(Kernel kernel) {
                                     "stream_nchw",
                                     "planes_nchw",
                                     "warps_nchw",
+                                    "columns_nchw",
+                                    "columns_nhwc",
                                     "direct_nhwc",
                                     "tiled_nhwc",
                                     "stream_nhwc",
                                     "grad_input_nchw",
                                     "grad_input_nhwc",
+                                    "columns_grad_weight",
                                     "grad_weight_nchw",
                                     "grad_weight_planes_nchw",
                                     "grad_weight_nhwc",

@@ -131,6 +131,11 @@ T __shfl_down_sync(unsigned mask, T value, int lanes) {
   const int source = emulator::lane() + lanes;
   return __shfl_sync(mask, value, source < 32 ? source : emulator::lane());
 }
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int lanes) {
+  const int source = emulator::lane() - lanes;
+  return __shfl_sync(mask, value, source >= 0 ? source : emulator::lane());
+}
 
 template <class T>
 T __ldg(const T* pointer) {
