@@ -11,6 +11,7 @@ namespace depthwise {
 
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
+  if (p.n == 0) return false;  // nothing is launched
   if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
     return false;
   const bool grad_input_kernel = is_grad_input_kernel(kernel);

@@ -54,11 +54,17 @@ __global__ void __launch_bounds__(32 * columns_grad_weight_warps(Traits::kTaps))
     if (!exists)
 #pragma unroll
       for (int r = 0; r < kHeight; ++r) in_word[r] = grad_word[r] = Word();
-    if (ptx::opaque(static_cast<int>(has_bias)) != 0)  // in place, not two copies of the loop
+    if (ptx::opaque(static_cast<int>(has_bias)) != 0) {  // in place, not two copies of the loop
+      float part[4] = {};  // a running sum of equal terms would round the same way every time
 #pragma unroll
-      for (int r = 0; r < kHeight; ++r)
+      for (int r = 0; r < kHeight; ++r) {
+        float row = grad_word[r].value(0);
 #pragma unroll
-        for (int v = 0; v < kColumns; ++v) bias += grad_word[r].value(v);
+        for (int v = 1; v < kColumns; ++v) row += grad_word[r].value(v);
+        part[r % 4] += row;
+      }
+      bias += (part[0] + part[1]) + (part[2] + part[3]);
+    }
 
     // The live rows of grad_output: as they are, and with zeros where the plane ends beside them.
     float live[kKernelH][kColumns], live_left[kReach][kKernelH][kColumns], live_right[kReach][kKernelH][kColumns];

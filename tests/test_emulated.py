@@ -6,11 +6,13 @@ which every kernel and every tile occurs; --all-instances takes all, in every la
 
 import contextlib
 import itertools
+import random
 import re
 import shutil
 import time
 from dataclasses import replace
 
+import fuzz
 import pytest
 import reference
 import test_gpu_numerics as gpu
@@ -191,6 +193,20 @@ def test_a_variant_that_cannot_serve_is_told(emulator):
     problem = reference.Problem((9, 11), (3, 3), (2, 2))
     with reference.forced("band"), pytest.raises(RuntimeError, match="variant cannot serve grad_input of this problem"):
         reference.select("grad_input", problem, F16, "nchw")
+
+
+def test_an_empty_batch_wants_nothing_compiled(emulator):
+    for (layout, dtype), shape in itertools.product(gpu.SWEPT, gpu.SHAPES):
+        for problem in gpu.shape_problems(*shape[:3]):
+            assert not reference.specialisations([replace(problem, batch=0)], dtype, layout), (problem, dtype, layout)
+
+
+def test_a_choice_is_made_for_every_problem(emulator):
+    """Random ones, as test_fuzz.py draws them for a GPU: whatever their sizes, the arithmetic of no kernel fails."""
+    first = random.randrange(2**31)
+    print(f"draws from {first} on")
+    for number in range(first, first + 1000):
+        fuzz.specialisations(fuzz.draw(number, "cuda"))
 
 
 def only(direction, variant, problem, dtype, layout):
@@ -450,6 +466,11 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("grad_weight", "weight_x4g4_queue", SMALL, F32, "nchw"),
     ("grad_weight", "weight_strips", ODD, F16, "nchw"),
     ("grad_weight", "weight_strips_nhwc", SMALL, BF16, "nhwc"),
+    ("forward", "columns", SMALL, BF16, "nchw"),
+    ("forward", "columns_nhwc", SMALL, F16, "nhwc"),
+    ("grad_weight", "weight_columns", SMALL, F16, "nchw"),
+    ("grad_weight", "weight_planes_x4g4", SMALL, F32, "nchw"),
+    ("grad_weight", "weight_rows1", SMALL, BF16, "nhwc"),
 ]
 
 
