@@ -6,7 +6,6 @@ which every kernel and every tile occurs; --all-instances takes all, in every la
 
 import contextlib
 import itertools
-import random
 import re
 import shutil
 import time
@@ -203,8 +202,7 @@ def test_an_empty_batch_wants_nothing_compiled(emulator):
 
 def test_a_choice_is_made_for_every_problem(emulator):
     """Random ones, as test_fuzz.py draws them for a GPU: whatever their sizes, the arithmetic of no kernel fails."""
-    first = random.randrange(2**31)
-    print(f"draws from {first} on")
+    first = reference.fresh_generator().initial_seed()
     for number in range(first, first + 1000):
         fuzz.specialisations(fuzz.draw(number, "cuda"))
 
