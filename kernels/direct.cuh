@@ -5,6 +5,7 @@
 
 #include "problem.h"
 #include "vector.cuh"
+#include "weights.cuh"
 
 namespace depthwise {
 
@@ -151,14 +152,17 @@ struct RollingShape {
   }
 };
 
-// Filters are [channel][tap] in memory: those of a thread's kVector channels are contiguous.
+// Filters are [channel][tap] in memory: those of a thread's kVector channels, from `channel` on, are contiguous.
 template <class Traits, int kVector>
 __device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * Traits::kKernelW][kVector],
-                                             const typename Traits::T* filters, bool flip_rows, bool flip_columns) {
+                                             const DirectArgs& args, int channel, bool flip_rows, bool flip_columns) {
+  using T = typename Traits::T;
   constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
-  Vector<typename Traits::T, kVector> packed[kTaps];
+  Vector<T, kVector> packed[kTaps];
+  with_weights<T>(args, static_cast<int64_t>(channel) * kTaps, [&](auto* filters) {
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) packed[k] = load_or_zero<kVector>(filters + k * kVector, true);
+    for (int k = 0; k < kTaps; ++k) packed[k] = load_as<T, kVector>(filters + k * kVector);
+  });
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll

@@ -56,19 +56,17 @@ __global__ void __launch_bounds__(kDirectNhwcThreads)
   for (int r = 0; r < kRowsIn; ++r)
     if (kUsedRows >> r & 1) load_row(window[r], r);
 
-  const T* filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * kTaps;
   float weight[kTaps][kVector];
-  load_filters<Traits>(weight, filters, args.flip, args.flip);
+  load_filters<Traits>(weight, args, channel, args.flip, args.flip);
 
-  Pixel bias{};
-  if (args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
+  const Pixel bias = load_bias<T, kVector>(args, channel);
   float sum[kRows][kColumns][kVector];
 #pragma unroll
   for (int o = 0; o < kRows; ++o)
 #pragma unroll
     for (int q = 0; q < kColumns; ++q)
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) sum[o][q][e] = args.bias ? to_float(bias.value[e]) : 0.f;
+      for (int e = 0; e < kVector; ++e) sum[o][q][e] = to_float(bias.value[e]);
 
   T* out = static_cast<T*>(args.out) + channel +
            ((image * args.out_h + row) * args.out_w + column) * static_cast<int64_t>(pixel);

@@ -45,7 +45,7 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
                         void* grad_bias, void* workspace, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (p.n == 0) {  // sums of nothing
-    const int64_t bytes = element_size(p.dtype);
+    const int64_t bytes = p.float_weight ? sizeof(float) : element_size(p.dtype);
     check_launch(cudaMemsetAsync(grad_weight, 0, p.out_c * p.kernel_h * p.kernel_w * bytes, cuda_stream));
     if (grad_bias) check_launch(cudaMemsetAsync(grad_bias, 0, p.out_c * bytes, cuda_stream));
     return;
@@ -55,8 +55,9 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
   const Launcher launcher = obtain_launcher(p, choice, cuda_stream);
   const GradWeightPlan plan = launcher ? grad_weight_plan(p, config) : general_grad_weight_plan(p);
   const int splits = static_cast<int>(plan.splits);
-  with_type(p.dtype, [&](auto tag) {
+  with_types(p, [&](auto tag, auto weight_tag) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(weight_tag)::type;
     using Sum = accumulator_t<T>;
     const int64_t weights = p.out_c * p.kernel_h * p.kernel_w;
     Sum* const partial = static_cast<Sum*>(workspace);
@@ -83,16 +84,17 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
                                      plan.rows,
                                      static_cast<int>(p.kernel_h),
                                      static_cast<int>(p.kernel_w),
-                                     evicts_first(p)};
+                                     evicts_first(p),
+                                     p.float_weight};
         check_launch(launcher(&args, config.tile, stream));
         if (stores) return;
       }
     }
     if (!launcher) launch_general<T>(p, splits, grad_output, input, partial, partial_bias, cuda_stream);
     const int64_t count = weights + (grad_bias ? p.out_c : 0);
-    check_launch(launch_second_pass(add_splits_kernel<T>, general_blocks(count * kGeneralThreads / 32),
+    check_launch(launch_second_pass(add_splits_kernel<W>, general_blocks(count * kGeneralThreads / 32),
                                     dim3(32, split_shares(splits)), cuda_stream, partial, splits, weights,
-                                    count - weights, static_cast<T*>(grad_weight), static_cast<T*>(grad_bias)));
+                                    count - weights, static_cast<W*>(grad_weight), static_cast<W*>(grad_bias)));
   });
 }
 

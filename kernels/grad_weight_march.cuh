@@ -315,12 +315,12 @@ __device__ __forceinline__ void store_sum(const GradWeightArgs& args, int64_t sp
   using T = typename Traits::T;
   if (tap < Traits::kTaps) {
     if (args.grad_weight)
-      static_cast<T*>(args.grad_weight)[channel * Traits::kTaps + tap] = from_float<T>(value);
+      store_gradient<T>(args.grad_weight, args.float_weight, channel * Traits::kTaps + tap, value);
     else
       args.partial[(split * args.out_c + channel) * Traits::kTaps + tap] = value;
   } else if (args.grad_weight ? args.grad_bias != nullptr : args.partial_bias != nullptr) {
     if (args.grad_weight)
-      static_cast<T*>(args.grad_bias)[channel] = from_float<T>(value);
+      store_gradient<T>(args.grad_bias, args.float_weight, channel, value);
     else
       args.partial_bias[split * args.out_c + channel] = value;
   }

@@ -111,10 +111,11 @@ struct SharedMemory {
 template <class Traits>
 __device__ __forceinline__ void load_filter(float (&weight)[Traits::kTaps], const DirectArgs& args, unsigned channel) {
   using T = typename Traits::T;
-  const T* filter = static_cast<const T*>(args.weight) + channel * Traits::kTaps;
   float straight[Traits::kTaps];
+  with_weights<T>(args, int64_t{channel} * Traits::kTaps, [&](auto* filter) {
 #pragma unroll
-  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = load(filter + tap);
+    for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = to_float(load_as<T>(filter + tap));
+  });
 #pragma unroll
   for (int tap = 0; tap < Traits::kTaps; ++tap)
     weight[tap] = args.flip ? straight[Traits::kTaps - 1 - tap] : straight[tap];
@@ -164,7 +165,7 @@ struct RollingColumns : RollingShape<Traits> {
 
   __device__ __forceinline__ void load_channel(const DirectArgs& args, unsigned channel) {
     load_filter<Traits>(weight, args, channel);
-    bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+    bias = bias_of<T>(args, channel);
   }
 
   // load_row(window, r) reads input row r of the stage; store(o, sums) takes output row o, counted from the one whose

@@ -181,21 +181,19 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   };
   // The filters come first, to the place of the last stage, which has room for as many pixels as taps.
   T* const filters = ring + (plan.depth - 1) * stage_elements;
-  {
+  with_weights<T>(args, static_cast<int64_t>(first_channel) * kTaps, [&](auto* source) {
     constexpr int kWord = 16 / static_cast<int>(sizeof(T));
-    const T* const source = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
     const int elements = min(Shared::kChannels, static_cast<int>(args.out_c) - first_channel) * kTaps;
     for (int k = thread * kWord; k < elements; k += static_cast<int>(blockDim.y) * kLanes * kWord)
-      copy_async<16>(filters + k, source + k);
+      copy_weights<T, kWord>(filters + k, source + k);
     commit_copies();
-  }
+  });
   for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage < stages);
 
   const int channel = first_channel + threadIdx.x * kVector;
   const int column = first_column + threadIdx.y * kColumns;
   const bool computes = channel < args.out_c && column < args.out_w;
   float weight[kTaps][kVector] = {};
-  Pixel bias{};
   if (plan.depth == 4)
     wait_for_copies<3>();
   else
@@ -203,7 +201,8 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   __syncthreads();
   if (computes)
     load_filters_shared<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip != upwards, args.flip);
-  if (computes && args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
+  Pixel bias{};
+  if (computes) bias = load_bias<T, kVector>(args, channel);
 
   // The first pixel that the thread stores, of the row that is complete next.
   const int store_column = column + (Shared::kExchanges ? threadIdx.x : 0);

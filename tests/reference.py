@@ -345,6 +345,38 @@ def mismatch(result, expected, peer=None):
     )
 
 
+def as_float(parameter):
+    """Float32 that rounds to what weight or bias of 16 bits are, and is not that."""
+    if parameter is None:
+        return None
+    wide = parameter.float() * (1 + 2**-14)
+    return wide if parameter.data_ptr() % 16 == 0 else misaligned(wide)
+
+
+def run_with_float_weight(direction, problem, tensors):
+    """`run` as under autocast: weight and bias of float32 beside tensors of 16 bits. Strides decide the layout."""
+    x, weight, bias, grad_out = tensors
+    weight, bias = as_float(weight), as_float(bias)
+    if direction == "forward":
+        return {"out": OPERATORS.forward_no_autograd(x, weight, bias, *problem.geometry)}
+    of_emulator = hasattr(OPERATORS, "convolution_backward_overrideable")
+    backward = (OPERATORS if of_emulator else torch.ops.aten).convolution_backward_overrideable
+    mask = (True, False, False) if direction == "grad_input" else (False, True, bias is not None)
+    convolution = (*(problem.stride, problem.padding, problem.dilation), False, (0, 0), problem.channels)
+    with torch.no_grad():
+        grads = backward(grad_out, x, weight, *convolution, mask)
+    return dict(zip(result_names(direction, problem), [grad for grad in grads if grad is not None], strict=True))
+
+
+def difference(result, expected, dtype):
+    """None, or what is wrong with a result that is to be the expected one, bit for bit, but for its dtype."""
+    if result.dtype is not dtype:
+        return f"dtype {result.dtype}, expected {dtype}"
+    rounded = result.to(expected.dtype)
+    same = (rounded == expected) | (rounded.isnan() & expected.isnan())
+    return None if same.all() else f"{int((~same).sum())} of {same.numel()} elements are others with float32 weights"
+
+
 def run(direction, problem, tensors, layout):
     """One direction through its operator; results by name, as pytorch_results names them."""
     x, weight, bias, grad_out = tensors
@@ -445,6 +477,13 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
                     raise
                 for name in names:
                     failures.add(mismatch(results[name], expected[name], peer[name]), *where, name)
+                strides_agree = direction == "forward" or forward_layout(tensors.x, tensors.weight) == layout
+                if dtype.itemsize == 2 and strides_agree:
+                    poison(*(peer[name] for name in names))
+                    with_float = run_with_float_weight(direction, problem, tensors)
+                    of_float = torch.float32 if direction == "grad_weight" else dtype
+                    for name in names:
+                        failures.add(difference(with_float[name], results[name], of_float), *where, name)
 
 
 def poison(*tensors, copies=3):

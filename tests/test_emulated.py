@@ -207,6 +207,31 @@ def test_a_choice_is_made_for_every_problem(emulator):
         fuzz.specialisations(fuzz.draw(number, "cuda"))
 
 
+@pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+def test_backward_of_the_backward(emulator, mask):
+    """aten::convolution_backward_overrideable has gradients itself, with float32 weights beside 16 bits too."""
+    backward, problem = (
+        torch.ops.depthwise_emulated.convolution_backward_overrideable,
+        reference.Problem((6, 5), (3, 2)),
+    )
+    convolution = (problem.stride, problem.padding, problem.dilation, False, (0, 0), problem.channels, mask)
+
+    def grads(grad_out, x, weight):
+        return tuple(grad for grad in backward(grad_out, x, weight, *convolution) if grad is not None)
+
+    tensors = reference.make_tensors(problem, torch.float64, "nchw", reference.fresh_generator())
+    leaves = [t.requires_grad_() for t in (tensors.grad_out, tensors.x, tensors.weight)]
+    assert len(grads(*leaves)) == sum(mask)
+    assert torch.autograd.gradcheck(grads, leaves)
+
+    halves = [t.detach().half().requires_grad_() for t in leaves]
+    halves[2] = halves[2].detach().float().requires_grad_()
+    found = grads(*halves)
+    assert [grad.dtype for grad in found] == [torch.float16] * mask[0] + [torch.float32] * (mask[1] + mask[2])
+    seconds = torch.autograd.grad([grad.sum() for grad in found], halves, allow_unused=True)
+    assert all(second is None or second.dtype is leaf.dtype for second, leaf in zip(seconds, halves, strict=True))
+
+
 def only(direction, variant, problem, dtype, layout):
     """The specialisation of one variant."""
     with reference.forced(variant):

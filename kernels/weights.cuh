@@ -1,0 +1,83 @@
+// Reads weight and bias, stores their gradients. Beside 16-bit tensors they may be float32 (float_weight), as autocast finds a module's
+// parameters: rounded where they are read, they are what its casts would have left, without the launches of these.
+#pragma once
+
+#include <cstdint>
+
+#include "async_copy.cuh"
+#include "problem.h"
+#include "vector.cuh"
+
+namespace depthwise {
+
+// Calls body(weights) with the elements from `first` on, of T or float32: one branch around all that `body` loads.
+template <class T, class Body>
+__device__ __forceinline__ void with_weights(const void* weight, bool float_weight, int64_t first, Body&& body) {
+  if constexpr (sizeof(T) == 2) {
+    if (float_weight) return body(static_cast<const float*>(weight) + first);
+  }
+  body(static_cast<const T*>(weight) + first);
+}
+template <class T, class Body>
+__device__ __forceinline__ void with_weights(const DirectArgs& args, int64_t first, Body&& body) {
+  with_weights<T>(args.weight, args.float_weight, first, body);
+}
+
+// kCount elements as values of T; a false predicate reads nothing and gives zeros.
+template <class T, int kCount, class Stored>
+__device__ __forceinline__ Vector<T, kCount> load_as(const Stored* pointer, bool in_bounds = true) {
+  if constexpr (sizeof(Stored) == sizeof(T)) {
+    return load_or_zero<kCount>(pointer, in_bounds);
+  } else {
+    constexpr int kLoad = min_int(kCount, 16 / static_cast<int>(sizeof(Stored)));
+    Vector<T, kCount> rounded;
+#pragma unroll
+    for (int v = 0; v < kCount; v += kLoad) {
+      const auto part = load_or_zero<kLoad>(pointer + v, in_bounds);
+#pragma unroll
+      for (int k = 0; k < kLoad; ++k) rounded.value[v + k] = from_float<T>(part.value[k]);
+    }
+    return rounded;
+  }
+}
+template <class T, class Stored>
+__device__ __forceinline__ T load_as(const Stored* pointer, bool in_bounds = true) {
+  return load_as<T, 1>(pointer, in_bounds).value[0];
+}
+
+// kCount elements for shared memory, to be waited for like asynchronous copies and with a barrier.
+template <class T, int kCount, class Stored>
+__device__ __forceinline__ void copy_weights(T* shared, const Stored* global) {
+  constexpr int kBytes = kCount * static_cast<int>(sizeof(T));
+  if constexpr (sizeof(Stored) == sizeof(T) && kBytes >= 4) {
+    copy_async<kBytes>(shared, global);
+  } else {
+    VectorWord<T, kCount> bits;
+    bits.vector = load_as<T, kCount>(global);
+    *reinterpret_cast<decltype(bits.word)*>(shared) = bits.word;
+  }
+}
+
+// The biases of kCount channels from `channel` on; zeros where there are none.
+template <class T, int kCount = 1>
+__device__ __forceinline__ Vector<T, kCount> load_bias(const DirectArgs& args, int64_t channel) {
+  Vector<T, kCount> bias{};
+  if (args.bias != nullptr)
+    with_weights<T>(args.bias, args.float_weight, channel, [&](auto* from) { bias = load_as<T, kCount>(from); });
+  return bias;
+}
+template <class T>
+__device__ __forceinline__ float bias_of(const DirectArgs& args, int64_t channel) {
+  return to_float(load_bias<T>(args, channel).value[0]);
+}
+
+// An element of grad_weight or grad_bias.
+template <class T>
+__device__ __forceinline__ void store_gradient(void* gradient, bool float_weight, int64_t idx, float value) {
+  if (sizeof(T) == 2 && float_weight)
+    static_cast<float*>(gradient)[idx] = value;
+  else
+    static_cast<T*>(gradient)[idx] = from_float<T>(value);
+}
+
+}  // namespace depthwise
