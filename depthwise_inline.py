@@ -1282,7 +1282,7 @@ def _select(direction: str, dtype: torch.dtype, channels_last: bool, sizes: Sequ
     """The variant that would serve a problem, and the source of its specialisation ('' where none is needed).
 
     ``sizes``: n, c, multiplier, h, w, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h,
-    dilation_w, and 1 if all tensors are aligned to 16 bytes.
+    dilation_w, 1 if all tensors are aligned to 16 bytes, and 1 if the weights are float32 beside others of 16 bits.
     """
     library = _load_library()
     name, source = ctypes.create_string_buffer(1 << 12), ctypes.create_string_buffer(1 << 16)
@@ -1390,7 +1390,8 @@ def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[int, .
         batch, height, width = shape[0] if len(shape) == 4 else 1, shape[-2] + extra_h, shape[-1] + extra_w
         multiplier = module.out_channels // module.in_channels
         geometry = (*kernel, *module.stride, *padding, *module.dilation)
-        problems.append((batch, module.in_channels, multiplier, height, width, *geometry, 1))
+        weights = int(module.weight.dtype is torch.float32)
+        problems.append((batch, module.in_channels, multiplier, height, width, *geometry, 1, weights))
 
     meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     wait_for_copies<1>();
   __syncthreads();
 
-  const float bias = bias_of<T>(args, block.channel);
+  const float bias = bias_of<Traits>(args, block.channel);
   const unsigned* const band = pairs + kChunk - 1 + 2 * (lane % 4) - lane / 4;
   // The blocks that come second to their multiprocessor have their partitions the other way round, so that those which have
   // a unit more are not the same.

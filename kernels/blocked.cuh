@@ -84,7 +84,7 @@ struct BlockedTraits {
   }
 };
 
-// One element of T, or float32 in T's place, for float32 in shared memory.
+// An element of T, or of float32 in T's place, as float32 in shared memory.
 template <class T, class Stored>
 __device__ __forceinline__ void copy_one(float* shared, const Stored* global) {
   if constexpr (sizeof(T) == sizeof(float))
@@ -130,18 +130,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   // Load the weights, a row a warp, and the tile into zeros.
   const int taps = args.kernel_h * Traits::kKernelW;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  with_weights<T>(args, static_cast<int64_t>(channel) * taps, [&](auto* weight) {
-    for (int e = 0; e < channels; ++e, weight += taps) {
-      float* to = shared + (e * args.kernel_h + warp) * Traits::kWeightPitch;
-      const auto* from = args.flip ? weight + taps - 1 - warp * Traits::kKernelW : weight + warp * Traits::kKernelW;
-      const int step = args.flip ? -warps * Traits::kKernelW : warps * Traits::kKernelW;
+  const auto* weight = filters_of<Traits>(args, channel, taps);
+  for (int e = 0; e < channels; ++e, weight += taps) {
+    float* to = shared + (e * args.kernel_h + warp) * Traits::kWeightPitch;
+    const auto* from = args.flip ? weight + taps - 1 - warp * Traits::kKernelW : weight + warp * Traits::kKernelW;
+    const int step = args.flip ? -warps * Traits::kKernelW : warps * Traits::kKernelW;
 #pragma unroll 4
-      for (int i = warp; i < args.kernel_h; i += warps, to += warps * Traits::kWeightPitch, from += step)
+    for (int i = warp; i < args.kernel_h; i += warps, to += warps * Traits::kWeightPitch, from += step)
 #pragma unroll
-        for (int j = 0; j < Traits::kKernelW; j += 32)
-          if (j + lane < Traits::kKernelW) copy_one<T>(to + j + lane, args.flip ? from - j - lane : from + j + lane);
-    }
-  });
+      for (int j = 0; j < Traits::kKernelW; j += 32)
+        if (j + lane < Traits::kKernelW) copy_one<T>(to + j + lane, args.flip ? from - j - lane : from + j + lane);
+  }
   const int zeroed = divide_up(tile_floats + tiling.width + Traits::kSlack, 4);
   for (int k = threadIdx.x; k < zeroed; k += blockDim.x) reinterpret_cast<float4*>(tile)[k] = float4{};
   __syncthreads();
@@ -252,7 +251,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     end = max(end, __shfl_xor_sync(~0u, end, offset));
   }
 
-  const float bias = own_channel < channels ? bias_of<T>(args, channel + own_channel) : 0.f;
+  const float bias = own_channel < channels ? bias_of<Traits>(args, channel + own_channel) : 0.f;
   float sum[kRows][kColumns];
 #pragma unroll
   for (int o = 0; o < kRows; ++o)

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32 * ColumnsRun<Traits>::kWarps)
                  channel = flat - channels.quotient(flat) * channels.divisor;
   float weight[Traits::kTaps];
   load_filter<Traits>(weight, args, channel);
-  const float bias = bias_of<T>(args, channel);
+  const float bias = bias_of<Traits>(args, channel);
   T* const mine = room + plane * Traits::kPixels + lane.column;
   const bool exists = lane.plane < planes;
   Word word[kRows];

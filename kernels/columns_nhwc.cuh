@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int lane = threadIdx.x % Traits::kLanes * kVector, column = threadIdx.x / Traits::kLanes;
   const int channel = first_channel + min(lane, channels - kVector);
   float weight[kTaps][kVector], bias[kVector];
-  load_filters<Traits>(weight, args, channel, args.flip, args.flip);
+  load_filters<Traits>(weight, filters_of<Traits>(args, channel, kTaps), args.flip, args.flip);
 #pragma unroll
-  for (int e = 0; e < kVector; ++e) bias[e] = bias_of<T>(args, channel + e);
+  for (int e = 0; e < kVector; ++e) bias[e] = bias_of<Traits>(args, channel + e);
   wait_for_all_copies();
 
   // Compute and store.

@@ -152,17 +152,14 @@ struct RollingShape {
   }
 };
 
-// Filters are [channel][tap] in memory: those of a thread's kVector channels, from `channel` on, are contiguous.
+// Filters are [channel][tap] in memory: those of a thread's kVector channels are contiguous.
 template <class Traits, int kVector>
 __device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * Traits::kKernelW][kVector],
-                                             const DirectArgs& args, int channel, bool flip_rows, bool flip_columns) {
-  using T = typename Traits::T;
+                                             const weight_t<Traits>* filters, bool flip_rows, bool flip_columns) {
   constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
-  Vector<T, kVector> packed[kTaps];
-  with_weights<T>(args, static_cast<int64_t>(channel) * kTaps, [&](auto* filters) {
+  Vector<typename Traits::T, kVector> packed[kTaps];
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k) packed[k] = load_as<T, kVector>(filters + k * kVector);
-  });
+  for (int k = 0; k < kTaps; ++k) packed[k] = load_as<typename Traits::T, kVector>(filters + k * kVector);
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll

@@ -57,16 +57,16 @@ __global__ void __launch_bounds__(kDirectNhwcThreads)
     if (kUsedRows >> r & 1) load_row(window[r], r);
 
   float weight[kTaps][kVector];
-  load_filters<Traits>(weight, args, channel, args.flip, args.flip);
+  load_filters<Traits>(weight, filters_of<Traits>(args, channel, kTaps), args.flip, args.flip);
 
-  const Pixel bias = load_bias<T, kVector>(args, channel);
+  const Pixel bias = load_biases<Traits, kVector>(args, channel);
   float sum[kRows][kColumns][kVector];
 #pragma unroll
   for (int o = 0; o < kRows; ++o)
 #pragma unroll
     for (int q = 0; q < kColumns; ++q)
 #pragma unroll
-      for (int e = 0; e < kVector; ++e) sum[o][q][e] = to_float(bias.value[e]);
+      for (int e = 0; e < kVector; ++e) sum[o][q][e] = args.bias ? to_float(bias.value[e]) : 0.f;
 
   T* out = static_cast<T*>(args.out) + channel +
            ((image * args.out_h + row) * args.out_w + column) * static_cast<int64_t>(pixel);

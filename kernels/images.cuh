@@ -80,19 +80,17 @@ struct Taps {
     const int next_row = Traits::kShifts > 1 ? lane / Traits::kRowLanes : 0;
     const int row = (Traits::kFirstShift + args.padding_h) / Traits::kShiftStep + next_row;
     const int first = row * args.kernel_w + (exists ? column : 0);
+    const auto* from = filters_of<Traits>(args, channel, size) + (args.flip ? size - 1 - first : first);
     const int step = args.flip ? -args.kernel_w : args.kernel_w;
-    bias = load_bias<T>(args, channel).value[0];
+    bias = load_biases<Traits>(args, channel).value[0];
     unsigned short tap[2 * kRegisters];
-    const int64_t filter = static_cast<int64_t>(channel) * size;
-    with_weights<T>(args, filter + (args.flip ? size - 1 - first : first), [&](auto* from) {
 #pragma unroll
-      for (int k = 0; k < Traits::kShifts; k += Traits::kNarrow ? 2 : 1) {
-        // The last of an odd number of rows has no next.
-        if (Traits::kNarrow && k + 1 == Traits::kShifts && next_row != 0) from -= step;
-        tap[k] = load_as<T>(from).bits;
-        from += Traits::kNarrow ? 2 * step : step;
-      }
-    });
+    for (int k = 0; k < Traits::kShifts; k += Traits::kNarrow ? 2 : 1) {
+      // The last of an odd number of rows has no next.
+      if (Traits::kNarrow && k + 1 == Traits::kShifts && next_row != 0) from -= step;
+      tap[k] = load_as<T>(from).bits;
+      from += Traits::kNarrow ? 2 * step : step;
+    }
 #pragma unroll
     for (int k = 0; k < kRegisters; ++k) {
       const bool both = !Traits::kNarrow && 2 * k + 1 < Traits::kShifts;

@@ -111,11 +111,10 @@ struct SharedMemory {
 template <class Traits>
 __device__ __forceinline__ void load_filter(float (&weight)[Traits::kTaps], const DirectArgs& args, unsigned channel) {
   using T = typename Traits::T;
+  const auto* const filter = filters_of<Traits>(args, channel, Traits::kTaps);
   float straight[Traits::kTaps];
-  with_weights<T>(args, int64_t{channel} * Traits::kTaps, [&](auto* filter) {
 #pragma unroll
-    for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = to_float(load_as<T>(filter + tap));
-  });
+  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = to_float(load_as<T>(filter + tap));
 #pragma unroll
   for (int tap = 0; tap < Traits::kTaps; ++tap)
     weight[tap] = args.flip ? straight[Traits::kTaps - 1 - tap] : straight[tap];
@@ -165,7 +164,7 @@ struct RollingColumns : RollingShape<Traits> {
 
   __device__ __forceinline__ void load_channel(const DirectArgs& args, unsigned channel) {
     load_filter<Traits>(weight, args, channel);
-    bias = bias_of<T>(args, channel);
+    bias = bias_of<Traits>(args, channel);
   }
 
   // load_row(window, r) reads input row r of the stage; store(o, sums) takes output row o, counted from the one whose

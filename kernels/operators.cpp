@@ -419,13 +419,15 @@ bool copy_text(const std::string& text, char* buffer, int capacity) {
   return true;
 }
 
-// sizes: n, c, multiplier, h, w, then kernel, stride, padding, dilation as pairs, then whether tensors are aligned.
+// sizes: n, c, multiplier, h, w, then kernel, stride, padding, dilation as pairs, then whether tensors are aligned,
+// and whether weight and bias are float32 beside 16-bit tensors.
 depthwise::Problem problem_from(int direction, int dtype, int layout, const int64_t* sizes) {
   depthwise::Problem p = depthwise::make_problem(
       static_cast<depthwise::Direction>(direction), static_cast<depthwise::DType>(dtype),
       static_cast<depthwise::Layout>(layout), sizes[0], sizes[1], sizes[1] * sizes[2], sizes[3], sizes[4], sizes[5],
       sizes[6], {sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12]});
   p.aligned = sizes[13] != 0;
+  p.float_weight = sizes[14] != 0 && depthwise::element_size(p.dtype) == 2;
   return p;
 }
 

@@ -19,7 +19,7 @@ struct Problem {
   int64_t n, c, multiplier, out_c, h, w, out_h, out_w;  // out_c = c * multiplier
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   bool aligned;               // every tensor starts on a 16-byte boundary
-  bool float_weight = false;  // weight and bias, or their gradients, are float32 beside 16-bit tensors; not chosen by
+  bool float_weight = false;  // weight, bias and their gradients are float32 beside 16-bit tensors
 };
 
 // What one thread computes, and how it reads. NCHW: `columns` x `rows` outputs of one plane, `vector` elements a load.
@@ -66,7 +66,6 @@ struct DirectArgs {
   int multiplier, h, w, out_h, out_w, padding_h, padding_w;
   int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
-  bool float_weight;  // weight and bias are float32, whatever the other tensors are (weights.cuh)
 };
 
 // The sizes of a problem; the rest is left to the launch.
@@ -87,7 +86,6 @@ inline DirectArgs direct_args(const Problem& p) {
   args.stride_h = static_cast<int>(p.stride_h);
   args.dilation_h = static_cast<int>(p.dilation_h);
   args.dilation_w = static_cast<int>(p.dilation_w);
-  args.float_weight = p.float_weight;
   return args;
 }
 

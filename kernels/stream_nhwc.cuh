@@ -181,19 +181,21 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   };
   // The filters come first, to the place of the last stage, which has room for as many pixels as taps.
   T* const filters = ring + (plan.depth - 1) * stage_elements;
-  with_weights<T>(args, static_cast<int64_t>(first_channel) * kTaps, [&](auto* source) {
+  {
     constexpr int kWord = 16 / static_cast<int>(sizeof(T));
+    const auto* const source = filters_of<Traits>(args, first_channel, kTaps);
     const int elements = min(Shared::kChannels, static_cast<int>(args.out_c) - first_channel) * kTaps;
     for (int k = thread * kWord; k < elements; k += static_cast<int>(blockDim.y) * kLanes * kWord)
       copy_weights<T, kWord>(filters + k, source + k);
     commit_copies();
-  });
+  }
   for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage < stages);
 
   const int channel = first_channel + threadIdx.x * kVector;
   const int column = first_column + threadIdx.y * kColumns;
   const bool computes = channel < args.out_c && column < args.out_w;
   float weight[kTaps][kVector] = {};
+  Pixel bias{};
   if (plan.depth == 4)
     wait_for_copies<3>();
   else
@@ -201,8 +203,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   __syncthreads();
   if (computes)
     load_filters_shared<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip != upwards, args.flip);
-  Pixel bias{};
-  if (computes) bias = load_bias<T, kVector>(args, channel);
+  if (computes) bias = load_biases<Traits, kVector>(args, channel);
 
   // The first pixel that the thread stores, of the row that is complete next.
   const int store_column = column + (Shared::kExchanges ? threadIdx.x : 0);

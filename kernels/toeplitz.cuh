@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const ToeplitzRows<Traits> rows(args, block, tile, ptx::shared_address(tile + tile_rows * Traits::kPitch * kChunk),
                                   tiling.row_divider, block.images * block.rows, block.in_rows, first, Traits::kWarps);
   ToeplitzSums<Traits> sum;
-  start_sums(sum, bias_of<T>(args, block.channel));
+  start_sums(sum, bias_of<Traits>(args, block.channel));
   multiply_rows<Traits>(sum, rows, args, pairs);
 
   // Stage the outputs where the input was.

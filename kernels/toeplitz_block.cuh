@@ -157,15 +157,15 @@ __device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, 
   const T* input =
       static_cast<const T*>(args.input) + image * in_c * plane + in_channel * (Traits::kChannelsLast ? 1 : plane);
   const int taps = args.kernel_h * args.kernel_w;
-  float sum = bias_of<T>(args, channel);
+  const auto* const filter = filters_of<Traits>(args, channel, taps);
+  float sum = bias_of<Traits>(args, channel);
   for (int tap = 0; tap < taps && sum == sum; ++tap) {
     const int h = row * args.stride_h - args.padding_h + tap / args.kernel_w * args.dilation_h;
     const int w = column * Traits::kStrideW - args.padding_w + tap % args.kernel_w * args.dilation_w;
     if (h < 0 || h >= args.h || w < 0 || w >= args.w) continue;
     const int64_t pixel = static_cast<int64_t>(h) * args.w + w;
-    with_weights<T>(args, static_cast<int64_t>(channel) * taps + (args.flip ? taps - 1 - tap : tap), [&](auto* weight) {
-      sum = fmaf(load(input + pixel * (Traits::kChannelsLast ? in_c : 1)), to_float(load_as<T>(weight)), sum);
-    });
+    sum = fmaf(load(input + pixel * (Traits::kChannelsLast ? in_c : 1)),
+               to_float(load_as<T>(filter + (args.flip ? taps - 1 - tap : tap))), sum);
   }
   return sum;
 }
@@ -296,11 +296,9 @@ __device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArg
 // Of an NCHW block's channel.
 template <class Traits, class Block>
 __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
-  using T = typename Traits::T;
-  with_weights<T>(args, static_cast<int64_t>(block.channel) * args.kernel_h * args.kernel_w, [&](auto* filter) {
-    lay_out_weights<Traits>(pairs, args, threadIdx.x / 32, Traits::kWarps,
-                            [&](int tap) -> unsigned { return load_as<T>(filter + tap).bits; });
-  });
+  const auto* const filter = filters_of<Traits>(args, block.channel, args.kernel_h * args.kernel_w);
+  lay_out_weights<Traits>(pairs, args, threadIdx.x / 32, Traits::kWarps,
+                          [&](int tap) -> unsigned { return load_as<typename Traits::T>(filter + tap).bits; });
 }
 
 }  // namespace depthwise

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     ToeplitzSums<Traits> sum;
     {
       const Slot at(args, tiling);
-      const float first = bias_of<T>(args, blockIdx.x * Traits::kChannels + at.channel);
+      const float first = bias_of<Traits>(args, blockIdx.x * Traits::kChannels + at.channel);
       const ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk,
                                       ptx::shared_address(zeros()), tiling.row_divider, now.rows, args.h, at.slot,
                                       at.slots);

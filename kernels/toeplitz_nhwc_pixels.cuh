@@ -83,15 +83,14 @@ __device__ __forceinline__ void fetch_weights(typename Traits::T* staged, const 
                                               int channels) {
   using T = typename Traits::T;
   const int taps = args.kernel_h * args.kernel_w, elements = channels * taps;
-  with_weights<T>(args, static_cast<int64_t>(channel) * taps, [&](auto* filters) {
-    if (sizeof(*filters) == sizeof(T) && reinterpret_cast<uintptr_t>(filters) % kChunkBytes == 0) {
-      for (int k = threadIdx.x * kChunk; k < elements; k += Traits::kThreads * kChunk)
-        copy_16_async(staged + k, filters + k, min(kChunk, elements - k) * static_cast<int>(sizeof(T)));
-    } else {
+  const auto* const filters = filters_of<Traits>(args, channel, taps);
+  if (sizeof(*filters) == sizeof(T) && reinterpret_cast<uintptr_t>(filters) % kChunkBytes == 0) {
+    for (int k = threadIdx.x * kChunk; k < elements; k += Traits::kThreads * kChunk)
+      copy_16_async(staged + k, filters + k, min(kChunk, elements - k) * static_cast<int>(sizeof(T)));
+  } else {
 #pragma unroll 8
-      for (int k = threadIdx.x; k < elements; k += Traits::kThreads) staged[k] = load_as<T>(filters + k);
-    }
-  });
+    for (int k = threadIdx.x; k < elements; k += Traits::kThreads) staged[k] = load_as<T>(filters + k);
+  }
 }
 
 // A unit's pixels as they lie, in the order of the chunks that they are to fill, with zeros outside the image; within a

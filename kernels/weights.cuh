@@ -1,8 +1,10 @@
-// Reads weight and bias, stores their gradients. Beside 16-bit tensors they may be float32 (float_weight), as autocast finds a module's
-// parameters: rounded where they are read, they are what its casts would have left, without the launches of these.
+// Reads weight and bias, stores their gradients. Beside 16-bit tensors they may be float32, as autocast finds a module's
+// parameters: rounded where they are read, they are what its casts would have left, without the launches of these. Kernels
+// that read them are compiled for either; those that store gradients are told (GradWeightArgs::float_weight).
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "async_copy.cuh"
 #include "problem.h"
@@ -10,17 +12,25 @@
 
 namespace depthwise {
 
-// Calls body(weights) with the elements from `first` on, of T or float32: one branch around all that `body` loads.
-template <class T, class Body>
-__device__ __forceinline__ void with_weights(const void* weight, bool float_weight, int64_t first, Body&& body) {
-  if constexpr (sizeof(T) == 2) {
-    if (float_weight) return body(static_cast<const float*>(weight) + first);
-  }
-  body(static_cast<const T*>(weight) + first);
-}
-template <class T, class Body>
-__device__ __forceinline__ void with_weights(const DirectArgs& args, int64_t first, Body&& body) {
-  with_weights<T>(args.weight, args.float_weight, first, body);
+// Traits of a kernel whose weight and bias are float32.
+template <class Traits>
+struct WithFloatWeight : Traits {};
+
+template <class Traits>
+struct WeightOf {
+  using type = typename Traits::T;
+};
+template <class Traits>
+struct WeightOf<WithFloatWeight<Traits>> {
+  using type = float;
+};
+template <class Traits>
+using weight_t = typename WeightOf<Traits>::type;
+
+// The filters from that of `channel` on, of so many taps.
+template <class Traits>
+__device__ __forceinline__ const weight_t<Traits>* filters_of(const DirectArgs& args, int64_t channel, int taps) {
+  return static_cast<const weight_t<Traits>*>(args.weight) + channel * taps;
 }
 
 // kCount elements as values of T; a false predicate reads nothing and gives zeros.
@@ -59,16 +69,16 @@ __device__ __forceinline__ void copy_weights(T* shared, const Stored* global) {
 }
 
 // The biases of kCount channels from `channel` on; zeros where there are none.
-template <class T, int kCount = 1>
-__device__ __forceinline__ Vector<T, kCount> load_bias(const DirectArgs& args, int64_t channel) {
-  Vector<T, kCount> bias{};
-  if (args.bias != nullptr)
-    with_weights<T>(args.bias, args.float_weight, channel, [&](auto* from) { bias = load_as<T, kCount>(from); });
+template <class Traits, int kCount = 1>
+__device__ __forceinline__ Vector<typename Traits::T, kCount> load_biases(const DirectArgs& args, int64_t channel) {
+  Vector<typename Traits::T, kCount> bias{};
+  if (args.bias) bias = load_as<typename Traits::T, kCount>(static_cast<const weight_t<Traits>*>(args.bias) + channel);
   return bias;
 }
-template <class T>
+template <class Traits>
 __device__ __forceinline__ float bias_of(const DirectArgs& args, int64_t channel) {
-  return to_float(load_bias<T>(args, channel).value[0]);
+  if (!args.bias) return 0.f;
+  return to_float(load_as<typename Traits::T>(static_cast<const weight_t<Traits>*>(args.bias) + channel));
 }
 
 // An element of grad_weight or grad_bias.

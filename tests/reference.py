@@ -107,7 +107,7 @@ class Problem:
         """Stride, padding and dilation as PyTorch takes them."""
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
-    def sizes(self, aligned):
+    def sizes(self, aligned, float_weight=False):
         """The fifteen numbers of the C interface."""
         return (
             self.batch,
@@ -119,7 +119,7 @@ class Problem:
             *self.padding,
             *self.dilation,
             int(aligned),
-            0,
+            int(float_weight),
         )
 
     def __str__(self):
@@ -402,9 +402,9 @@ def result_names(direction, problem):
     return ("grad_weight", "grad_bias") if problem.bias else ("grad_weight",)
 
 
-def select(direction, problem, dtype, layout, aligned=True):
+def select(direction, problem, dtype, layout, aligned=True, float_weight=False):
     """The variant that the library chooses for a problem, and the source of its specialisation ('' if built in)."""
-    return depthwise_inline._select(direction, dtype, layout == "nhwc", problem.sizes(aligned))
+    return depthwise_inline._select(direction, dtype, layout == "nhwc", problem.sizes(aligned, float_weight))
 
 
 def all_variants(direction, problem, dtype, layout, aligned=True):
@@ -424,9 +424,10 @@ def specialisations(problems, dtype, layout, variants=None):
     for problem, direction, aligned in itertools.product(problems, DIRECTIONS, (True, False)):
         for variant in variants or all_variants(direction, problem, dtype, layout, aligned):
             with forced(variant):
-                name, source = select(direction, problem, dtype, layout, aligned)
-            if source:
-                sources[name.rpartition("/")[0]] = source
+                for float_weight in (False, True):
+                    name, source = select(direction, problem, dtype, layout, aligned, float_weight)
+                    if source:
+                        sources[name.rpartition("/")[0]] = source
     return sources
 
 
