@@ -233,10 +233,10 @@ def test_backward_of_the_backward(emulator, mask):
 
 
 def only(direction, variant, problem, dtype, layout):
-    """The specialisation of one variant."""
+    """The specialisations of one variant: with float32 weights beside 16 bits it has another."""
     with reference.forced(variant):
-        name, source = reference.select(direction, problem, dtype, layout)
-    return {name.rpartition("/")[0]: source}
+        found = [reference.select(direction, problem, dtype, layout, float_weight=kind) for kind in (False, True)]
+    return {name.rpartition("/")[0]: source for name, source in found}
 
 
 def messages(direction, variant, problem, dtype, layout):
