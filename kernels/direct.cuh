@@ -1,4 +1,5 @@
-// What the direct kernels of both layouts share.
+// What kernels of many families share, and their launchers: the device's limits, dividers, filters, and how threads of
+// streaming kernels roll down rows.
 #pragma once
 
 #include <utility>

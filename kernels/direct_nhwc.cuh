@@ -1,11 +1,12 @@
 // Direct depthwise convolution, channels_last: forward, and grad of input at stride 1 (filter flipped).
 //
-// Serves  any compile-time kernel, stride and dilation, any padding; fp32, fp16, bf16; channels a multiple of kVector.
+// Serves  compile-time kernels of up to nine taps, any stride and dilation whose windows fit registers, any padding; fp32,
+//         fp16, bf16; channels a multiple of kVector.
 // Owns    each thread computes kColumns x kRows neighbouring pixels of kVector channels in fp32 registers. Threads of a
 //         block lie along channels first, so a warp reads and writes whole lines.
 // Reads   every row of the window before the first is used: bytes in flight are what this kernel lives on. Filters are
 //         [channel][tap] in memory, so a thread's are contiguous and go straight to registers.
-// Chosen  for up to 9 taps, where all of this fits registers (select.h).
+// Chosen  select.h.
 #pragma once
 
 #include "direct.cuh"

@@ -4,7 +4,7 @@
 //         fp64; NCHW and channels_last, through strides; 64-bit offsets, so tensors past 2^31 elements too.
 // Owns    forward, grad of input: one thread an element, lanes along the dimension that is contiguous in memory.
 //         grad of weight: a block owns kGeneralTapsPerBlock taps of one kernel row for one output channel (NCHW) or 32
-//         of them (channels_last), and a share of the positions; its fp32 partial sums go to `partial`,
+//         of them (channels_last), and a share of the positions; its partial sums go to `partial`,
 //         [split][channel][tap], and a second kernel adds the splits in order. No atomics: results repeat bit for bit.
 // Chosen  when no specialisation serves, and during CUDA graph capture when its specialisation is not built yet.
 #pragma once

@@ -37,7 +37,7 @@ bool evicts_first(const Problem& p) {
 // Room for the general kernel too: it serves where a specialisation is missing while a CUDA graph is captured.
 int64_t grad_weight_workspace(const Problem& p) {
   if (p.n == 0) return 0;
-  const int64_t general = general_grad_weight_plan(p).splits, chosen = grad_weight_plan(p, choose(p).config).splits;
+  const int64_t general = general_grad_weight_plan(p).splits, chosen = choose(p).grad_weight_plan.splits;
   return (general > chosen ? general : chosen) * grad_weight_split_bytes(p);
 }
 
@@ -53,7 +53,7 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
   const Choice choice = choose(p);
   const Config& config = choice.config;
   const Launcher launcher = obtain_launcher(p, choice, cuda_stream);
-  const GradWeightPlan plan = launcher ? grad_weight_plan(p, config) : general_grad_weight_plan(p);
+  const GradWeightPlan plan = launcher ? choice.grad_weight_plan : general_grad_weight_plan(p);
   const int splits = static_cast<int>(plan.splits);
   with_types(p, [&](auto tag, auto weight_tag) {
     using T = typename decltype(tag)::type;
@@ -65,27 +65,18 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
     if constexpr (sizeof(T) < sizeof(double)) {
       if (launcher) {
         const bool stores = splits == 1;
-        const GradWeightArgs args = {grad_output,
-                                     input,
-                                     partial,
-                                     partial_bias,
-                                     stores ? grad_weight : nullptr,
-                                     stores ? grad_bias : nullptr,
-                                     p.n,
-                                     p.out_c,
-                                     static_cast<int>(p.multiplier),
-                                     static_cast<int>(p.h),
-                                     static_cast<int>(p.w),
-                                     static_cast<int>(p.out_h),
-                                     static_cast<int>(p.out_w),
-                                     static_cast<int>(p.padding_h),
-                                     static_cast<int>(p.padding_w),
-                                     splits,
-                                     plan.rows,
-                                     static_cast<int>(p.kernel_h),
-                                     static_cast<int>(p.kernel_w),
-                                     evicts_first(p),
-                                     p.float_weight};
+        GradWeightArgs args = grad_weight_args(p);
+        args.grad_output = grad_output;
+        args.input = input;
+        args.partial = partial;
+        args.partial_bias = partial_bias;
+        if (stores) {
+          args.grad_weight = grad_weight;
+          args.grad_bias = grad_bias;
+        }
+        args.splits = splits;
+        args.rows = plan.rows;
+        args.evict_first = evicts_first(p);
         check_launch(launcher(&args, config.tile, stream));
         if (stores) return;
       }

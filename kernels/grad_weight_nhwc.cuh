@@ -1,8 +1,8 @@
 // Grad of weight and bias, channels_last.
 //
-// Serves  up to 11x11 taps (1xk, kx1 up to 41), strides 1 and 2, dilation (not with a vertical stride); fp32, fp16,
-// bf16;
-//         any number of channels (a tile of one channel a thread), multiplier 1; bias from the same pass.
+// Serves  up to 11x11 taps (1xk, kx1 up to 41), strides 1 and 2, dilation (not with a vertical stride), padding below the
+//         kernel's height; fp32, fp16, bf16; any number of channels (a tile of one channel a thread), multiplier 1; bias
+//         from the same pass.
 // Owns    a block: up to 32 threads along channels, kChannels each, so that a warp reads whole lines; the other threads
 //         take pieces (image, rows, strip of kColumns columns) of one split.
 // Reduces the block's pieces in order through shared memory, kBatch sums at a time, then the splits in order

@@ -350,7 +350,7 @@ inline GradWeightPlan rows_grad_weight_plan(const Problem& p, const Tile& tile) 
 inline GradWeightPlan planes_grad_weight_plan(const Problem& p, const Tile& tile) {
   constexpr int64_t kFewestChannels = kMultiprocessors * 7 / 5, kBlocks = 2 * kMultiprocessors;
   const GradWeightPlanesTiling tiling =
-      grad_weight_planes_bands(grad_weight_planes_shape(p, tile), grad_weight_planes_sizes(p));
+      grad_weight_planes_bands(grad_weight_planes_shape(p, tile), grad_weight_args(p));
   const int64_t of_channel = p.n * tiling.bands, channels = p.out_c / tiling.channels;
   const int64_t share = channels >= kFewestChannels ? of_channel : divide_up(channels * of_channel, kBlocks);
   // Blocks that take a part of the same channel.

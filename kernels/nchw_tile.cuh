@@ -1,4 +1,5 @@
-// What one thread computes in the NCHW kernels: kColumns x kRows neighbouring outputs of one plane, in fp32 registers.
+// What the NCHW kernels that keep their filter in registers share: rows of a thread's window, and how it rolls down the rows
+// of its outputs; runs of what they store.
 #pragma once
 
 #include "direct.cuh"

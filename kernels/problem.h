@@ -1,5 +1,6 @@
-// The plain structs every room shares: what is asked (Problem), how it is cut (Tile).
-// No CUDA and no torch in this header.
+// The plain structs that checks, selection, launches and kernels share: what is asked (Problem), how it is cut (Tile), what
+// a kernel is given (DirectArgs, GradWeightArgs); and functions of sizes that several of them need. No CUDA and no torch in
+// this header.
 #pragma once
 
 #include <cstdint>
@@ -159,6 +160,24 @@ struct GradWeightArgs {
   bool evict_first;        // a CachePolicy
   bool float_weight;       // grad_weight and grad_bias are float32, whatever the other tensors are
 };
+
+// The sizes of a problem; the rest is left to the launch.
+inline GradWeightArgs grad_weight_args(const Problem& p) {
+  GradWeightArgs args{};
+  args.n = p.n;
+  args.out_c = p.out_c;
+  args.multiplier = static_cast<int>(p.multiplier);
+  args.h = static_cast<int>(p.h);
+  args.w = static_cast<int>(p.w);
+  args.out_h = static_cast<int>(p.out_h);
+  args.out_w = static_cast<int>(p.out_w);
+  args.padding_h = static_cast<int>(p.padding_h);
+  args.padding_w = static_cast<int>(p.padding_w);
+  args.kernel_h = static_cast<int>(p.kernel_h);
+  args.kernel_w = static_cast<int>(p.kernel_w);
+  args.float_weight = p.float_weight;
+  return args;
+}
 
 // blocked: rows of outputs a thread. More share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six,
 // 0.364 with four; 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.

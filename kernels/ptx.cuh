@@ -200,11 +200,11 @@ __device__ __forceinline__ void wait_for_barrier(unsigned barrier, unsigned pari
       : "memory");
 }
 
-// Programmatic dependent launch (sm_90): the kernel that was launched to depend on this one may begin; what this one
-// depends on has ended.
 // The 128 bytes around an address, to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
+// Programmatic dependent launch (sm_90): the kernel that was launched to depend on this one may begin; what this one
+// depends on has ended.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

@@ -1,4 +1,4 @@
-// The table of launchers, and what each thread remembers of it: selection and lookup are on every call's path.
+// The table of launchers, and what each thread remembers of it: selection, plan and lookup are on every call's path.
 #include "specialise.h"
 
 #include <array>
@@ -77,7 +77,9 @@ Choice choose(const Problem& problem, int refusal) {
 
   const Config config = config_for(problem, refusal);
   const bool general = config.kernel == Kernel::kGeneral;
-  const Choice choice{config, general ? nullptr : find_launcher(specialisation_of(problem, config))};
+  const Choice choice{
+      config, general ? nullptr : find_launcher(specialisation_of(problem, config)),
+      problem.direction == Direction::kGradWeight ? grad_weight_plan(problem, config) : GradWeightPlan{}};
   remembered = {problem, frugal, choice, now};
   return choice;
 }
