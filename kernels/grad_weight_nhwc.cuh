@@ -127,6 +127,9 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
   using T = typename Traits::T;
   constexpr int kTaps = Traits::kTaps, kChannels = Traits::kChannels, kBatch = Traits::kBatch;
   extern __shared__ __align__(16) unsigned char shared_memory[];
+  // Of few rows the work is nearly done (3x3, 32x384x14x14, fp16, H100: 13.6 us, at the end 13.9).
+  constexpr int kFewRows = 16;
+  if (args.rows <= kFewRows) let_second_pass_begin();
   const int out_c = static_cast<int>(args.out_c);
   const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * kChannels;
   const int first_piece = blockIdx.y * blockDim.y + threadIdx.y;

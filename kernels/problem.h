@@ -67,6 +67,7 @@ struct DirectArgs {
   int multiplier, h, w, out_h, out_w, padding_h, padding_w;
   int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
+  bool evict_first;  // a CachePolicy
 };
 
 // The sizes of a problem; the rest is left to the launch.

@@ -122,6 +122,16 @@ __device__ __forceinline__ uint4 load(const uint4* from, uint64_t policy) {
   return word;
 }
 
+// Likewise, before whatever touches memory after it.
+__device__ __forceinline__ uint4 load_in_order(const uint4* from, uint64_t policy) {
+  uint4 word;
+  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "l"(from), "l"(policy)
+               : "memory");
+  return word;
+}
+
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.
 // Copies of 16 bytes go past L1, unless somebody else reads the line.
 template <int kBytes, bool kThroughL1 = kBytes != 16>

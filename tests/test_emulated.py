@@ -449,6 +449,7 @@ OTHER_WAYS = [
     ("forward", "warps_v8", replace(STRAIGHT, image=(18, 34)), BF16, "nchw"),
     ("forward", "stream_channels8", MANY, F16, "nhwc"),
     ("grad_input", "stream_channels128", TALL_STRIPS, F16, "nhwc"),
+    ("forward", "stream_channels48", MANY, F16, "nhwc"),
     ("forward", "stream_channels8", WIDE, F16, "nhwc"),
     ("grad_input", "stream_channels8", WIDE, BF16, "nhwc"),
     ("grad_weight", "weight_stream32", WIDE, F16, "nhwc"),
