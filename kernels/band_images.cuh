@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   const bool in_parts = tiling.in_vector > 1;
   if (!in_parts) {
     load_weights<Traits>(pairs, args, block);
-    load_nchw<1, Traits>(tile, args, block, tiling.image_pitch);
+    load_nchw<1, Traits>(tile, args, block, block.loaded(), block.gap<Traits>(tiling));
   }
 #pragma unroll 1
   for (int part = 0; in_parts && part < 3; ++part) {
@@ -240,9 +240,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
       to += kBandImages * tiling.image_pitch;
     }
     switch (tiling.in_vector) {
-      case 8: load_nchw<8, Traits>(to, args, loaded, tiling.image_pitch); break;
-      case 4: load_nchw<4, Traits>(to, args, loaded, tiling.image_pitch); break;
-      default: load_nchw<2, Traits>(to, args, loaded, tiling.image_pitch);
+      case 8: load_nchw<8, Traits>(to, args, loaded, loaded.loaded(), loaded.gap<Traits>(tiling)); break;
+      case 4: load_nchw<4, Traits>(to, args, loaded, loaded.loaded(), loaded.gap<Traits>(tiling)); break;
+      default: load_nchw<2, Traits>(to, args, loaded, loaded.loaded(), loaded.gap<Traits>(tiling));
     }
     if (part != 1) commit_copies();
     if (part == 0) load_weights<Traits>(pairs, args, block);  // which do not queue behind all rows

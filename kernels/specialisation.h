@@ -160,9 +160,10 @@ inline std::string name_of_size(const Specialisation& s) {
     return name;
   }
   if (s.kernel == Kernel::kToeplitz) {
-    std::snprintf(name, sizeof(name), "toeplitz_%s_%s_b%d_s%d_o%s%d_i%d_t%d", s.channels_last ? "nhwc" : "nchw",
+    std::snprintf(name, sizeof(name), "toeplitz_%s_%s_b%d_s%d_o%s%d_i%d_t%dx%d", s.channels_last ? "nhwc" : "nchw",
                   dtype_name(s.dtype), s.band.chunks, s.stride_w, s.band.origin < 0 ? "m" : "",
-                  s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
+                  s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w,
+                  s.band.tiles_h);
     return name;
   }
   if (s.kernel == Kernel::kBandImages) {

@@ -50,17 +50,18 @@ __device__ __forceinline__ void start_sums(float (&sum)[kRows][kColumns][4], flo
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[a][b][e] = bias;
 }
-// Whether some are NaN.
+// Whether some are NaN. Four chains of additions, as one is a wait of some hundred cycles.
 template <int kRows, int kColumns>
 __device__ __forceinline__ bool has_nan(const float (&sum)[kRows][kColumns][4]) {
-  float probe = 0;
+  float probe[4] = {};
 #pragma unroll
   for (int a = 0; a < kRows; ++a)
 #pragma unroll
     for (int b = 0; b < kColumns; ++b)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) probe += sum[a][b][e];
-  return probe != probe;
+      for (int e = 0; e < 4; ++e) probe[e] += sum[a][b][e];
+  const float all = (probe[0] + probe[1]) + (probe[2] + probe[3]);
+  return all != all;
 }
 
 // What an architecture lacks (bf16 before sm_80): the product of K = 8 by shuffles and plain multiply-adds. A function,

@@ -17,8 +17,12 @@ struct ToeplitzNhwcTiling {
   int merged;              // items of a unit, at most
   int share, longer;       // items of a block; blocks of a channel group that have one more
   IntDivider items_divider{1}, image_divider{1}, row_divider{1};  // by items, image_items, rows of an output image
-  int plane, stage;            // chunks from channel to channel, of the input and of the staged outputs
-  int tile;                    // chunks of all of them
+  int plane, stage;       // chunks from channel to channel, of the input and of the staged outputs
+  int tile;               // chunks of all of them
+  int parts, rest_parts;  // warps that share the kernel rows of their tiles
+  SmallDivider part_divider, rest_part_divider;
+  int held_tiles;              // of a warp, where some share them
+  int room;                    // chunks of shared memory before that for their sums
   int rest_slots;              // of a group that has fewer channels: warps a channel
   SmallDivider rest_divider;   // by those channels
   bool ahead;                  // pixels come while others are multiplied

@@ -438,6 +438,21 @@ def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
         check_one(emulator, direction, "band", problem, dtype, "nhwc", device=(multiprocessors, *shared))
 
 
+# Multiprocessors: for few, a block's rows are of several images; for many, warps share the kernel rows of a tile.
+ROWS_OF_IMAGES = [
+    (1, "nchw", Problem((21, 23), (13, 13), padding=(6, 6), batch=7, channels=2)),
+    (4, "nchw", Problem((30, 24), (13, 13), padding=(9, 8), batch=4, channels=1, bias=False)),
+    (132, "nchw", Problem((33, 47), (27, 27), padding=(13, 13), batch=2, channels=1)),
+    (132, "nhwc", Problem((40, 24), (13, 13), padding=(6, 6), batch=1, channels=3)),
+]
+
+
+@pytest.mark.parametrize(("multiprocessors", "layout", "problem"), ROWS_OF_IMAGES, ids=str)
+def test_rows_of_bands_are_dealt(emulator, multiprocessors, layout, problem):
+    for direction, dtype in (("forward", F16), ("grad_input", BF16)):
+        check_one(emulator, direction, "band", problem, dtype, layout, device=(multiprocessors, 228 << 10, 227 << 10))
+
+
 STRAIGHT = Problem((19, 32), (3, 3), padding=(1, 0), batch=3, channels=4)  # grad of input: rows of 30, with padding
 MANY = Problem((100, 20), (3, 3), padding=(1, 1), batch=12, channels=8)
 TALL_STRIPS = Problem((100, 9), (3, 7), padding=(1, 2), batch=2, channels=136)
