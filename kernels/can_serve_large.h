@@ -42,7 +42,7 @@ inline Band band_of(const Problem& p) {
       return wide ? 1 : tiles_w > 4 ? 2 : tiles_w == 3 ? 3 : 4;
     }
     const int64_t strips = divide_up(divide_up(args.out_w, 8), tiles_w);
-    const bool few = p.n * p.out_c * divide_up(args.out_h, 16) * strips < kFewTiles;
+    const bool few = stride == 1 && p.n * p.out_c * divide_up(args.out_h, 16) * strips < kFewTiles;
     return tiles_w > 2 ? few ? 1 : 2 : 4;
   };
   band.tiles_h = rows_of(band.tiles_w);

@@ -92,14 +92,6 @@ constexpr int kGeneralThreads = 256;
 
 // Weight and bias are of W: T, or float32 (weights.cuh).
 template <class T, class W>
-__device__ __forceinline__ accumulator_t<T> load_weight(const W* weight) {
-  if constexpr (sizeof(T) == sizeof(W))
-    return load(weight);
-  else
-    return to_float(from_float<T>(load(weight)));
-}
-
-template <class T, class W>
 __global__ void __launch_bounds__(kGeneralThreads)
     general_forward_kernel(const GeneralArgs args, const T* input, const W* weight, const W* bias, T* out) {
   const int64_t linear = static_cast<int64_t>(blockIdx.x) * kGeneralThreads + threadIdx.x;

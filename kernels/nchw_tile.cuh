@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_filter(float (&weight)[Traits::kTaps], cons
   const auto* const filter = filters_of<Traits>(args, channel, Traits::kTaps);
   float straight[Traits::kTaps];
 #pragma unroll
-  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = to_float(load_as<T>(filter + tap));
+  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = load_weight<T>(filter + tap);
 #pragma unroll
   for (int tap = 0; tap < Traits::kTaps; ++tap)
     weight[tap] = args.flip ? straight[Traits::kTaps - 1 - tap] : straight[tap];
@@ -154,9 +154,10 @@ struct RollingColumns : RollingShape<Traits> {
   using Shape = RollingShape<Traits>;
   using Row = NchwRow<Traits, kColumns, kVector>;
 
-  // Blocks of kStreamThreads that a multiprocessor's registers hold without spills, with 40 for addresses; 0 leaves the
-  // fewest registers to the compiler.
-  static constexpr int kRegisters = Traits::kTaps + Shape::kLiveRows * kColumns + Row::kWindow + 40;
+  // Blocks of kStreamThreads that a multiprocessor's registers hold without spills, with 40 for addresses, and 4 more where
+  // weights are rounded; 0 leaves the fewest registers to the compiler.
+  static constexpr int kRegisters =
+      Traits::kTaps + Shape::kLiveRows * kColumns + Row::kWindow + (sizeof(weight_t<Traits>) > sizeof(T) ? 44 : 40);
   static constexpr int kBlocks = kRegisters <= rolling_registers_by_compiler() ? 0 : kRegisters <= 128 ? 2 : 1;
 
   float weight[Traits::kTaps];

@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
 #pragma unroll 1
     for (int channel = ptx::opaque(threadIdx.x / 32); channel < channels; channel += Traits::kWarps) {
       float bias[4];
-      load_bias(bias, bias_of<Traits>(args, block.channel + channel));
+      load_bias(bias, bias_of<Traits>(args, block.channel, channel));
       const int chunk = channel_chunk(plan, channel);
       unsigned band[Traits::kKernelH][2], results[Traits::kRows][2];
       load_bands<Traits>(band, filters + channel * Traits::kFilterElements);

@@ -50,17 +50,19 @@ __device__ __forceinline__ void start_sums(float (&sum)[kRows][kColumns][4], flo
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[a][b][e] = bias;
 }
-// Whether some are NaN. Four chains of additions, as one is a wait of some hundred cycles.
-template <int kRows, int kColumns>
+// Whether some are NaN. One chain of additions is a wait of some hundred cycles; four take registers.
+template <int kChains = 1, int kRows, int kColumns>
 __device__ __forceinline__ bool has_nan(const float (&sum)[kRows][kColumns][4]) {
-  float probe[4] = {};
+  float probe[kChains] = {};
 #pragma unroll
   for (int a = 0; a < kRows; ++a)
 #pragma unroll
     for (int b = 0; b < kColumns; ++b)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) probe[e] += sum[a][b][e];
-  const float all = (probe[0] + probe[1]) + (probe[2] + probe[3]);
+      for (int e = 0; e < 4; ++e) probe[e % kChains] += sum[a][b][e];
+  float all = 0;
+#pragma unroll
+  for (int k = 0; k < kChains; ++k) all += probe[k];
   return all != all;
 }
 

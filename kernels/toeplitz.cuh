@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
                       first, part, parts, tiling.held_tiles);
 
   // Stage the outputs where the input was.
-  const bool poisoned = __syncthreads_or(part == 0 && has_nan(sum));
+  const bool poisoned = __syncthreads_or(part == 0 && has_nan<4>(sum));
   const int lane = threadIdx.x % 32;
   const ToeplitzOutputs<Traits> stage(args, tiling, block);
   const int staged_rows = part == 0 ? block.rows : 0;

@@ -251,7 +251,7 @@ __device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, 
     if (h < 0 || h >= args.h || w < 0 || w >= args.w) continue;
     const int64_t pixel = static_cast<int64_t>(h) * args.w + w;
     sum = fmaf(load(input + pixel * (Traits::kChannelsLast ? in_c : 1)),
-               to_float(load_as<T>(filter + (args.flip ? taps - 1 - tap : tap))), sum);
+               load_weight<T>(filter + (args.flip ? taps - 1 - tap : tap)), sum);
   }
   return sum;
 }

@@ -3,7 +3,7 @@
 // Owns    a block takes eight channels, whose weights it lays out once, and computes units of some rows of outputs one after
 //         the other. Rows are counted through all images, so that sixteen of a product are sixteen outputs; or from each
 //         image's first on, where that wastes little and reads less. A channel's tiles are dealt to two warps, or to more
-//         where there are fewer channels; where there are more warps than tiles, several share a tile's kernel rows.
+//         where there are fewer channels.
 // Reads   eight channels of a pixel, 16 bytes, are an asynchronous copy. While a unit is multiplied, half of the warps
 //         fetch the pixels of the next to shared memory as they lie; then ldmatrix turns eight pixels of eight channels
 //         around in registers, and they are stored channel by channel. Where there is no room for both, or tensors are not
@@ -21,12 +21,10 @@
 
 namespace depthwise {
 
-// A channel's tiles are dealt to `slots` warps, each a tile to `parts` of them.
+// A channel's tiles are dealt to `slots` warps.
 template <class Traits>
 struct ToeplitzSlot {
   int channel, slots, slot;
-  int parts, first, step, part;
-  SmallDivider part_divider;
 
   __device__ __forceinline__ ToeplitzSlot(const DirectArgs& args, const ToeplitzNhwcTiling& tiling) {
     const int channels = ptx::opaque(block_channels<Traits>(args)), warp = ptx::thread_index() / 32;
@@ -34,10 +32,6 @@ struct ToeplitzSlot {
     slots = all ? Traits::kWarps / Traits::kChannels : tiling.rest_slots;
     slot = all ? warp / Traits::kChannels : tiling.rest_divider.quotient(warp);
     channel = warp - slot * channels;
-    parts = all ? tiling.parts : tiling.rest_parts;
-    part_divider = all ? tiling.part_divider : tiling.rest_part_divider;
-    first = part_divider.quotient(slot), step = part_divider.quotient(slots);
-    part = slot - first * parts;
   }
 };
 
@@ -103,25 +97,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     ToeplitzSums<Traits> sum;
     {
       const Slot at(args, tiling);
-      const float first = at.part == 0 ? bias_of<Traits>(args, blockIdx.x * Traits::kChannels + at.channel) : 0.f;
-      ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk, ptx::shared_address(zeros()),
-                                tiling.row_divider, now.rows, args.h, at.first, at.step);
+      const float first = bias_of<Traits>(args, blockIdx.x * Traits::kChannels + at.channel);
+      const ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk,
+                                      ptx::shared_address(zeros()), tiling.row_divider, now.rows, args.h, at.slot,
+                                      at.slots);
       start_sums(sum, first);
-      if (at.parts == 1) {
-        multiply_rows<Traits>(sum, rows, args, pairs + at.channel * channel_pairs);
-      } else {
-        rows.take_part(at.part, at.part_divider);
-        multiply_rows<Traits>(sum, rows, args, pairs + at.channel * channel_pairs);
-        add_parts<Traits>(sum, reinterpret_cast<float4*>(shared_memory) + tiling.room, rows.tiles,
-                          at.channel * at.step + at.first, at.part, at.parts, tiling.held_tiles);
-      }
+      multiply_rows<Traits>(sum, rows, args, pairs + at.channel * channel_pairs);
     }
 
     const bool poisoned = __syncthreads_or(has_nan(sum));
     if (ptx::thread_index() == 0) now = next, next = later;
-    if (const Slot at(args, tiling); at.first < at.step && at.part == 0) {
+    if (const Slot at(args, tiling); at.slot < at.slots) {
       T* const to = tile() + at.channel * tiling.stage * kChunk + 2 * (ptx::lane_index() % 4);
-      for_each_row<Traits>(sum, at.first, at.step, stored.rows, [&](int row, auto&& pair) {
+      for_each_row<Traits>(sum, at.slot, at.slots, stored.rows, [&](int row, auto&& pair) {
 #pragma unroll
         for (int n = 0; n < Traits::kTilesW; ++n)
           *reinterpret_cast<unsigned*>(to + (row * Traits::kStagePitch + n) * kChunk) = pair(n);
@@ -163,16 +151,7 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     tiling.stage = plane_chunks(tiling.merged * kTileRows * Traits::kStagePitch);
     tiling.tile = max_int(filter_chunks, Traits::kChannels * max_int(tiling.plane, tiling.stage));
     const int pixel_chunks = tiling.ahead ? divide_up(in_chunks, kTurned) * kTurned * kChunk : 0;
-    // Where there are more warps than tiles. The sums of tiles that are shared have a room of their own.
-    const int rest = static_cast<int>(args.out_c % Traits::kChannels);
-    tiling.parts = max_int(1, kSlots / tiling.merged),
-    tiling.rest_parts = max_int(1, tiling.rest_slots / tiling.merged);
-    int shared_tiles = args.out_c < Traits::kChannels ? 0 : Traits::kChannels * (kSlots - kSlots / tiling.parts);
-    if (rest > 0)
-      shared_tiles = max_int(shared_tiles, rest * (tiling.rest_slots - tiling.rest_slots / tiling.rest_parts));
-    tiling.held_tiles = 1;
-    tiling.room = pair_bytes / kChunkBytes + tiling.tile + Traits::kPitch + 1 + pixel_chunks;
-    return (tiling.room + shared_tiles * Traits::kTilesW * 32) * kChunkBytes;
+    return pair_bytes + (tiling.tile + Traits::kPitch + 1 + pixel_chunks) * kChunkBytes;
   };
   // Cycles of the block that takes longest.
   const auto cost = [&](int in_rows, int rounds) {
@@ -181,10 +160,8 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     constexpr float kItemCycles = Traits::kTilesW * Traits::kChunks * 2.7f, kBusy = 0.8f, kAlone = 0.4f;
     constexpr float kBlockCycles = 6000, kUnitCycles = 1500, kWaitCycles = 2000, kChunkCycles = 6, kLoadedCycles = 14;
     const int channels = min_int(Traits::kChannels, static_cast<int>(args.out_c)), slots = Traits::kWarps / channels;
-    const int parts = max_int(1, slots / tiling.merged);
     const auto products = [&](int items) {
-      const float all = items * channels / (kPartitions * kBusy);
-      const float one = divide_up(items, slots / parts) / (kAlone * parts);
+      const float all = items * channels / (kPartitions * kBusy), one = divide_up(items, slots) / kAlone;
       return args.kernel_h * kItemCycles * (all > one ? all : one);
     };
     const int items = tiling.share + (tiling.longer > 0 ? 1 : 0);
@@ -228,7 +205,6 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     const int items = best.share + (best.longer > 0 ? 1 : 0);
     best.merged = divide_up(items, divide_up(items, best.merged));
   }
-  best.part_divider = SmallDivider(best.parts), best.rest_part_divider = SmallDivider(best.rest_parts);
   best.items_divider = IntDivider(best.items);
   if (best.image_items > 0) best.image_divider = IntDivider(best.image_items);
 

@@ -33,6 +33,24 @@ __device__ __forceinline__ const weight_t<Traits>* filters_of(const DirectArgs& 
   return static_cast<const weight_t<Traits>*>(args.weight) + channel * taps;
 }
 
+// A stored value as one of T.
+template <class T, class Stored>
+__device__ __forceinline__ T round_to(Stored value) {
+  if constexpr (sizeof(Stored) == sizeof(T))
+    return value;
+  else
+    return from_float<T>(value);
+}
+
+// One element as the sums take it, in T's precision.
+template <class T, class Stored>
+__device__ __forceinline__ auto load_weight(const Stored* pointer) {
+  if constexpr (sizeof(Stored) == sizeof(T))
+    return load(pointer);
+  else
+    return to_float(from_float<T>(load(pointer)));
+}
+
 // kCount elements as values of T; a false predicate reads nothing and gives zeros.
 template <class T, int kCount, class Stored>
 __device__ __forceinline__ Vector<T, kCount> load_as(const Stored* pointer, bool in_bounds = true) {
@@ -45,7 +63,7 @@ __device__ __forceinline__ Vector<T, kCount> load_as(const Stored* pointer, bool
     for (int v = 0; v < kCount; v += kLoad) {
       const auto part = load_or_zero<kLoad>(pointer + v, in_bounds);
 #pragma unroll
-      for (int k = 0; k < kLoad; ++k) rounded.value[v + k] = from_float<T>(part.value[k]);
+      for (int k = 0; k < kLoad; ++k) rounded.value[v + k] = round_to<T>(part.value[k]);
     }
     return rounded;
   }
@@ -69,16 +87,17 @@ __device__ __forceinline__ void copy_weights(T* shared, const Stored* global) {
 }
 
 // The biases of kCount channels from `channel` on; zeros where there are none.
-template <class Traits, int kCount = 1>
+template <class Traits, int kCount>
 __device__ __forceinline__ Vector<typename Traits::T, kCount> load_biases(const DirectArgs& args, int64_t channel) {
   Vector<typename Traits::T, kCount> bias{};
   if (args.bias) bias = load_as<typename Traits::T, kCount>(static_cast<const weight_t<Traits>*>(args.bias) + channel);
   return bias;
 }
+// Of one channel: `index` apart from `first`, so that a loop over it adds to one pointer.
 template <class Traits>
-__device__ __forceinline__ float bias_of(const DirectArgs& args, int64_t channel) {
-  if (!args.bias) return 0.f;
-  return to_float(load_as<typename Traits::T>(static_cast<const weight_t<Traits>*>(args.bias) + channel));
+__device__ __forceinline__ float bias_of(const DirectArgs& args, int64_t first, int index = 0) {
+  const auto* const biases = static_cast<const weight_t<Traits>*>(args.bias);
+  return biases ? load_weight<typename Traits::T>(biases + first + index) : 0.f;
 }
 
 // An element of grad_weight or grad_bias.

@@ -350,7 +350,7 @@ def as_float(parameter):
     if parameter is None:
         return None
     wide = parameter.float() * (1 + 2**-14)
-    return wide if parameter.data_ptr() % 16 == 0 else misaligned(wide)
+    return misaligned(wide) if parameter.is_contiguous() and parameter.data_ptr() % 16 != 0 else wide
 
 
 def run_with_float_weight(direction, problem, tensors):
