@@ -308,6 +308,19 @@ __device__ __forceinline__ float sum_of_pairs(const GradWeightArgs& args, const 
   return sum;
 }
 
+// What `count` threads left in shared memory, `step` apart. Four chains: one alone would round equal terms, such as those of
+// the grad of bias of a mean, the same way every time.
+__device__ __forceinline__ float sum_in_chains(const float* terms, int count, int step) {
+  constexpr int kChains = 4;
+  float sum[kChains] = {};
+#pragma unroll 1
+  for (int first = 0; first < count; first += kChains)
+#pragma unroll
+    for (int k = 0; k < kChains; ++k)
+      if (first + k < count) sum[k] += terms[(first + k) * step];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // Writes one sum of the block: `tap` kTaps is the bias.
 template <class Traits>
 __device__ __forceinline__ void store_sum(const GradWeightArgs& args, int64_t split, int64_t channel, int tap,

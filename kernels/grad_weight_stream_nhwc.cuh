@@ -310,8 +310,7 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
       const int channel = first_channel + of_lane * kVector + of % kVector;
       if (channel >= out_c) continue;
       const float* const first = shared + of * num_threads + of_lane;
-      float total = first[0];
-      for (int of_tile = 1; of_tile < tiles; ++of_tile) total += first[of_tile * kLanes];
+      const float total = sum_in_chains(first, tiles, kLanes);
       store_sum<Traits>(args, blockIdx.y, channel, first_tap + of / kVector, total);
       finite = finite && isfinite(total);
     }
