@@ -4,7 +4,6 @@
 #include "problem.h"
 #include "second_pass.cuh"
 #include "vector.cuh"
-#include "weights.cuh"
 
 namespace depthwise {
 
@@ -50,7 +49,7 @@ template <class T>
 __device__ __forceinline__ void store_grad_weight(const GradWeightArgs& args, int split, int64_t weight_idx,
                                                   int64_t weights, float value) {
   if (args.grad_weight != nullptr)
-    store_gradient<T>(args.grad_weight, args.float_weight, weight_idx, value);
+    static_cast<T*>(args.grad_weight)[weight_idx] = from_float<T>(value);
   else
     args.partial[split * weights + weight_idx] = value;
 }
@@ -58,7 +57,7 @@ __device__ __forceinline__ void store_grad_weight(const GradWeightArgs& args, in
 template <class T>
 __device__ __forceinline__ void store_grad_bias(const GradWeightArgs& args, int split, int64_t channel, float value) {
   if (args.grad_bias != nullptr)
-    store_gradient<T>(args.grad_bias, args.float_weight, channel, value);
+    static_cast<T*>(args.grad_bias)[channel] = from_float<T>(value);
   else if (args.partial_bias != nullptr)
     args.partial_bias[split * args.out_c + channel] = value;
 }
