@@ -464,7 +464,7 @@ def _register_operators() -> None:
 
 _forward = None  # the operators as OpOverload objects, looked up once
 _forward_no_autograd = None  # this one with the library
-_convolution_overrideable = torch.ops.aten.convolution_overrideable.default
+_convolution_overrideable = torch.ops.aten.convolution_overrideable.default._op  # what calling the OpOverload calls
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_autocast_enabled = torch.is_autocast_enabled
@@ -517,10 +517,16 @@ def depthwise_conv2d(
         stride_h, stride_w = stride = stride if stride.__class__ is tuple else _pair(stride, "stride")
         pad_h, pad_w = padding = padding if padding.__class__ is tuple else _pair(padding, "padding")
         dilation_h, dilation_w = dilation = dilation if dilation.__class__ is tuple else _pair(dilation, "dilation")
-        if _is_autocast_enabled("cuda"):
-            input, weight, bias = _autocast("cuda", (input, weight, bias))
         if _is_functorch_active() or forward_ad._current_level >= 0 or _is_tracing():  # requires_grad does not tell
             return _forward(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
+        if _is_autocast_enabled("cuda"):
+            if input.dtype is not _autocast_dtype("cuda"):
+                (input,) = _autocast("cuda", (input,))
+            # Float32 parameters stay: the kernels round what they read of them, and their gradients need no cast back.
+            if weight.dtype is not torch.float32 or (bias is not None and bias.dtype is not torch.float32):
+                weight, bias = _autocast("cuda", (weight, bias))
+        elif weight.dtype is not input.dtype:
+            raise TypeError("input and weight have different dtypes")
         if _is_grad_enabled() and (
             input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
@@ -530,6 +536,8 @@ def depthwise_conv2d(
         return _forward_no_autograd(input, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         failure = error
+    if isinstance(input, Tensor) and input.is_cuda and _is_autocast_enabled("cuda"):
+        input, weight, bias = _autocast("cuda", (input, weight, bias))
     check_arguments(input, weight, bias, stride, padding, dilation)
     if isinstance(failure, ValueError):  # a tuple of one number, which is no pair
         return _traceable_conv2d(input, weight, bias, stride, padding, dilation)
@@ -1112,9 +1120,9 @@ def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) 
     with _exclusive(root / f"{entry}.lock") as locked:
         if library.is_file():
             return library
-        if locked:  # what a killed builder left
-            for rest in (*root.glob(f"{entry}.tmp*"), library.parent):
-                shutil.rmtree(rest, ignore_errors=True)
+        left = [*root.glob(f"{entry}.tmp*"), library.parent] if locked else []  # by a killed builder
+        for rest in left:
+            shutil.rmtree(rest, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix=f"{entry}.tmp", dir=root))
         print(f"depthwise_inline: compiling {what}, once; cached in {library.parent}", file=sys.stderr, flush=True)
         try:
@@ -1135,7 +1143,9 @@ def _build_in(root: Path, entry: str, what: str, build: Callable[[Path], None]) 
                 f"depthwise_inline: compiling {what} failed:\n{_first_error(str(error))}\nThe whole output is in {log}"
             ) from None
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Once more what was left: its compiler may have lived on, and written there while it was removed.
+            for rest in (folder, *left[:-1]):
+                shutil.rmtree(rest, ignore_errors=True)
     return library
 
 
@@ -1209,7 +1219,7 @@ def _load_library() -> ctypes.CDLL:
             builder = _BUILDER(_build_callback)
             _keep_alive.append(builder)
             library.depthwise_inline_set_builder(builder)
-            _forward_no_autograd = _OPS.forward_no_autograd.default
+            _forward_no_autograd = _OPS.forward_no_autograd.default._op
             _library, _library_path = library, path
         return _library
 
@@ -1272,7 +1282,7 @@ def _select(direction: str, dtype: torch.dtype, channels_last: bool, sizes: Sequ
     """The variant that would serve a problem, and the source of its specialisation ('' where none is needed).
 
     ``sizes``: n, c, multiplier, h, w, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h,
-    dilation_w, and 1 if all tensors are aligned to 16 bytes.
+    dilation_w, 1 if all tensors are aligned to 16 bytes, and 1 if the weights are float32 beside others of 16 bits.
     """
     library = _load_library()
     name, source = ctypes.create_string_buffer(1 << 12), ctypes.create_string_buffer(1 << 16)
@@ -1302,7 +1312,7 @@ def precompile(
     Args:
         model: any module that holds :class:`DepthwiseConv2d`.
         input_shape: shape of the model's one input, such as (N, C, H, W).
-        dtype: of the tensors that the convolutions will see (under autocast, autocast's).
+        dtype: of the tensors that the convolutions will see (under autocast, autocast's); the weights' is as they are.
         channels_last: whether they will be in channels_last.
         backward: also what the gradients want.
 
@@ -1380,7 +1390,8 @@ def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[int, .
         batch, height, width = shape[0] if len(shape) == 4 else 1, shape[-2] + extra_h, shape[-1] + extra_w
         multiplier = module.out_channels // module.in_channels
         geometry = (*kernel, *module.stride, *padding, *module.dilation)
-        problems.append((batch, module.in_channels, multiplier, height, width, *geometry, 1))
+        weights = int(module.weight.dtype is torch.float32)
+        problems.append((batch, module.in_channels, multiplier, height, width, *geometry, 1, weights))
 
     meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)

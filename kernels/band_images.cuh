@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   const bool in_parts = tiling.in_vector > 1;
   if (!in_parts) {
     load_weights<Traits>(pairs, args, block);
-    load_nchw<1, Traits>(tile, args, block, tiling.image_pitch);
+    load_nchw<1, Traits>(tile, args, block, block.loaded(), block.gap<Traits>(tiling));
   }
 #pragma unroll 1
   for (int part = 0; in_parts && part < 3; ++part) {
@@ -240,9 +240,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
       to += kBandImages * tiling.image_pitch;
     }
     switch (tiling.in_vector) {
-      case 8: load_nchw<8, Traits>(to, args, loaded, tiling.image_pitch); break;
-      case 4: load_nchw<4, Traits>(to, args, loaded, tiling.image_pitch); break;
-      default: load_nchw<2, Traits>(to, args, loaded, tiling.image_pitch);
+      case 8: load_nchw<8, Traits>(to, args, loaded, loaded.loaded(), loaded.gap<Traits>(tiling)); break;
+      case 4: load_nchw<4, Traits>(to, args, loaded, loaded.loaded(), loaded.gap<Traits>(tiling)); break;
+      default: load_nchw<2, Traits>(to, args, loaded, loaded.loaded(), loaded.gap<Traits>(tiling));
     }
     if (part != 1) commit_copies();
     if (part == 0) load_weights<Traits>(pairs, args, block);  // which do not queue behind all rows
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
     wait_for_copies<1>();
   __syncthreads();
 
-  const float bias = args.bias ? load(static_cast<const T*>(args.bias) + block.channel) : 0.f;
+  const float bias = bias_of<Traits>(args, block.channel);
   const unsigned* const band = pairs + kChunk - 1 + 2 * (lane % 4) - lane / 4;
   // The blocks that come second to their multiprocessor have their partitions the other way round, so that those which have
   // a unit more are not the same.

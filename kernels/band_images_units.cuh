@@ -18,7 +18,7 @@ struct BandImagesTraits {
   static constexpr int kRows = kRows_, kStrideW = 1;
   static constexpr bool kChannelsLast = false;
   static constexpr int kWarps = kBandImagesWarps, kThreads = 32 * kWarps;
-  static constexpr int kPitch = kImageChunks;  // chunks of a row in shared memory
+  static constexpr int kPitch = kImageChunks, kStored = kPitch;  // chunks of a row in shared memory
   static constexpr int kPairs = (kImageChunks + 1) / 2;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + kChunk - 2;
@@ -90,6 +90,12 @@ struct BandImagesBlock {
   int image, images, channel, row, rows;  // outputs
   int in_row, in_rows, in_columns;        // input inside the image
   static constexpr int channels = 1, in_column = 0, offset = 0;
+
+  template <class Traits>
+  __device__ int gap(const BandImagesTiling& tiling) const {
+    return tiling.image_pitch - in_rows * Traits::kPitch * kChunk;
+  }
+  __device__ LoadedRows loaded() const { return {in_row, in_rows, 0, images * in_rows}; }
 
   __device__ BandImagesBlock(const DirectArgs& args, const BandImagesTiling& tiling) {
     unsigned block = ptx::opaque(blockIdx.x);  // not kept in registers through a unit

@@ -84,10 +84,13 @@ struct BlockedTraits {
   }
 };
 
-__device__ __forceinline__ void copy_one(float* shared, const float* global) { copy_async<4>(shared, global); }
-template <class T>
-__device__ __forceinline__ void copy_one(float* shared, const T* global) {
-  *shared = load(global);
+// An element of T, or of float32 in T's place, as float32 in shared memory.
+template <class T, class Stored>
+__device__ __forceinline__ void copy_one(float* shared, const Stored* global) {
+  if constexpr (sizeof(T) == sizeof(float))
+    copy_async<4>(shared, global);
+  else
+    *shared = load_weight<T>(global);
 }
 
 template <class Traits>
@@ -127,16 +130,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   // Load the weights, a row a warp, and the tile into zeros.
   const int taps = args.kernel_h * Traits::kKernelW;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const T* weight = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
+  const auto* weight = filters_of<Traits>(args, channel, taps);
   for (int e = 0; e < channels; ++e, weight += taps) {
     float* to = shared + (e * args.kernel_h + warp) * Traits::kWeightPitch;
-    const T* from = args.flip ? weight + taps - 1 - warp * Traits::kKernelW : weight + warp * Traits::kKernelW;
+    const auto* from = args.flip ? weight + taps - 1 - warp * Traits::kKernelW : weight + warp * Traits::kKernelW;
     const int step = args.flip ? -warps * Traits::kKernelW : warps * Traits::kKernelW;
 #pragma unroll 4
     for (int i = warp; i < args.kernel_h; i += warps, to += warps * Traits::kWeightPitch, from += step)
 #pragma unroll
       for (int j = 0; j < Traits::kKernelW; j += 32)
-        if (j + lane < Traits::kKernelW) copy_one(to + j + lane, args.flip ? from - j - lane : from + j + lane);
+        if (j + lane < Traits::kKernelW) copy_one<T>(to + j + lane, args.flip ? from - j - lane : from + j + lane);
   }
   const int zeroed = divide_up(tile_floats + tiling.width + Traits::kSlack, 4);
   for (int k = threadIdx.x; k < zeroed; k += blockDim.x) reinterpret_cast<float4*>(tile)[k] = float4{};
@@ -213,7 +216,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
           while (from_row >= in_rows) from_row -= in_rows, ++from_image, from += next_image, to += shared_image;
           if (from_image >= images) break;
 #pragma unroll 4
-          for (int k = 0; k < in_columns - first; k += tiling.lanes) copy_one(to + k, from + k);
+          for (int k = 0; k < in_columns - first; k += tiling.lanes) copy_one<T>(to + k, from + k);
           from_row += step, from += next_rows, to += shared_rows;
         }
       }
@@ -248,8 +251,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     end = max(end, __shfl_xor_sync(~0u, end, offset));
   }
 
-  const float bias =
-      args.bias && own_channel < channels ? load(static_cast<const T*>(args.bias) + channel + own_channel) : 0.f;
+  const float bias = own_channel < channels ? bias_of<Traits>(args, channel + own_channel) : 0.f;
   float sum[kRows][kColumns];
 #pragma unroll
   for (int o = 0; o < kRows; ++o)

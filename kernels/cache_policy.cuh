@@ -4,13 +4,23 @@
 // that leave first make room for each other instead. grad of weight, 32x144x56x56, 3x3, fp16, H100: 38.4 -> 35.2 us, in
 // channels_last 43.7 -> 41.2. It costs where rows are read twice, by neighbouring blocks: forward reads its input as any
 // other (28.1 -> 30.5 us), and so do gradients of tensors much larger than the cache (evicts_first in grad_weight.cu).
+// Forward by image_bands, whose loads read every element once, gains (5x5, 32x672x14x14, fp16, H100: 14.7 -> 14.5 us); not
+// strips_nchw, whose copies take more instructions with a policy (9x9, 32x768x32x32: 48.3 -> 49.1).
 // Other architectures were not measured.
 #pragma once
 
 #include "async_copy.cuh"
-#include "problem.h"
+#include "direct.cuh"
 
 namespace depthwise {
+
+// Arguments of a kernel that reads every element of its input once, which may leave the cache first then.
+inline DirectArgs with_policy(DirectArgs args, int element_bytes) {
+  const int64_t in = static_cast<int64_t>(args.h) * args.w * (args.out_c / args.multiplier);
+  const int64_t out = static_cast<int64_t>(args.out_h) * args.out_w * args.out_c;
+  args.evict_first = args.n * (in + out) * element_bytes <= 4 * int64_t{device_limits().l2_bytes};
+  return args;
+}
 
 class CachePolicy {
  public:
@@ -21,9 +31,14 @@ class CachePolicy {
       : evicts_first(args.evict_first),
         policy_(ptx::cache_policy(args.evict_first)),
         zero_(static_cast<unsigned>(args.splits) >> 31) {}
+  __device__ __forceinline__ explicit CachePolicy(const DirectArgs& args)
+      : evicts_first(args.evict_first),
+        policy_(ptx::cache_policy(args.evict_first)),
+        zero_(static_cast<unsigned>(args.multiplier) >> 31) {}
 #else
   static constexpr bool evicts_first = false;
   __device__ __forceinline__ explicit CachePolicy(const GradWeightArgs&) {}
+  __device__ __forceinline__ explicit CachePolicy(const DirectArgs&) {}
 #endif
 
   template <class Word>
@@ -32,6 +47,15 @@ class CachePolicy {
     return ptx::load(from, policy_);
 #else
     return __ldg(from);
+#endif
+  }
+
+  // Before whatever touches memory after it.
+  __device__ __forceinline__ uint4 load_in_order(const uint4* from) const {
+#if __CUDA_ARCH__ == 900
+    return ptx::load_in_order(from, policy_);
+#else
+    return *from;
 #endif
   }
 

@@ -276,8 +276,7 @@ inline bool can_serve_grad_weight_planes(const Problem& p, const Tile& tile) {
                       static_cast<int>(p.stride_w), 1, tile.columns, 1,
                       tile.vector < tile.grad_vector ? tile.vector : tile.grad_vector, element_size(p.dtype));
   return registers.kept + registers.step <= kMaxPlanesRegisters &&
-         grad_weight_planes_cut(grad_weight_planes_shape(p, tile), grad_weight_planes_sizes(p), 1, 1,
-                                kSharedBytesEverywhere)
+         grad_weight_planes_cut(grad_weight_planes_shape(p, tile), grad_weight_args(p), 1, 1, kSharedBytesEverywhere)
                  .bytes > 0;
 }
 
@@ -295,7 +294,9 @@ inline bool can_serve_grad_weight_rows(const Problem& p, const Tile& tile) {
     return false;
   const GradWeightRowsShape shape = grad_weight_rows_shape(p, tile);
   if (shape.vector == 0) return false;
-  const GradWeightRowsTiling least = grad_weight_rows_cut(shape, grad_weight_rows_sizes(p), 1, 1, 1, 1, 2);
+  const GradWeightArgs args = grad_weight_args(p);
+  GradWeightRowsTiling least = grad_weight_rows_cut(shape, args, true, 1, 1, 1);
+  grad_weight_rows_ring(least, shape, args, 1, 2);
   return least.threads <= kGradWeightRowsThreads && least.bytes <= kSharedBytesEverywhere;
 }
 

@@ -1,5 +1,5 @@
-// What the kernels for small images can serve, which take several at once: on the tensor cores images and
-// images_grad_weight, by multiply-adds images_fma and images_fma_grad_weight.
+// What the kernels for small images can serve: on the tensor cores images, image_bands_nhwc, images_grad_weight and
+// image_rows_grad_weight; by multiply-adds those of columns, and images_fma and images_fma_grad_weight.
 #pragma once
 
 #include <initializer_list>

@@ -32,14 +32,18 @@ inline Band band_of(const Problem& p) {
   const int stride = static_cast<int>(p.stride_w);
   // A warp's rows: many where a block holds many small images; few where shared memory bounds the rows (NCHW,
   // 32x128x56x56, 31x31, fp16, H200: 0.156 ms with 16 rows, 0.112 with 32; 32x512x14x14, 27x27: 0.106 with 16, 0.044 with
-  // 64). channels_last: as many as the registers of sixteen warps hold.
+  // 64). Where there are few tiles, one a warp, whose fewer registers let three blocks share a multiprocessor.
+  // channels_last: as many as the registers of sixteen warps hold.
+  constexpr int64_t kFewTiles = 8 * kMultiprocessors;
   const auto rows_of = [&](int tiles_w) {
     if (p.layout == Layout::kNhwc) {
       const bool wide = tiles_w > 7 || (tiles_w == 7 && (band.image_chunks == 0 || band.chunks > 6)) ||
                         (tiles_w > 5 && (band.chunks > 7 || band.chunks < 4));
       return wide ? 1 : tiles_w > 4 ? 2 : tiles_w == 3 ? 3 : 4;
     }
-    return tiles_w > 2 ? 2 : 4;
+    const int64_t strips = divide_up(divide_up(args.out_w, 8), tiles_w);
+    const bool few = stride == 1 && p.n * p.out_c * divide_up(args.out_h, 16) * strips < kFewTiles;
+    return tiles_w > 2 ? few ? 1 : 2 : 4;
   };
   band.tiles_h = rows_of(band.tiles_w);
   const bool meets_image = band.origin < band.image_chunks && band.origin + band.chunks_in(stride) > 0;
@@ -67,6 +71,7 @@ inline bool can_serve_toeplitz(const Problem& p) {
   if (p.stride_h > 4 || p.stride_w > 2 || span_h > 512 || span_w > 96) return false;
   if (p.h * p.w > kInt32Max / 2 || p.out_h * p.out_w > kInt32Max / 2 || p.n * p.out_c > kInt32Max / 64) return false;
   if (p.n * p.out_c * ((p.out_h + 15) / 16) * ((p.out_w + 31) / 32) > kInt32Max) return false;
+  if (p.layout == Layout::kNchw && p.n * max_int64(p.h, p.out_h) > kInt32Max / 2) return false;  // rows of all images
   if (p.padding_h > 1 << 20 || p.padding_w > 1 << 20) return false;
   const bool channels_last = p.layout == Layout::kNhwc;
   if (channels_last && p.multiplier != 1) return false;

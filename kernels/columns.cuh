@@ -1,5 +1,5 @@
-// What columns_nchw and columns_grad_weight share: lanes that hold neighbouring columns of small planes, and get what
-// lies beside them from each other.
+// What the columns kernels share: all of them the sizes of a small image, columns_nchw and columns_grad_weight lanes that
+// hold neighbouring columns of planes, and get what lies beside them from each other.
 #pragma once
 
 #include "columns_tiling.h"
@@ -9,15 +9,21 @@ namespace depthwise {
 
 // The kernel's size is odd and its padding keeps the images' size.
 template <class T_, int kKernelH_, int kKernelW_, int kHeight_, int kWidth_>
-struct ColumnsTraits {
+struct SmallImageTraits {
   using T = T_;
   static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_, kTaps = kKernelH * kKernelW;
   static constexpr int kPaddingH = kKernelH / 2, kPaddingW = kKernelW / 2;
   static constexpr int kHeight = kHeight_, kWidth = kWidth_, kPixels = kHeight * kWidth;
+  static_assert(kKernelH % 2 == 1 && kKernelW % 2 == 1);
+};
+
+template <class T, int kKernelH, int kKernelW, int kHeight, int kWidth>
+struct ColumnsTraits : SmallImageTraits<T, kKernelH, kKernelW, kHeight, kWidth> {
   static constexpr int kColumns = columns_of(kWidth), kLanes = columns_lanes(kWidth);
-  static constexpr int kWindow = kColumns + 2 * kPaddingW;                   // columns that a lane's outputs meet
-  static constexpr int kReach = max_int(1, divide_up(kPaddingW, kColumns));  // lanes on each side that hold them
-  static_assert(kKernelH % 2 == 1 && kKernelW % 2 == 1 && kLanes <= 32);
+  static constexpr int kWindow = kColumns + 2 * ColumnsTraits::kPaddingW;  // columns that a lane's outputs meet
+  // Lanes on each side that hold them.
+  static constexpr int kReach = max_int(1, divide_up(ColumnsTraits::kPaddingW, kColumns));
+  static_assert(kLanes <= 32);
 };
 
 // A lane's columns of a row: in memory one word, in registers words of four bytes.

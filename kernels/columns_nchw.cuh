@@ -5,8 +5,8 @@
 //         32 rows; the sizes of kernel and planes are compile time; fp32, fp16, bf16; aligned tensors; no depth
 //         multiplier.
 // Owns    a lane has two neighbouring columns of a plane (of odd widths one) and walks down all of its rows, whose
-//         values are registers; those beside them are its neighbours', by shuffles. 28 lanes of 32 at widths of 7 and
-//         14.
+//         values are registers (of planes of more than 16 rows some at a time); those beside them are its neighbours', by
+//         shuffles. 28 lanes of 32 at widths of 7 and 14.
 // Memory  a warp's planes, which are one run in memory: copied in, all at once, and replaced by the outputs on their
 //         way out, as each lane reads what it overwrites.
 // Waits   warps do not wait for each other, and blocks are small, so that some store while others load.
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32 * ColumnsRun<Traits>::kWarps)
                  channel = flat - channels.quotient(flat) * channels.divisor;
   float weight[Traits::kTaps];
   load_filter<Traits>(weight, args, channel);
-  const float bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+  const float bias = bias_of<Traits>(args, channel);
   T* const mine = room + plane * Traits::kPixels + lane.column;
   const bool exists = lane.plane < planes;
   Word word[kRows];

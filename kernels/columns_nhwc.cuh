@@ -1,9 +1,9 @@
 // Depthwise convolution of small images, channels_last, by multiply-adds, a block some channels of an image: forward,
 // and grad of input at stride 1 (filter flipped).
 //
-// Serves  kernels of odd size up to 3x3, stride 1, dilation 1, the padding that keeps the images' size, images of up to
-//         16 rows and columns; the sizes of kernel and images are compile time; fp32, fp16, bf16; channels a multiple
-//         of 16 bytes; no depth multiplier.
+// Serves  kernels of odd size up to five rows, five columns and nine taps, stride 1, dilation 1, the padding that keeps the
+//         images' size, images of up to 16 rows and columns; the sizes of kernel and images are compile time; fp32, fp16,
+//         bf16; aligned tensors, channels a multiple of 16 bytes; no depth multiplier.
 // Owns    a block takes 32 channels; a thread two of them and a column, all of whose rows it walks down, its filter and
 //         kKernelH rows of sums in registers.
 // Memory  the block's image with zeros on both sides, all of it copied at once.
@@ -12,21 +12,16 @@
 #pragma once
 
 #include "async_copy.cuh"
-#include "columns_tiling.h"
-#include "direct.cuh"
+#include "columns.cuh"
 
 namespace depthwise {
 
-template <class T_, int kKernelH_, int kKernelW_, int kHeight_, int kWidth_>
-struct ColumnsNhwcTraits {
-  using T = T_;
-  static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_, kTaps = kKernelH * kKernelW;
-  static constexpr int kPaddingH = kKernelH / 2, kPaddingW = kKernelW / 2;
-  static constexpr int kHeight = kHeight_, kWidth = kWidth_;
+template <class T, int kKernelH, int kKernelW, int kHeight, int kWidth>
+struct ColumnsNhwcTraits : SmallImageTraits<T, kKernelH, kKernelW, kHeight, kWidth> {
   static constexpr int kVector = 2, kLanes = kColumnsNhwcChannels / kVector, kThreads = kLanes * kWidth;
   static constexpr int kChannels = kColumnsNhwcChannels;
   static constexpr int kGranule = 16 / static_cast<int>(sizeof(T)), kCopies = kChannels / kGranule;  // of a pixel
-  static constexpr int kPitch = (kWidth + 2 * kPaddingW) * kChannels;                                // a row
+  static constexpr int kPitch = (kWidth + 2 * ColumnsNhwcTraits::kPaddingW) * kChannels;             // a row
   static constexpr int kBlocks = max_int(1, min_int(16, (64 << 10) / (72 * divide_up(kThreads, 32) * 32)));
 };
 
@@ -67,10 +62,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const int lane = threadIdx.x % Traits::kLanes * kVector, column = threadIdx.x / Traits::kLanes;
   const int channel = first_channel + min(lane, channels - kVector);
   float weight[kTaps][kVector], bias[kVector];
-  load_filters<Traits, kVector>(weight, static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * kTaps,
-                                args.flip, args.flip);
+  load_filters<Traits>(weight, filters_of<Traits>(args, channel, kTaps), args.flip, args.flip);
 #pragma unroll
-  for (int e = 0; e < kVector; ++e) bias[e] = args.bias ? load(static_cast<const T*>(args.bias) + channel + e) : 0.f;
+  for (int e = 0; e < kVector; ++e) bias[e] = bias_of<Traits>(args, channel + e);
   wait_for_all_copies();
 
   // Compute and store.

@@ -1,10 +1,12 @@
-// What the direct kernels of both layouts share.
+// What kernels of many families share, and their launchers: the device's limits, dividers, filters, and how threads of
+// streaming kernels roll down rows.
 #pragma once
 
 #include <utility>
 
 #include "problem.h"
 #include "vector.cuh"
+#include "weights.cuh"
 
 namespace depthwise {
 
@@ -154,11 +156,11 @@ struct RollingShape {
 // Filters are [channel][tap] in memory: those of a thread's kVector channels are contiguous.
 template <class Traits, int kVector>
 __device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * Traits::kKernelW][kVector],
-                                             const typename Traits::T* filters, bool flip_rows, bool flip_columns) {
+                                             const weight_t<Traits>* filters, bool flip_rows, bool flip_columns) {
   constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
   Vector<typename Traits::T, kVector> packed[kTaps];
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) packed[k] = load_or_zero<kVector>(filters + k * kVector, true);
+  for (int k = 0; k < kTaps; ++k) packed[k] = load_as<typename Traits::T, kVector>(filters + k * kVector);
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll

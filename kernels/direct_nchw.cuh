@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kDirectNchwThreads, kDirectNchwBlocks<Traits>)
 
   float weight[Traits::kTaps];
   load_filter<Traits>(weight, args, out_channel);
-  const float bias = args.bias ? load(static_cast<const T*>(args.bias) + out_channel) : 0.f;
+  const float bias = bias_of<Traits>(args, out_channel);
   float sum[kRows][kColumns];
 #pragma unroll
   for (int o = 0; o < kRows; ++o)

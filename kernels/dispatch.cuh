@@ -31,6 +31,17 @@ void with_type(DType dtype, Function&& function) {
   throw std::runtime_error("depthwise_inline: unsupported dtype");
 }
 
+// As with_type, for the type of a problem's weight and bias too.
+template <class Function>
+void with_types(const Problem& p, Function&& function) {
+  with_type(p.dtype, [&](auto tag) {
+    if constexpr (sizeof(typename decltype(tag)::type) == 2) {
+      if (p.float_weight) return function(tag, TypeTag<float>{});
+    }
+    function(tag, tag);
+  });
+}
+
 inline GeneralArgs general_args(const Problem& p) {
   return {p.n,
           static_cast<int>(p.multiplier),

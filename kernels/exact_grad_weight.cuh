@@ -4,6 +4,7 @@
 #include "problem.h"
 #include "second_pass.cuh"
 #include "vector.cuh"
+#include "weights.cuh"
 
 namespace depthwise {
 
@@ -49,7 +50,7 @@ template <class T>
 __device__ __forceinline__ void store_grad_weight(const GradWeightArgs& args, int split, int64_t weight_idx,
                                                   int64_t weights, float value) {
   if (args.grad_weight != nullptr)
-    static_cast<T*>(args.grad_weight)[weight_idx] = from_float<T>(value);
+    store_gradient<T>(args.grad_weight, args.float_weight, weight_idx, value);
   else
     args.partial[split * weights + weight_idx] = value;
 }
@@ -57,7 +58,7 @@ __device__ __forceinline__ void store_grad_weight(const GradWeightArgs& args, in
 template <class T>
 __device__ __forceinline__ void store_grad_bias(const GradWeightArgs& args, int split, int64_t channel, float value) {
   if (args.grad_bias != nullptr)
-    static_cast<T*>(args.grad_bias)[channel] = from_float<T>(value);
+    store_gradient<T>(args.grad_bias, args.float_weight, channel, value);
   else if (args.partial_bias != nullptr)
     args.partial_bias[split * args.out_c + channel] = value;
 }

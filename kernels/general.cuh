@@ -4,7 +4,7 @@
 //         fp64; NCHW and channels_last, through strides; 64-bit offsets, so tensors past 2^31 elements too.
 // Owns    forward, grad of input: one thread an element, lanes along the dimension that is contiguous in memory.
 //         grad of weight: a block owns kGeneralTapsPerBlock taps of one kernel row for one output channel (NCHW) or 32
-//         of them (channels_last), and a share of the positions; its fp32 partial sums go to `partial`,
+//         of them (channels_last), and a share of the positions; its partial sums go to `partial`,
 //         [split][channel][tap], and a second kernel adds the splits in order. No atomics: results repeat bit for bit.
 // Chosen  when no specialisation serves, and during CUDA graph capture when its specialisation is not built yet.
 #pragma once
@@ -13,6 +13,7 @@
 #include "problem.h"
 #include "second_pass.cuh"
 #include "vector.cuh"
+#include "weights.cuh"
 
 namespace depthwise {
 
@@ -89,16 +90,17 @@ struct GeneralArgs {
 
 constexpr int kGeneralThreads = 256;
 
-template <class T>
+// Weight and bias are of W: T, or float32 (weights.cuh).
+template <class T, class W>
 __global__ void __launch_bounds__(kGeneralThreads)
-    general_forward_kernel(const GeneralArgs args, const T* input, const T* weight, const T* bias, T* out) {
+    general_forward_kernel(const GeneralArgs args, const T* input, const W* weight, const W* bias, T* out) {
   const int64_t linear = static_cast<int64_t>(blockIdx.x) * kGeneralThreads + threadIdx.x;
   if (linear >= args.out_elements()) return;
   const auto o = args.out.split(linear);
 
   const T* plane = input + o.n * args.in.stride_n + o.c / args.multiplier * args.in.stride_c;
-  const T* filter = weight + static_cast<int64_t>(o.c) * args.kernel_h * args.kernel_w;
-  accumulator_t<T> sum = bias ? load(bias + o.c) : 0;
+  const W* filter = weight + static_cast<int64_t>(o.c) * args.kernel_h * args.kernel_w;
+  accumulator_t<T> sum = bias ? load_weight<T>(bias + o.c) : 0;
   for (int i = 0; i < args.kernel_h; ++i) {
     const int h = o.h * args.stride_h - args.padding_h + i * args.dilation_h;
     if (h < 0 || h >= args.in.h.divisor) continue;
@@ -107,16 +109,16 @@ __global__ void __launch_bounds__(kGeneralThreads)
     for (int j = 0; j < args.kernel_w; ++j) {
       const int w = o.w * args.stride_w - args.padding_w + j * args.dilation_w;
       if (w >= 0 && w < args.in.w.divisor)
-        row_sum += load(row + w * args.in.stride_w) * load(filter + i * args.kernel_w + j);
+        row_sum += load(row + w * args.in.stride_w) * load_weight<T>(filter + i * args.kernel_w + j);
     }
     sum += row_sum;
   }
   out[linear] = store_accumulator<T>(sum);
 }
 
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(kGeneralThreads)
-    general_grad_input_kernel(const GeneralArgs args, const T* grad_output, const T* weight, T* grad_input) {
+    general_grad_input_kernel(const GeneralArgs args, const T* grad_output, const W* weight, T* grad_input) {
   const int64_t linear = static_cast<int64_t>(blockIdx.x) * kGeneralThreads + threadIdx.x;
   if (linear >= args.in_elements()) return;
   const auto x = args.in.split(linear);
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   accumulator_t<T> sum = 0;
   for (int c = x.c * args.multiplier; c < (x.c + 1) * args.multiplier; ++c) {
     const T* plane = grad_output + x.n * args.out.stride_n + c * args.out.stride_c;
-    const T* filter = weight + static_cast<int64_t>(c) * args.kernel_h * args.kernel_w;
+    const W* filter = weight + static_cast<int64_t>(c) * args.kernel_h * args.kernel_w;
     for (int i = 0; i < args.kernel_h; ++i) {
       const int h = x.h + args.padding_h - i * args.dilation_h;  // stride_h times the output row, if it is one
       const int out_h = h / args.stride_h;
@@ -134,8 +136,8 @@ __global__ void __launch_bounds__(kGeneralThreads)
         const int w = x.w + args.padding_w - j * args.dilation_w;
         const int out_w = w / args.stride_w;
         if (w < 0 || out_w * args.stride_w != w || out_w >= args.out.w.divisor) continue;
-        row_sum +=
-            load(plane + out_h * args.out.stride_h + out_w * args.out.stride_w) * load(filter + i * args.kernel_w + j);
+        row_sum += load(plane + out_h * args.out.stride_h + out_w * args.out.stride_w) *
+                   load_weight<T>(filter + i * args.kernel_w + j);
       }
       sum += row_sum;
     }

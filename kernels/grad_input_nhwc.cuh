@@ -105,15 +105,10 @@ __global__ void __launch_bounds__(kGradInputNhwcThreads, Shape::kBlocks)
   for (int r = 0; r < Rows::kSize; ++r) load_row(grad[r], r, exists);
 
   // [channel][tap] in memory: the block's filters are contiguous, and so are a thread's.
-  const auto* const all_filters =
-      reinterpret_cast<const Word*>(static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps);
+  const auto* const all_filters = filters_of<Traits>(args, first_channel, kTaps);
   const int words = min(static_cast<int>(blockDim.x), (static_cast<int>(args.out_c) - first_channel) / kVector) * kTaps;
-  for (int k = threadIdx.y * blockDim.x + threadIdx.x; k < words; k += blockDim.x * blockDim.y) {
-    if constexpr (sizeof(Word) >= 4)
-      copy_async<sizeof(Word)>(filters + k, all_filters + k);
-    else
-      filters[k] = all_filters[k];
-  }
+  for (int k = threadIdx.y * blockDim.x + threadIdx.x; k < words; k += blockDim.x * blockDim.y)
+    copy_weights<T, kVector>(reinterpret_cast<T*>(filters + k), all_filters + k * kVector);
   wait_for_all_copies();
   if (!exists) return;
   const Pixel* const packed = reinterpret_cast<const Pixel*>(filters + threadIdx.x * kTaps);

@@ -37,7 +37,7 @@ bool evicts_first(const Problem& p) {
 // Room for the general kernel too: it serves where a specialisation is missing while a CUDA graph is captured.
 int64_t grad_weight_workspace(const Problem& p) {
   if (p.n == 0) return 0;
-  const int64_t general = general_grad_weight_plan(p).splits, chosen = grad_weight_plan(p, choose(p).config).splits;
+  const int64_t general = general_grad_weight_plan(p).splits, chosen = choose(p).grad_weight_plan.splits;
   return (general > chosen ? general : chosen) * grad_weight_split_bytes(p);
 }
 
@@ -45,7 +45,7 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
                         void* grad_bias, void* workspace, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (p.n == 0) {  // sums of nothing
-    const int64_t bytes = element_size(p.dtype);
+    const int64_t bytes = p.float_weight ? sizeof(float) : element_size(p.dtype);
     check_launch(cudaMemsetAsync(grad_weight, 0, p.out_c * p.kernel_h * p.kernel_w * bytes, cuda_stream));
     if (grad_bias) check_launch(cudaMemsetAsync(grad_bias, 0, p.out_c * bytes, cuda_stream));
     return;
@@ -53,10 +53,11 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
   const Choice choice = choose(p);
   const Config& config = choice.config;
   const Launcher launcher = obtain_launcher(p, choice, cuda_stream);
-  const GradWeightPlan plan = launcher ? grad_weight_plan(p, config) : general_grad_weight_plan(p);
+  const GradWeightPlan plan = launcher ? choice.grad_weight_plan : general_grad_weight_plan(p);
   const int splits = static_cast<int>(plan.splits);
-  with_type(p.dtype, [&](auto tag) {
+  with_types(p, [&](auto tag, auto weight_tag) {
     using T = typename decltype(tag)::type;
+    using W = typename decltype(weight_tag)::type;
     using Sum = accumulator_t<T>;
     const int64_t weights = p.out_c * p.kernel_h * p.kernel_w;
     Sum* const partial = static_cast<Sum*>(workspace);
@@ -64,35 +65,27 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
     if constexpr (sizeof(T) < sizeof(double)) {
       if (launcher) {
         const bool stores = splits == 1;
-        const GradWeightArgs args = {grad_output,
-                                     input,
-                                     partial,
-                                     partial_bias,
-                                     stores ? grad_weight : nullptr,
-                                     stores ? grad_bias : nullptr,
-                                     p.n,
-                                     p.out_c,
-                                     static_cast<int>(p.multiplier),
-                                     static_cast<int>(p.h),
-                                     static_cast<int>(p.w),
-                                     static_cast<int>(p.out_h),
-                                     static_cast<int>(p.out_w),
-                                     static_cast<int>(p.padding_h),
-                                     static_cast<int>(p.padding_w),
-                                     splits,
-                                     plan.rows,
-                                     static_cast<int>(p.kernel_h),
-                                     static_cast<int>(p.kernel_w),
-                                     evicts_first(p)};
+        GradWeightArgs args = grad_weight_args(p);
+        args.grad_output = grad_output;
+        args.input = input;
+        args.partial = partial;
+        args.partial_bias = partial_bias;
+        if (stores) {
+          args.grad_weight = grad_weight;
+          args.grad_bias = grad_bias;
+        }
+        args.splits = splits;
+        args.rows = plan.rows;
+        args.evict_first = evicts_first(p);
         check_launch(launcher(&args, config.tile, stream));
         if (stores) return;
       }
     }
     if (!launcher) launch_general<T>(p, splits, grad_output, input, partial, partial_bias, cuda_stream);
     const int64_t count = weights + (grad_bias ? p.out_c : 0);
-    check_launch(launch_second_pass(add_splits_kernel<T>, general_blocks(count * kGeneralThreads / 32),
+    check_launch(launch_second_pass(add_splits_kernel<W>, general_blocks(count * kGeneralThreads / 32),
                                     dim3(32, split_shares(splits)), cuda_stream, partial, splits, weights,
-                                    count - weights, static_cast<T*>(grad_weight), static_cast<T*>(grad_bias)));
+                                    count - weights, static_cast<W*>(grad_weight), static_cast<W*>(grad_bias)));
   });
 }
 

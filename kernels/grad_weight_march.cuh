@@ -308,6 +308,19 @@ __device__ __forceinline__ float sum_of_pairs(const GradWeightArgs& args, const 
   return sum;
 }
 
+// What `count` threads left in shared memory, `step` apart. Four chains: one alone would round equal terms, such as those of
+// the grad of bias of a mean, the same way every time.
+__device__ __forceinline__ float sum_in_chains(const float* terms, int count, int step) {
+  constexpr int kChains = 4;
+  float sum[kChains] = {};
+#pragma unroll 1
+  for (int first = 0; first < count; first += kChains)
+#pragma unroll
+    for (int k = 0; k < kChains; ++k)
+      if (first + k < count) sum[k] += terms[(first + k) * step];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
 // Writes one sum of the block: `tap` kTaps is the bias.
 template <class Traits>
 __device__ __forceinline__ void store_sum(const GradWeightArgs& args, int64_t split, int64_t channel, int tap,
@@ -315,12 +328,12 @@ __device__ __forceinline__ void store_sum(const GradWeightArgs& args, int64_t sp
   using T = typename Traits::T;
   if (tap < Traits::kTaps) {
     if (args.grad_weight)
-      static_cast<T*>(args.grad_weight)[channel * Traits::kTaps + tap] = from_float<T>(value);
+      store_gradient<T>(args.grad_weight, args.float_weight, channel * Traits::kTaps + tap, value);
     else
       args.partial[(split * args.out_c + channel) * Traits::kTaps + tap] = value;
   } else if (args.grad_weight ? args.grad_bias != nullptr : args.partial_bias != nullptr) {
     if (args.grad_weight)
-      static_cast<T*>(args.grad_bias)[channel] = from_float<T>(value);
+      store_gradient<T>(args.grad_bias, args.float_weight, channel, value);
     else
       args.partial_bias[split * args.out_c + channel] = value;
   }

@@ -1,9 +1,8 @@
 // Grad of weight and bias, NCHW.
 //
-// Serves  up to 11x11 taps (1xk, kx1 up to 41), strides 1 and 2, dilation (not with a vertical stride); fp32, fp16,
-// bf16;
-//         depth multiplier; bias from the same pass. One tile a specialisation: rows of input are read in words of
-//         kVector elements, rows of grad_output in words of kGradVector.
+// Serves  up to 11x11 taps (1xk, kx1 up to 41), strides 1 and 2, dilation (not with a vertical stride), padding below the
+//         kernel's height; fp32, fp16, bf16; depth multiplier; bias from the same pass. One tile a specialisation: rows
+//         of input are read in words of kVector elements, rows of grad_output in words of kGradVector.
 // Owns    a block belongs to one output channel and one split; its threads take that split's pieces (image, rows, strip
 //         of kColumns columns), strips first, so that a warp reads neighbouring words.
 // Reduces warps by shuffles that halve the taps with the lanes (about one shuffle a tap), then the block's warps in

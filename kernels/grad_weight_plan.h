@@ -306,13 +306,16 @@ inline GradWeightPlan images_fma_grad_weight_plan(const Problem& p, const Tile& 
   return {splits < 2 ? 2 : splits, 0};
 }
 
-// One round of the blocks that an H100 holds, all of as many items. How many strips: the least work of a multiprocessor,
-// counted in stages of warps, of which four more stand for what so few warps leave unhidden of their latencies. Of tall
-// images in 16 bits two strips rather than one, where they cost hardly more: blocks read rows of fewer images at once (3x7,
-// 32x128x128x256, fp16 / bf16, H100: 0.2030 / 0.2033 ms, one strip 0.2045 / 0.2053; but H200: 0.186, 0.177).
+// One round of the blocks that an H100 holds, of as many items each, or of one item less where that takes few blocks more,
+// so that no multiprocessor holds fewer. How many strips: the least work of a multiprocessor, counted in stages of warps, of
+// which four more stand for what so few warps leave unhidden of their latencies. Strips are whole stages. Of tall images in
+// 16 bits two strips rather than one, where they cost hardly more: blocks read rows of fewer images at once. (3x7,
+// 32x128x128x256, fp16 / bf16, H100, ms: 132 splits of 64 rows 0.2011 / 0.2017, 128 splits 0.2035 / 0.2022, of 63 rows
+// 0.2047 / 0.2038, of 126 rows 0.2034 / 0.2046.)
 inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile) {
   constexpr int64_t kThreads = 512, kSharedBytes = 216 << 10;  // what each of them holds
-  constexpr int64_t kUnhiddenWarps = 4, kTallRows = 96, kTolerance = 32;
+  constexpr int64_t kManyPositions = 1 << 20, kBlocksOfMany = 2;
+  constexpr int64_t kUnhiddenWarps = 4, kTallRows = 96, kTolerance = 32, kFewMore = 16;
   const GradWeightStreamShape shape =
       grad_weight_stream_shape(static_cast<int>(p.kernel_h), static_cast<int>(p.kernel_w), static_cast<int>(p.stride_h),
                                static_cast<int>(p.stride_w));
@@ -320,17 +323,22 @@ inline GradWeightPlan stream_grad_weight_plan(const Problem& p, const Tile& tile
       grad_weight_stream_tiling(shape, tile.vector, element_size(p.dtype), p.n, p.out_h, p.out_w, p.out_h);
   const int64_t threads = divide_up(tile.vector / shape.vector * tiling.tiles_w * tiling.images, 32) * 32;
   const int64_t by_memory = kSharedBytes / (2 * tiling.stage_bytes), by_threads = kThreads / threads;
-  const int64_t blocks = kMultiprocessors * (by_memory < by_threads ? by_memory : by_threads);
+  // Of large tensors in 16 bits, where registers hold four channels, two blocks, whose stages are twice as large (3x3,
+  // 64x128x256x512, fp16, H100: 1.454 ms, four blocks 1.487).
+  const bool is_large = element_size(p.dtype) == 2 && shape.vector == 4 && p.n * p.out_h * p.out_w >= kManyPositions;
+  const int64_t most = min_int64(by_memory, by_threads);
+  const int64_t blocks = kMultiprocessors * (is_large ? min_int64(most, kBlocksOfMany) : most);
   const int64_t channels = divide_up(p.out_c, tile.vector);
   const int64_t wanted = bounded_splits(p, blocks < channels ? 1 : blocks / channels);
   GradWeightPlan best{};
   int64_t least = 0;
   for (const int64_t strips : {1, 2, 3, 4, 6, 8, 12, 16}) {
-    const int64_t rows = divide_up(p.out_h, strips);
+    const int64_t stages = divide_up(divide_up(p.out_h, strips) + shape.depth - 1, shape.stage_steps);
+    const int64_t rows = min_int64(p.out_h, stages * shape.stage_steps - shape.depth + 1);
     const int64_t all = tiling.items * divide_up(p.out_h, rows), items = divide_up(all, wanted);  // of a block
-    const int64_t splits = divide_up(all, items);
+    const int64_t even = divide_up(all, items), splits = items > 1 && wanted - even <= even / kFewMore ? wanted : even;
     const int64_t warps = divide_up(channels * splits, kMultiprocessors) * divide_up(threads, 32);
-    const int64_t cost = items * divide_up(rows + shape.depth - 1, shape.stage_steps) * (warps + kUnhiddenWarps);
+    const int64_t cost = items * stages * (warps + kUnhiddenWarps);
     const bool is_near = strips == 2 && shape.vector == 2 && shape.depth > 1 && element_size(p.dtype) == 2 &&
                          p.out_h >= kTallRows && cost <= least + least / kTolerance;
     if (least == 0 || cost < least || is_near) least = cost, best = {splits, static_cast<int>(rows)};
@@ -350,7 +358,7 @@ inline GradWeightPlan rows_grad_weight_plan(const Problem& p, const Tile& tile) 
 inline GradWeightPlan planes_grad_weight_plan(const Problem& p, const Tile& tile) {
   constexpr int64_t kFewestChannels = kMultiprocessors * 7 / 5, kBlocks = 2 * kMultiprocessors;
   const GradWeightPlanesTiling tiling =
-      grad_weight_planes_bands(grad_weight_planes_shape(p, tile), grad_weight_planes_sizes(p));
+      grad_weight_planes_bands(grad_weight_planes_shape(p, tile), grad_weight_args(p));
   const int64_t of_channel = p.n * tiling.bands, channels = p.out_c / tiling.channels;
   const int64_t share = channels >= kFewestChannels ? of_channel : divide_up(channels * of_channel, kBlocks);
   // Blocks that take a part of the same channel.

@@ -17,12 +17,14 @@
 // Chosen  select_grad_weight.h.
 #pragma once
 
+#include "bulk_copy.cuh"
 #include "grad_weight_nchw.cuh"
 #include "grad_weight_planes_tiling.h"
 
 namespace depthwise {
 
 static_assert(kPlanesDepth == 2);
+using PlanesBulkCopies = BulkCopies<kPlanesDepth, true>;
 
 // So many steps are added up one by one: equal terms would round the same way every time.
 constexpr int kPlanesStepsOfSums = 32;
@@ -207,23 +209,13 @@ __global__ void __launch_bounds__(kGradWeightPlanesThreads, 1)
 
   // Requests the planes of the next stage.
   const CachePolicy policy(args);
-#if __CUDA_ARCH__ >= 900
-  // Of a stage: its planes have arrived; all warps are done with it.
-  __shared__ uint64_t barriers[2 * kPlanesDepth];
-  const unsigned arrivals = ptx::shared_address(barriers), ends = arrivals + kPlanesDepth * 8;
+  constexpr bool kInBulk = PlanesBulkCopies::kExist;
+  __shared__ uint64_t barriers[PlanesBulkCopies::kBarriers];
+  const PlanesBulkCopies bulk(barriers, args);
   const unsigned ring_address = ptx::shared_address(ring);
-  if (threadIdx.x == 0) {
-#pragma unroll 1
-    for (int k = 0; k < kPlanesDepth; ++k) {
-      ptx::initialise_barrier(arrivals + k * 8, 1);
-      ptx::initialise_barrier(ends + k * 8, blockDim.x / 32);
-    }
-    ptx::show_barriers();
-  }
-#else
+  if (threadIdx.x == 0) bulk.begin();
   const CopyTarget<T> target = policy.target(ring);
   const PlaneCopier<T> copies_input(tiling.in_chunks), copies_grad(tiling.grad_chunks);
-#endif
   const int first_group = plan.per_channel.quotient(begin);
   int next_channel = first_group * tiling.channels, next_unit = begin - first_group * per_channel, left = end - begin;
   int64_t next_in_plane = in_plane_of(next_channel), next_grad_plane = grad_plane_of(next_channel);
@@ -238,22 +230,21 @@ __global__ void __launch_bounds__(kGradWeightPlanesThreads, 1)
       const T* const grad = static_cast<const T*>(args.grad_output) +
                             (image * grad_image + next_grad_plane + band.grad_row * args.out_w - band.grad_skew);
       const int to = next_slot * stage_elements, grad_to = to + tiling.images * in_pitch;
-#if __CUDA_ARCH__ >= 900
-      const unsigned arrival = arrivals + next_slot * 8;
-      if (threadIdx.x == 0) ptx::expect_bytes(arrival, planes * (band.in_chunks + band.grad_chunks) * 16);
-      __syncwarp();
+      if constexpr (kInBulk) {
+        if (threadIdx.x == 0) bulk.expect(next_slot, planes * (band.in_chunks + band.grad_chunks) * 16);
+        __syncwarp();
 #pragma unroll 1
-      for (int plane = threadIdx.x; plane < planes; plane += 32) {
-        constexpr int kBytes = static_cast<int>(sizeof(T));
-        policy.copy_bulk(ring_address + (to + plane * in_pitch) * kBytes, input + plane * in_image, band.in_chunks * 16,
-                         arrival);
-        policy.copy_bulk(ring_address + (grad_to + plane * grad_pitch) * kBytes, grad + plane * grad_image,
-                         band.grad_chunks * 16, arrival);
+        for (int plane = threadIdx.x; plane < planes; plane += 32) {
+          constexpr int kBytes = static_cast<int>(sizeof(T));
+          bulk.copy(next_slot, ring_address + (to + plane * in_pitch) * kBytes, input + plane * in_image,
+                    band.in_chunks * 16);
+          bulk.copy(next_slot, ring_address + (grad_to + plane * grad_pitch) * kBytes, grad + plane * grad_image,
+                    band.grad_chunks * 16);
+        }
+      } else {
+        copies_input.copy(policy, target, to, input, in_image, planes, band.in_chunks);
+        copies_grad.copy(policy, target, grad_to, grad, grad_image, planes, band.grad_chunks);
       }
-#else
-      copies_input.copy(policy, target, to, input, in_image, planes, band.in_chunks);
-      copies_grad.copy(policy, target, grad_to, grad, grad_image, planes, band.grad_chunks);
-#endif
       left -= planes;
       next_unit += planes;
       if (next_unit == per_channel) {
@@ -262,20 +253,18 @@ __global__ void __launch_bounds__(kGradWeightPlanesThreads, 1)
       }
       next_slot ^= 1;
     }
-#if __CUDA_ARCH__ < 900
-    commit_copies();
-#endif
+    if constexpr (!kInBulk) commit_copies();
   };
-#if __CUDA_ARCH__ >= 900
   const bool asks = threadIdx.x < 32;
-  if (asks) {
+  if constexpr (kInBulk) {
+    if (asks) {
 #pragma unroll 1
-    for (int stage = 0; stage < kPlanesDepth; ++stage) request();
+      for (int stage = 0; stage < kPlanesDepth; ++stage) request();
+    }
+    __syncthreads();
+  } else {
+    request();
   }
-  __syncthreads();
-#else
-  request();
-#endif
 
   // What this thread takes of every stage: steps [first, last), and where it lies in it.
   const int of_unit = plan.threads.quotient(threadIdx.x), thread = threadIdx.x - of_unit * tiling.threads;
@@ -311,27 +300,26 @@ __global__ void __launch_bounds__(kGradWeightPlanesThreads, 1)
     __syncwarp();
 #pragma unroll 1
     for (int unit = begin_unit; unit < end_unit;) {
-#if __CUDA_ARCH__ >= 900
-      ptx::wait_for_barrier(arrivals + slot * 8, parity);
-#else
-      wait_for_copies<0>();
-      __syncthreads();  // and all are done with the stage before, whose place the next request takes
-      request();
-#endif
+      if constexpr (kInBulk) {
+        bulk.wait(slot, parity);
+      } else {
+        wait_for_copies<0>();
+        __syncthreads();  // and all are done with the stage before, whose place the next request takes
+        request();
+      }
       const int planes = min(tiling.images, end_unit - unit);
       if (plane < planes && first < last) {
         const T* const elements = ring + slot * stage_elements;
         add_steps<Traits>(args, strip, elements + grad_place, elements + in_place, first, last,
                           first == tiling.first_step, sum);
       }
-#if __CUDA_ARCH__ >= 900
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::arrive(ends + slot * 8);
-      if (asks && left > 0) {
-        ptx::wait_for_barrier(ends + slot * 8, parity);
-        request();
+      if constexpr (kInBulk) {
+        bulk.end(slot);
+        if (asks && left > 0) {
+          bulk.wait_for_end(slot, parity);
+          request();
+        }
       }
-#endif
       unit += planes;
       waiting += tiling.cut_steps;
       if (waiting >= kPlanesStepsOfSums || unit == end_unit) {
@@ -376,12 +364,10 @@ __global__ void __launch_bounds__(kGradWeightPlanesThreads, 1)
 template <class Traits>
 int launch_grad_weight_planes_nchw(const GradWeightArgs& args, int, cudaStream_t stream) {
   const DeviceLimits& device = device_limits();
-  const GradWeightPlanesSizes sizes = {args.n,     args.out_c, args.multiplier, args.h,       args.w,
-                                       args.out_h, args.out_w, args.padding_h,  Traits::kTaps};
   const GradWeightPlanesTiling tiling = grad_weight_planes_tiling(
-      Traits::kShape, sizes, args.rows, device.multiprocessors, device.shared_bytes, device.shared_bytes_block);
+      Traits::kShape, args, args.rows, device.multiprocessors, device.shared_bytes, device.shared_bytes_block);
   const auto kernel = grad_weight_planes_nchw_kernel<Traits>;
-  constexpr int kStaticBytes = 2 * kPlanesDepth * 8;
+  constexpr int kStaticBytes = 8 * PlanesBulkCopies::kBarriers;
   if (const int error = allow_shared_bytes(kernel, tiling.bytes, kStaticBytes)) return error;
   const int64_t units = args.out_c / tiling.channels * args.n * tiling.bands;
   kernel<<<static_cast<unsigned>(divide_up(units, args.rows)), tiling.channels * tiling.threads, tiling.bytes,

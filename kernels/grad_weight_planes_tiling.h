@@ -32,11 +32,6 @@ struct GradWeightPlanesShape {
   constexpr int granule() const { return 16 / element_bytes; }  // elements of a copy
 };
 
-struct GradWeightPlanesSizes {
-  int64_t n, channels;
-  int multiplier, h, w, out_h, out_w, padding_h, taps;
-};
-
 // Step t of a plane: row t of grad_output and rows t * stride_h - padding_h and on of input, stride_h of them, which meet
 // that row and depth() - 1 before it. A band is a run of steps; a unit of work is a band of an image, of `channels`
 // neighbouring channels where it is the whole plane. Units are counted channel by channel, and every block takes as many.
@@ -50,22 +45,21 @@ struct GradWeightPlanesTiling {
 };
 
 // What does not depend on the device.
-inline GradWeightPlanesTiling grad_weight_planes_bands(const GradWeightPlanesShape& shape,
-                                                       const GradWeightPlanesSizes& p) {
+inline GradWeightPlanesTiling grad_weight_planes_bands(const GradWeightPlanesShape& shape, const GradWeightArgs& args) {
   GradWeightPlanesTiling t{};
-  t.strips = divide_up(p.out_w, shape.columns);
-  t.first_step = p.padding_h / shape.stride_h;
-  t.steps = min_int(divide_up(p.h + p.padding_h, shape.stride_h), p.out_h + shape.depth() - 1) - t.first_step;
+  t.strips = divide_up(args.out_w, shape.columns);
+  t.first_step = args.padding_h / shape.stride_h;
+  t.steps = min_int(divide_up(args.h + args.padding_h, shape.stride_h), args.out_h + shape.depth() - 1) - t.first_step;
   const int granule = shape.granule();
   const auto chunks_of = [&](int64_t rows, int columns, bool begins_anywhere) {
     return static_cast<int>(divide_up(rows * columns + (begins_anywhere ? granule - 1 : 0), granule));
   };
   t.channels = 1;
-  while (p.multiplier == 1 && p.channels % (2 * t.channels) == 0 &&
-         p.channels / (2 * t.channels) >= kFewestPlanesGroups &&
-         int64_t{t.channels} * p.h * p.w * shape.element_bytes < kFewestPlanesPieceBytes)
+  while (args.multiplier == 1 && args.out_c % (2 * t.channels) == 0 &&
+         args.out_c / (2 * t.channels) >= kFewestPlanesGroups &&
+         int64_t{t.channels} * args.h * args.w * shape.element_bytes < kFewestPlanesPieceBytes)
     t.channels *= 2;
-  const int in_size = t.channels * p.h * p.w, out_size = t.channels * p.out_h * p.out_w;
+  const int in_size = t.channels * args.h * args.w, out_size = t.channels * args.out_h * args.out_w;
   t.in_chunks = chunks_of(1, in_size, in_size % granule != 0);
   t.grad_chunks = chunks_of(1, out_size, out_size % granule != 0);
   t.band_steps = t.steps;
@@ -73,22 +67,23 @@ inline GradWeightPlanesTiling grad_weight_planes_bands(const GradWeightPlanesSha
     if (t.band_steps <= 1) return {};
     t.channels = 1;
     t.band_steps = divide_up(t.steps, bands);
-    t.in_chunks = chunks_of(min_int(p.h, t.band_steps * shape.stride_h), p.w, true);
-    t.grad_chunks = chunks_of(min_int(p.out_h, t.band_steps + shape.depth() - 1), p.out_w, true);
+    t.in_chunks = chunks_of(min_int(args.h, t.band_steps * shape.stride_h), args.w, true);
+    t.grad_chunks = chunks_of(min_int(args.out_h, t.band_steps + shape.depth() - 1), args.out_w, true);
   }
   t.bands = divide_up(t.steps, t.band_steps);
   return t;
 }
 
 // With `blocks` of a multiprocessor in `ring` bytes each. `share`: units of a block.
-inline GradWeightPlanesTiling grad_weight_planes_cut(const GradWeightPlanesShape& shape, const GradWeightPlanesSizes& p,
+inline GradWeightPlanesTiling grad_weight_planes_cut(const GradWeightPlanesShape& shape, const GradWeightArgs& args,
                                                      int64_t share, int blocks, int ring) {
-  GradWeightPlanesTiling t = grad_weight_planes_bands(shape, p);
+  GradWeightPlanesTiling t = grad_weight_planes_bands(shape, args);
   if (t.bands == 0) return t;
   const int most_threads =  // of a channel
       max_int(kFewestPlanesThreads, kGradWeightPlanesThreads / (blocks * t.channels) / 32 * 32);
-  const int sums = t.channels * most_threads / 32 * (p.taps + 1) * 4, unit_bytes = 16 * (t.in_chunks + t.grad_chunks);
-  const int units = static_cast<int>(min_int64(p.n * t.bands, share));
+  const int sums = t.channels * most_threads / 32 * (args.kernel_h * args.kernel_w + 1) * 4,
+            unit_bytes = 16 * (t.in_chunks + t.grad_chunks);
+  const int units = static_cast<int>(min_int64(args.n * t.bands, share));
   const int fitting =
       min_int(most_threads / t.strips, min_int(kMostPlanesStageBytes, (ring - sums) / kPlanesRoom) / unit_bytes);
   if (fitting <= 0) return t;
@@ -106,32 +101,21 @@ inline GradWeightPlanesTiling grad_weight_planes_cut(const GradWeightPlanesShape
 }
 
 // As many blocks a multiprocessor as there are, or fewer if that leaves too little memory for each.
-inline GradWeightPlanesTiling grad_weight_planes_tiling(const GradWeightPlanesShape& shape,
-                                                        const GradWeightPlanesSizes& p, int64_t share,
-                                                        int multiprocessors, int shared_bytes, int shared_bytes_block) {
-  GradWeightPlanesTiling t = grad_weight_planes_bands(shape, p);
+inline GradWeightPlanesTiling grad_weight_planes_tiling(const GradWeightPlanesShape& shape, const GradWeightArgs& args,
+                                                        int64_t share, int multiprocessors, int shared_bytes,
+                                                        int shared_bytes_block) {
+  GradWeightPlanesTiling t = grad_weight_planes_bands(shape, args);
   if (t.bands == 0) return t;
-  const int64_t units = p.channels / t.channels * p.n * t.bands;
+  const int64_t units = args.out_c / t.channels * args.n * t.bands;
   const int64_t all = divide_up(divide_up(units, share), static_cast<int64_t>(multiprocessors));
   for (int blocks = static_cast<int>(min_int64(all, kMostPlanesBlocks)); blocks > 0 && t.bytes == 0; --blocks)
-    t = grad_weight_planes_cut(shape, p, share, blocks,
+    t = grad_weight_planes_cut(shape, args, share, blocks,
                                min_int(shared_bytes_block, shared_bytes / blocks - (1 << 10)) - (1 << 10));
   return t;
 }
 
 inline GradWeightPlanesShape grad_weight_planes_shape(const Problem& p, const Tile& tile) {
   return {static_cast<int>(p.kernel_h), static_cast<int>(p.stride_h), tile.columns, element_size(p.dtype)};
-}
-inline GradWeightPlanesSizes grad_weight_planes_sizes(const Problem& p) {
-  return {p.n,
-          p.out_c,
-          static_cast<int>(p.multiplier),
-          static_cast<int>(p.h),
-          static_cast<int>(p.w),
-          static_cast<int>(p.out_h),
-          static_cast<int>(p.out_w),
-          static_cast<int>(p.padding_h),
-          static_cast<int>(p.kernel_h * p.kernel_w)};
 }
 
 }  // namespace depthwise

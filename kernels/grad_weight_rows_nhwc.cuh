@@ -29,7 +29,7 @@ template <class T_, int kKernelH_, int kKernelW_, int kStrideH_, int kStrideW_, 
 struct GradWeightRowsTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, kStrideW_, kDilationH_, kDilationW_> {
   static_assert(kDilationH_ == 1 && kDilationW_ == 1 && kKernelH_ >= kStrideH_ && kKernelW_ >= kStrideW_);
   static constexpr GradWeightRowsShape kShape =
-      grad_weight_rows_shape(kKernelH_, kKernelW_, kStrideH_, kStrideW_, kRows_);
+      grad_weight_rows_shape(kKernelH_, kKernelW_, kStrideH_, kStrideW_, kRows_, static_cast<int>(sizeof(T_)));
   static constexpr int kTaps = kKernelH_ * kKernelW_, kColumns = kGradWeightRowsColumns, kRows = kRows_;
   static constexpr int kVector = kShape.vector, kWindowRows = kShape.window_rows, kWindow = kShape.window_columns;
   static constexpr uint64_t kUsed = window_mask(kColumns, kStrideW_, kKernelW_, 1);
@@ -126,10 +126,11 @@ __global__ void __launch_bounds__(kGradWeightRowsThreads, 1)
   const auto target = policy.target(input_ring);
   RowCopier<T> input{}, grad_output{};
   int step = 0, place_step = 0;
-  __shared__ uint64_t arrivals[kInBulk ? kMostGradWeightRowsAhead + 1 : 1];  // of each stage
-  const BulkCopies bulk(arrivals, args);
+  using Bulk = BulkCopies<kMostGradWeightRowsAhead + 1>;
+  __shared__ uint64_t barriers[kInBulk ? Bulk::kBarriers : 1];
+  const Bulk bulk(barriers, args);
   if constexpr (kInBulk) {
-    if (thread == 0) bulk.template begin<kMostGradWeightRowsAhead + 1>();
+    if (thread == 0) bulk.begin();
   } else {
     place_thread();
     const auto copies_of = [&](int columns) {
@@ -317,9 +318,7 @@ __global__ void __launch_bounds__(kGradWeightRowsThreads, 1)
   for (int k = thread; k < count; k += tiling.threads) {
     const int channel = k / (kTaps + 1), tap = k % (kTaps + 1);
     const float* const of_lane = shared + (tap * kVector + channel % kVector) * pitch + channel / kVector;
-    float total = of_lane[0];
-#pragma unroll 4
-    for (int t = 1; t < tiles; ++t) total += of_lane[t * tiling.lanes];
+    const float total = sum_in_chains(of_lane, tiles, tiling.lanes);
     store_sum<Traits>(args, split, first_channel + channel, tap, total);
     finite = finite && isfinite(total);
   }
@@ -348,16 +347,8 @@ int launch_grad_weight_rows_nhwc(const GradWeightArgs& args, int, cudaStream_t s
   const DeviceLimits& device = device_limits();
   const auto in_bulk = grad_weight_rows_nhwc_kernel<Traits, true>,
              by_threads = grad_weight_rows_nhwc_kernel<Traits, false>;
-  const GradWeightRowsSizes sizes{static_cast<int>(sizeof(typename Traits::T)),
-                                  static_cast<int>(args.out_c),
-                                  args.h,
-                                  args.out_h,
-                                  args.out_w,
-                                  args.padding_h,
-                                  args.n,
-                                  BulkCopies::are_code_of(in_bulk)};
-  GradWeightRowsTiling tiling =
-      grad_weight_rows_tiling(Traits::kShape, sizes, args.splits, device.shared_bytes, device.shared_bytes_block);
+  GradWeightRowsTiling tiling = grad_weight_rows_tiling(
+      Traits::kShape, args, args.splits, {device.shared_bytes, device.shared_bytes_block, has_bulk_copies(in_bulk)});
   if (tiling.threads == 0) return cudaErrorInvalidValue;
   const int unit_splits = args.splits / tiling.parts, new_rows = tiling.tiles_h * Traits::kRows * Traits::kStrideH;
   tiling.share = tiling.units / unit_splits, tiling.more = tiling.units % unit_splits;

@@ -1,7 +1,7 @@
 // Streaming grad of weight and bias, channels_last.
 //
-// Serves  kernels whose sums fit registers (up to 49 taps), strides 1 and 2, any padding; fp32, fp16, bf16; channels a
-//         multiple of 16 bytes.
+// Serves  kernels whose sums fit registers (up to 49 taps), strides 1 and 2, any padding; fp32, fp16, bf16; aligned
+//         tensors, channels a multiple of 16 bytes, multiplier 1.
 // Owns    a block: kChannels channels and a share of the items (an item: some images, a strip of rows and a tile of
 //         columns of grad_output; neighbouring items at the same time as its neighbours, so that L2 still holds the
 //         columns that both read: 3x7, 32x128x128x256, fp16, H100: 0.53 GB from DRAM, one after the other 0.57). A
@@ -310,8 +310,7 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
       const int channel = first_channel + of_lane * kVector + of % kVector;
       if (channel >= out_c) continue;
       const float* const first = shared + of * num_threads + of_lane;
-      float total = first[0];
-      for (int of_tile = 1; of_tile < tiles; ++of_tile) total += first[of_tile * kLanes];
+      const float total = sum_in_chains(first, tiles, kLanes);
       store_sum<Traits>(args, blockIdx.y, channel, first_tap + of / kVector, total);
       finite = finite && isfinite(total);
     }

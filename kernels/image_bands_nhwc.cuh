@@ -18,6 +18,7 @@
 // Chosen  select.h.
 #pragma once
 
+#include "cache_policy.cuh"
 #include "images.cuh"
 
 namespace depthwise {
@@ -114,12 +115,12 @@ struct LoadedBands {
   PixelPair pixels[Pairs::kSteps];
 
   // Plain loads, which come before a barrier that comes after them; zeros beyond the image.
-  __device__ __forceinline__ LoadedBands(const Pairs& pairs, const T* input) {
+  __device__ __forceinline__ LoadedBands(const Pairs& pairs, const T* input, CachePolicy policy) {
     pairs.for_each([&](int k, unsigned global, int, bool exists) {
       pixels[k].left = pixels[k].right = uint4{};
-      if (exists) pixels[k].left = *reinterpret_cast<const uint4*>(input + global);
+      if (exists) pixels[k].left = policy.load_in_order(reinterpret_cast<const uint4*>(input + global));
       if (exists && (Traits::kWidth % 2 == 0 || pairs.column + 1 < Traits::kWidth))
-        pixels[k].right = *reinterpret_cast<const uint4*>(input + global + pairs.all_channels);
+        pixels[k].right = policy.load_in_order(reinterpret_cast<const uint4*>(input + global + pairs.all_channels));
     });
   }
   __device__ __forceinline__ void store(const Pairs& pairs, T* room) const {
@@ -197,7 +198,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   using Pairs = typename LoadedBands<Traits>::Pairs;
   static_assert(Traits::kRounds == 2 && Traits::kWarps == kGranule);
   const Pairs pairs(block);
-  const LoadedBands<Traits> pixels(pairs, pairs.first(static_cast<const T*>(args.input), block));
+  const LoadedBands<Traits> pixels(pairs, pairs.first(static_cast<const T*>(args.input), block), CachePolicy(args));
   __syncwarp();
   const int channel = ptx::opaque(block.channel + warp);  // what follows from it is computed when pixels are under way
   const Taps<Traits> taps[Traits::kRounds] = {
@@ -242,9 +243,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 template <class Traits>
 int launch_image_bands_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
   static_assert(Traits::kBytes <= 48 << 10);
+  const DirectArgs evicting = with_policy(args, sizeof(typename Traits::T));
   const dim3 blocks(static_cast<unsigned>(divide_up<int64_t>(args.out_c, Traits::kChannels)),
                     static_cast<unsigned>(divide_up<int64_t>(args.n, Traits::kImages)));
-  image_bands_nhwc_kernel<Traits><<<blocks, Traits::kThreads, Traits::kBytes, stream>>>(args);
+  image_bands_nhwc_kernel<Traits><<<blocks, Traits::kThreads, Traits::kBytes, stream>>>(evicting);
   return cudaGetLastError();
 }
 

@@ -80,16 +80,15 @@ struct Taps {
     const int next_row = Traits::kShifts > 1 ? lane / Traits::kRowLanes : 0;
     const int row = (Traits::kFirstShift + args.padding_h) / Traits::kShiftStep + next_row;
     const int first = row * args.kernel_w + (exists ? column : 0);
-    const T* from = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * size +
-                    (args.flip ? size - 1 - first : first);
+    const auto* from = filters_of<Traits>(args, channel, size) + (args.flip ? size - 1 - first : first);
     const int step = args.flip ? -args.kernel_w : args.kernel_w;
-    bias = args.bias ? static_cast<const T*>(args.bias)[channel] : T{};
+    bias = args.bias ? round_to<T>(static_cast<const weight_t<Traits>*>(args.bias)[channel]) : T{};
     unsigned short tap[2 * kRegisters];
 #pragma unroll
     for (int k = 0; k < Traits::kShifts; k += Traits::kNarrow ? 2 : 1) {
       // The last of an odd number of rows has no next.
       if (Traits::kNarrow && k + 1 == Traits::kShifts && next_row != 0) from -= step;
-      tap[k] = from->bits;
+      tap[k] = round_to<T>(*from).bits;
       from += Traits::kNarrow ? 2 * step : step;
     }
 #pragma unroll

@@ -24,6 +24,7 @@ namespace depthwise {
 template <int kKernelW_, int kPaddingW_, int kWidth_, int kRows_, int kKernelH_, int kPaddingH_, int kHeight_,
           bool kChannelsLast_>
 struct ImagesFmaTraits {
+  using T = float;
   static constexpr int kKernelW = kKernelW_, kPaddingW = kPaddingW_, kWidth = kWidth_, kRows = kRows_;
   static constexpr int kKernelH = kKernelH_, kPaddingH = kPaddingH_, kHeight = kHeight_;
   static constexpr bool kChannelsLast = kChannelsLast_, kWholePlane = kHeight > 0;

@@ -296,10 +296,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
           out += kAtOnce * args.kernel_w;
         });
       };
-      if (args.grad_weight != nullptr)
-        store_rows(static_cast<T*>(args.grad_weight) + first);
-      else
+      if (args.grad_weight == nullptr)
         store_rows(args.partial + blockIdx.y * args.out_c * taps + first);
+      else if (args.float_weight)
+        store_rows(static_cast<float*>(args.grad_weight) + first);
+      else
+        store_rows(static_cast<T*>(args.grad_weight) + first);
       __syncwarp();
     }
     if constexpr (Traits::kOverlays && Traits::kMaxRounds > 1) __syncthreads();

@@ -1,4 +1,5 @@
-// What one thread computes in the NCHW kernels: kColumns x kRows neighbouring outputs of one plane, in fp32 registers.
+// What the NCHW kernels that keep their filter in registers share: rows of a thread's window, and how it rolls down the rows
+// of its outputs; runs of what they store.
 #pragma once
 
 #include "direct.cuh"
@@ -111,10 +112,10 @@ struct SharedMemory {
 template <class Traits>
 __device__ __forceinline__ void load_filter(float (&weight)[Traits::kTaps], const DirectArgs& args, unsigned channel) {
   using T = typename Traits::T;
-  const T* filter = static_cast<const T*>(args.weight) + channel * Traits::kTaps;
+  const auto* const filter = filters_of<Traits>(args, channel, Traits::kTaps);
   float straight[Traits::kTaps];
 #pragma unroll
-  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = load(filter + tap);
+  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = load_weight<T>(filter + tap);
 #pragma unroll
   for (int tap = 0; tap < Traits::kTaps; ++tap)
     weight[tap] = args.flip ? straight[Traits::kTaps - 1 - tap] : straight[tap];
@@ -153,9 +154,10 @@ struct RollingColumns : RollingShape<Traits> {
   using Shape = RollingShape<Traits>;
   using Row = NchwRow<Traits, kColumns, kVector>;
 
-  // Blocks of kStreamThreads that a multiprocessor's registers hold without spills, with 40 for addresses; 0 leaves the
-  // fewest registers to the compiler.
-  static constexpr int kRegisters = Traits::kTaps + Shape::kLiveRows * kColumns + Row::kWindow + 40;
+  // Blocks of kStreamThreads that a multiprocessor's registers hold without spills, with 40 for addresses, and 4 more where
+  // weights are rounded; 0 leaves the fewest registers to the compiler.
+  static constexpr int kRegisters =
+      Traits::kTaps + Shape::kLiveRows * kColumns + Row::kWindow + (sizeof(weight_t<Traits>) > sizeof(T) ? 44 : 40);
   static constexpr int kBlocks = kRegisters <= rolling_registers_by_compiler() ? 0 : kRegisters <= 128 ? 2 : 1;
 
   float weight[Traits::kTaps];
@@ -164,7 +166,7 @@ struct RollingColumns : RollingShape<Traits> {
 
   __device__ __forceinline__ void load_channel(const DirectArgs& args, unsigned channel) {
     load_filter<Traits>(weight, args, channel);
-    bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+    bias = bias_of<Traits>(args, channel);
   }
 
   // load_row(window, r) reads input row r of the stage; store(o, sums) takes output row o, counted from the one whose

@@ -51,12 +51,21 @@ DType to_dtype(const Tensor& tensor) {
   throw std::runtime_error("depthwise_inline: expected a float32, float16, bfloat16 or float64 tensor");
 }
 
-void check_tensor(const Tensor& tensor, const char* name, int64_t dim, const Tensor& like) {
+void check_tensor(const Tensor& tensor, const char* name, int64_t dim, const Tensor& like, ScalarType dtype) {
   check(tensor.is_cuda(), "expected ", name, " on a CUDA device");
   check(tensor.layout() == torch::headeronly::Layout::Strided, "expected a dense ", name);
   check(tensor.dim() == dim, "expected ", name, " of ", dim, " dimensions, got ", tensor.dim());
-  check(tensor.scalar_type() == like.scalar_type(), name, " has another dtype");
+  check(tensor.scalar_type() == dtype, name, " has another dtype");
   check(tensor.get_device_index() == like.get_device_index(), name, " is on another device");
+}
+void check_tensor(const Tensor& tensor, const char* name, int64_t dim, const Tensor& like) {
+  check_tensor(tensor, name, dim, like, like.scalar_type());
+}
+
+// Which dtype weight and bias may have beside other tensors: theirs, or float32 beside 16 bits (weights.cuh).
+ScalarType weight_dtype(const Tensor& weight, const Tensor& like) {
+  const ScalarType dtype = like.scalar_type(), own = weight.scalar_type();
+  return own == ScalarType::Float && dtype != ScalarType::Double ? own : dtype;
 }
 
 // at::Tensor::suggest_memory_format() == channels_last, for four dimensions: sizes of 1 are ambiguous and count as
@@ -192,12 +201,12 @@ Layout layout_of(bool channels_last) { return channels_last ? Layout::kNhwc : La
 Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    const Geometry& geometry) {
   check_tensor(input, "input", 4, input);
-  check_tensor(weight, "weight", 4, input);
+  check_tensor(weight, "weight", 4, input, weight_dtype(weight, input));
   const auto in = input.sizes();
   const auto filter = weight.sizes();
   check(filter[1] == 1, "expected weight of one channel a filter, got ", filter[1]);
   if (bias) {
-    check_tensor(*bias, "bias", 1, input);
+    check_tensor(*bias, "bias", 1, weight);
     check(bias->size(0) == filter[0], "expected bias of ", filter[0], " elements, got ", bias->size(0));
   }
   const Layout layout = layout_of(wants_channels_last(input, weight));
@@ -211,6 +220,7 @@ Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optiona
   const Tensor x = to_dense(input, layout), filters = to_contiguous(weight);
   const std::optional<Tensor> b = bias ? std::optional(to_contiguous(*bias)) : std::nullopt;
   problem.aligned = is_aligned(x) && is_aligned(filters) && is_aligned(out) && (!b || is_aligned(*b));
+  problem.float_weight = weight.scalar_type() != input.scalar_type();
   launch_forward(problem, x.data_ptr(), filters.data_ptr(), b ? b->data_ptr() : nullptr, out.data_ptr(),
                  current_stream(device));
   return out;
@@ -219,7 +229,7 @@ Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optiona
 Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, int64_t h, int64_t w, const Geometry& geometry,
                       bool channels_last, int64_t multiplier) {
   check_tensor(grad_output, "grad_output", 4, grad_output);
-  check_tensor(weight, "weight", 4, grad_output);
+  check_tensor(weight, "weight", 4, grad_output, weight_dtype(weight, grad_output));
   const auto grad = grad_output.sizes();
   const auto filter = weight.sizes();
   check(filter[1] == 1 && multiplier > 0 && filter[0] % multiplier == 0,
@@ -235,12 +245,15 @@ Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, int64_t h
 
   const Tensor g = to_dense(grad_output, layout), filters = to_contiguous(weight);
   problem.aligned = is_aligned(g) && is_aligned(filters) && is_aligned(grad_input);
+  problem.float_weight = weight.scalar_type() != grad_output.scalar_type();
   launch_grad_input(problem, g.data_ptr(), filters.data_ptr(), grad_input.data_ptr(), current_stream(device));
   return grad_input;
 }
 
+// The gradients are of float32 where `float_weight` says that weight and bias are, else of the tensors' dtype.
 std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tensor& input, int64_t kernel_h,
-                                           int64_t kernel_w, const Geometry& geometry, bool channels_last, bool bias) {
+                                           int64_t kernel_w, const Geometry& geometry, bool channels_last, bool bias,
+                                           bool float_weight) {
   check_tensor(grad_output, "grad_output", 4, grad_output);
   check_tensor(input, "input", 4, grad_output);
   const auto in = input.sizes();
@@ -250,10 +263,11 @@ std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tens
   check_grad_output(problem, grad_output);
   const int32_t device = grad_output.get_device_index();
   const DeviceScope scope(device);
-  const int32_t dtype = dtype_code(input);
+  problem.float_weight = float_weight;
+  const int32_t dtype = float_weight ? aoti_torch_dtype_float32() : dtype_code(input);
   Tensor grad_weight = empty_strided({problem.out_c, 1, kernel_h, kernel_w},
                                      {kernel_h * kernel_w, kernel_h * kernel_w, kernel_w, 1}, dtype, device);
-  Tensor grad_bias = empty_strided({bias ? problem.out_c : 0}, {1}, dtype, device);
+  Tensor grad_bias = bias ? empty_strided({problem.out_c}, {1}, dtype, device) : Tensor();
 
   const Tensor g = to_dense(grad_output, layout), x = to_dense(input, layout);
   problem.aligned = is_aligned(g) && is_aligned(x);
@@ -265,14 +279,23 @@ std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tens
 
 // Boxed by TORCH_BOX for torch.ops.depthwise_inline.
 
+// Under autocast, weight and bias may be float32.
+Tensor forward_no_autograd(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, int64_t stride_h,
+                           int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h,
+                           int64_t dilation_w) {
+  return run_forward(input, weight, bias, {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
+}
+
 Tensor forward(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, int64_t stride_h,
                int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
-  return run_forward(input, weight, bias, {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w});
+  check_tensor(weight, "weight", 4, input);
+  return forward_no_autograd(input, weight, bias, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w);
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, int64_t height, int64_t width, int64_t stride_h,
                   int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                   bool channels_last, int64_t multiplier) {
+  check_tensor(weight, "weight", 4, grad_output);
   return run_grad_input(grad_output, weight, height, width,
                         {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, channels_last, multiplier);
 }
@@ -281,11 +304,15 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
                                        int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t padding_h,
                                        int64_t padding_w, int64_t dilation_h, int64_t dilation_w, bool channels_last,
                                        bool bias) {
-  return run_grad_weight(grad_output, input, kernel_h, kernel_w,
-                         {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, channels_last, bias);
+  auto grads = run_grad_weight(grad_output, input, kernel_h, kernel_w,
+                               {stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w}, channels_last, bias,
+                               /*float_weight=*/false);
+  if (!bias) std::get<1>(grads) = empty_strided({0}, {1}, dtype_code(input), input.get_device_index());
+  return grads;
 }
 
-// ATen's extension point for backends. PyTorch gives it autograd in C++ but no CUDA kernel; these are ours.
+// ATen's extension point for backends. PyTorch gives it autograd in C++ but no CUDA kernel; these are ours. Weight and
+// bias may be float32 beside 16-bit tensors, and so are their gradients then.
 
 using Ints = std::vector<int64_t>;
 
@@ -315,14 +342,51 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
     grad_input = run_grad_input(grad_output, weight, input.size(2), input.size(3), geometry, channels_last,
                                 weight.size(0) / input.size(1));
   if (output_mask[1]) {
-    auto [of_weight, of_bias] =
-        run_grad_weight(grad_output, input, weight.size(2), weight.size(3), geometry, channels_last, output_mask[2]);
-    grad_weight = of_weight;
-    if (output_mask[2]) grad_bias = of_bias;
+    std::tie(grad_weight, grad_bias) =
+        run_grad_weight(grad_output, input, weight.size(2), weight.size(3), geometry, channels_last, output_mask[2],
+                        weight.scalar_type() != input.scalar_type());
   } else if (output_mask[2]) {
     const std::array<int64_t, 3> dims{0, 2, 3};
     grad_bias = torch::stable::sum(grad_output, torch::headeronly::IntHeaderOnlyArrayRef(dims.data(), dims.size()));
   }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+template <class... Arguments>
+auto call(const char* name, const char* overload, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
+// Its own gradients, where they are asked for, come from the differentiable operators, which want one dtype: PyTorch's
+// formula would convolve with float32 weights beside 16-bit tensors, which its convolutions refuse.
+std::tuple<Tensor, Tensor, Tensor> convolution_backward_autograd(const Tensor& grad_output, const Tensor& input,
+                                                                 const Tensor& weight, Ints stride, Ints padding,
+                                                                 Ints dilation, bool transposed, Ints output_padding,
+                                                                 int64_t groups, std::vector<bool> output_mask) {
+  if (!aoti_torch_grad_mode_is_enabled())
+    return convolution_backward(grad_output, input, weight, stride, padding, dilation, transposed, output_padding,
+                                groups, output_mask);
+  const Geometry g = geometry_of(stride, padding, dilation);
+  const bool channels_last = wants_channels_last(input, weight);
+  const auto to_tensor = [](StableIValue value) { return torch::stable::detail::to<Tensor>(value); };
+  Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) {
+    const Tensor filters = torch::stable::to(weight, input.scalar_type());
+    grad_input = to_tensor(call("depthwise_inline::grad_input", "", grad_output, filters, input.size(2), input.size(3),
+                                g.stride_h, g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w,
+                                channels_last, weight.size(0) / input.size(1))[0]);
+  }
+  if (output_mask[1] || output_mask[2]) {
+    const auto both =
+        call("depthwise_inline::grad_weight", "", grad_output, input, weight.size(2), weight.size(3), g.stride_h,
+             g.stride_w, g.padding_h, g.padding_w, g.dilation_h, g.dilation_w, channels_last, bool{output_mask[2]});
+    grad_weight = torch::stable::to(to_tensor(both[0]), weight.scalar_type());
+    grad_bias = torch::stable::to(to_tensor(both[1]), weight.scalar_type());
+  }
+  if (!output_mask[1]) grad_weight = Tensor();
+  if (!output_mask[2]) grad_bias = Tensor();
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -331,7 +395,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
 
 STABLE_TORCH_LIBRARY_IMPL(depthwise_inline, CUDA, m) {
   m.impl("forward", TORCH_BOX(&depthwise::forward));
-  m.impl("forward_no_autograd", TORCH_BOX(&depthwise::forward));
+  m.impl("forward_no_autograd", TORCH_BOX(&depthwise::forward_no_autograd));
   m.impl("grad_input", TORCH_BOX(&depthwise::grad_input));
   m.impl("grad_weight", TORCH_BOX(&depthwise::grad_weight));
 }
@@ -339,6 +403,10 @@ STABLE_TORCH_LIBRARY_IMPL(depthwise_inline, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("convolution_overrideable", TORCH_BOX(&depthwise::convolution));
   m.impl("convolution_backward_overrideable", TORCH_BOX(&depthwise::convolution_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(aten, AutogradCUDA, m) {
+  m.impl("convolution_backward_overrideable", TORCH_BOX(&depthwise::convolution_backward_autograd));
 }
 
 // What depthwise_inline.py reaches through ctypes.
@@ -351,13 +419,15 @@ bool copy_text(const std::string& text, char* buffer, int capacity) {
   return true;
 }
 
-// sizes: n, c, multiplier, h, w, then kernel, stride, padding, dilation as pairs, then whether tensors are aligned.
+// sizes: n, c, multiplier, h, w, then kernel, stride, padding, dilation as pairs, then whether tensors are aligned,
+// and whether weight and bias are float32 beside 16-bit tensors.
 depthwise::Problem problem_from(int direction, int dtype, int layout, const int64_t* sizes) {
   depthwise::Problem p = depthwise::make_problem(
       static_cast<depthwise::Direction>(direction), static_cast<depthwise::DType>(dtype),
       static_cast<depthwise::Layout>(layout), sizes[0], sizes[1], sizes[1] * sizes[2], sizes[3], sizes[4], sizes[5],
       sizes[6], {sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12]});
   p.aligned = sizes[13] != 0;
+  p.float_weight = sizes[14] != 0 && depthwise::element_size(p.dtype) == 2;
   return p;
 }
 

@@ -1,5 +1,6 @@
-// The plain structs every room shares: what is asked (Problem), how it is cut (Tile).
-// No CUDA and no torch in this header.
+// The plain structs that checks, selection, launches and kernels share: what is asked (Problem), how it is cut (Tile), what
+// a kernel is given (DirectArgs, GradWeightArgs); and functions of sizes that several of them need. No CUDA and no torch in
+// this header.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ struct Problem {
   Layout layout;
   int64_t n, c, multiplier, out_c, h, w, out_h, out_w;  // out_c = c * multiplier
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  bool aligned;  // every tensor starts on a 16-byte boundary
+  bool aligned;               // every tensor starts on a 16-byte boundary
+  bool float_weight = false;  // weight, bias and their gradients are float32 beside 16-bit tensors
 };
 
 // What one thread computes, and how it reads. NCHW: `columns` x `rows` outputs of one plane, `vector` elements a load.
@@ -65,6 +67,7 @@ struct DirectArgs {
   int multiplier, h, w, out_h, out_w, padding_h, padding_w;
   int kernel_h, kernel_w, stride_h, dilation_h, dilation_w;  // for kernels that are not compiled for theirs
   bool flip;
+  bool evict_first;  // a CachePolicy
 };
 
 // The sizes of a problem; the rest is left to the launch.
@@ -156,7 +159,26 @@ struct GradWeightArgs {
   int rows;                // of grad_output that a thread of a marching kernel takes
   int kernel_h, kernel_w;  // for kernels that are not compiled for theirs
   bool evict_first;        // a CachePolicy
+  bool float_weight;       // grad_weight and grad_bias are float32, whatever the other tensors are
 };
+
+// The sizes of a problem; the rest is left to the launch.
+inline GradWeightArgs grad_weight_args(const Problem& p) {
+  GradWeightArgs args{};
+  args.n = p.n;
+  args.out_c = p.out_c;
+  args.multiplier = static_cast<int>(p.multiplier);
+  args.h = static_cast<int>(p.h);
+  args.w = static_cast<int>(p.w);
+  args.out_h = static_cast<int>(p.out_h);
+  args.out_w = static_cast<int>(p.out_w);
+  args.padding_h = static_cast<int>(p.padding_h);
+  args.padding_w = static_cast<int>(p.padding_w);
+  args.kernel_h = static_cast<int>(p.kernel_h);
+  args.kernel_w = static_cast<int>(p.kernel_w);
+  args.float_weight = p.float_weight;
+  return args;
+}
 
 // blocked: rows of outputs a thread. More share a window of many columns (32x256x28x28, 29x29, H200: 0.339 ms with six,
 // 0.364 with four; 32x512x14x14, 27x27: 0.146 and 0.129), as long as registers hold both.

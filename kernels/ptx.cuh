@@ -122,6 +122,16 @@ __device__ __forceinline__ uint4 load(const uint4* from, uint64_t policy) {
   return word;
 }
 
+// Likewise, before whatever touches memory after it.
+__device__ __forceinline__ uint4 load_in_order(const uint4* from, uint64_t policy) {
+  uint4 word;
+  asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "l"(from), "l"(policy)
+               : "memory");
+  return word;
+}
+
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.
 // Copies of 16 bytes go past L1, unless somebody else reads the line.
 template <int kBytes, bool kThroughL1 = kBytes != 16>
@@ -200,11 +210,11 @@ __device__ __forceinline__ void wait_for_barrier(unsigned barrier, unsigned pari
       : "memory");
 }
 
-// Programmatic dependent launch (sm_90): the kernel that was launched to depend on this one may begin; what this one
-// depends on has ended.
 // The 128 bytes around an address, to the L2 cache.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
+// Programmatic dependent launch (sm_90): the kernel that was launched to depend on this one may begin; what this one
+// depends on has ended.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

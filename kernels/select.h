@@ -288,6 +288,8 @@ inline Config select_stream_nhwc(const Problem& p) {
   const bool is_tall = p.h >= 96 && p.out_h >= 96 && p.kernel_h == 3 && (p.kernel_w <= 3 || p.kernel_w >= 7);
   const bool is_dense = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
   if (!wide && is_tall && is_dense && padded(128) <= padded(channels)) channels = 128;
+  // Of 144 channels, 56x56, fp32 / fp16, H100: 0.0495 / 0.0308, blocks of 32 channels 0.0516 / 0.0323.
+  if (is_dense && p.kernel_h == 3 && p.kernel_w == 3 && padded(48) < padded(channels)) channels = 48;
   if (p.kernel_h * p.kernel_w > k5x5 || p.c <= 8)
     channels = 8;
   else if (p.c <= 16)

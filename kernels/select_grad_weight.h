@@ -66,9 +66,10 @@ inline Config select_marching_nchw(const Problem& p) {
   const Kernel kernel = Kernel::kGradWeightNchw;
   const TileTable table = tile_table(kernel, p.dtype);
   const bool wide = p.dtype == DType::kFloat32;
-  // Rows to come wait in shared memory where there is much to do for each, fp32 (5x5, 240x28x28: 0.028, in registers 0.035;
-  // 7x7, 96x56x56: 0.044, 0.068; not 3x3, 144x56x56: 0.055, 0.049), or where they are long, fp16 (3x3 at stride 2,
-  // 96x112x112: 0.043, 0.046; dilation 12, 8x256x64x64: 0.0216, 0.0225; not 144x56x56: 0.043, 0.030).
+  // Rows to come wait in shared memory where there is much to do for each, fp32 (7x7, 96x56x56: 0.044, in registers 0.068),
+  // or where they are long, fp16 (dilation 12, 8x256x64x64: 0.0216, 0.0225). Measured on shapes that planes serve now, and
+  // held to where they cannot: 5x5, 240x28x28, fp32: 0.028, 0.035, but 3x3, 144x56x56: 0.055, 0.049; fp16: 3x3 at stride 2,
+  // 96x112x112: 0.043, 0.046, but at stride 1, 144x56x56: 0.043, 0.030.
   const bool queued = wide ? p.kernel_h * p.kernel_w >= k5x5 : p.stride_w > 1 || p.dilation_w > 1;
   if (queued)
     for (int tile = 0; tile < table.size; ++tile)

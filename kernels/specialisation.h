@@ -26,6 +26,7 @@ struct Specialisation {
   int tile;              // of a kernel that is compiled tile by tile, else 0
   int channels_last;     // toeplitz, blocked, images_fma
   int sums_parts;        // blocked
+  int float_weight;      // forward and grad of input: weight and bias are float32 beside 16-bit tensors
   ImageShape image;      // images and image_bands, which take the kernel's width at run time
   Band band;             // toeplitz and band_images, which take the kernel's size at run time
 
@@ -38,6 +39,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   s.kernel = kernel;
   s.dtype = p.dtype;
   s.stride_w = static_cast<int>(p.stride_w);
+  s.float_weight = p.float_weight && p.direction != Direction::kGradWeight;
   if (kernel == Kernel::kToeplitz || kernel == Kernel::kBlocked) s.channels_last = p.layout == Layout::kNhwc;
   if (kernel == Kernel::kBlocked) s.sums_parts = blocked_sums_parts(p);
   if (kernel == Kernel::kToeplitz) {
@@ -148,7 +150,7 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   return s;
 }
 
-inline std::string specialisation_name(const Specialisation& s) {
+inline std::string name_of_size(const Specialisation& s) {
   char name[128];
   if (s.kernel == Kernel::kBlocked) {
     std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_c%d_r%d_t%d%s",
@@ -158,9 +160,10 @@ inline std::string specialisation_name(const Specialisation& s) {
     return name;
   }
   if (s.kernel == Kernel::kToeplitz) {
-    std::snprintf(name, sizeof(name), "toeplitz_%s_%s_b%d_s%d_o%s%d_i%d_t%d", s.channels_last ? "nhwc" : "nchw",
+    std::snprintf(name, sizeof(name), "toeplitz_%s_%s_b%d_s%d_o%s%d_i%d_t%dx%d", s.channels_last ? "nhwc" : "nchw",
                   dtype_name(s.dtype), s.band.chunks, s.stride_w, s.band.origin < 0 ? "m" : "",
-                  s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w);
+                  s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w,
+                  s.band.tiles_h);
     return name;
   }
   if (s.kernel == Kernel::kBandImages) {
@@ -211,6 +214,10 @@ inline std::string specialisation_name(const Specialisation& s) {
   if (s.kernel == Kernel::kToeplitzGradWeight) full += "_w" + std::to_string(s.width);
   if (is_compiled_by_tile(s.kernel)) full += std::string("_") + tile_table(s.kernel, s.dtype)[s.tile].name;
   return full;
+}
+
+inline std::string specialisation_name(const Specialisation& s) {
+  return name_of_size(s) + (s.float_weight ? "_float_weight" : "");
 }
 
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.
@@ -339,7 +346,8 @@ inline std::string specialisation_source(const Specialisation& s) {
                   tile_table(s.kernel, s.dtype)[s.tile].rows, s.kernel == Kernel::kStripsNhwc ? "true" : "false");
     traits = std::string("StripsTraits<") + arguments;
   }
-  traits += ">";
+  traits = "depthwise::" + traits + ">";
+  if (s.float_weight) traits = "depthwise::WithFloatWeight<" + traits + ">";
   const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
   if (is_direct_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns);
   if (s.kernel == Kernel::kDirectNchw) traits += ", " + std::to_string(tile.rows);
@@ -348,7 +356,7 @@ inline std::string specialisation_source(const Specialisation& s) {
   const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +
          "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +
-         "  return depthwise::launch_" + kernel + "<depthwise::" + traits + ">(*static_cast<const " + args +
+         "  return depthwise::launch_" + kernel + "<" + traits + ">(*static_cast<const " + args +
          "*>(args), tile, static_cast<cudaStream_t>(stream));\n}\n";
 }
 

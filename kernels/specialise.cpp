@@ -1,4 +1,4 @@
-// The table of launchers, and what each thread remembers of it: selection and lookup are on every call's path.
+// The table of launchers, and what each thread remembers of it: selection, plan and lookup are on every call's path.
 #include "specialise.h"
 
 #include <array>
@@ -46,14 +46,14 @@ constexpr size_t kFirstSize = offsetof(Problem, n), kSizes = offsetof(Problem, a
 
 bool same(const Problem& a, const Problem& b) {
   return a.direction == b.direction && a.dtype == b.dtype && a.layout == b.layout && a.aligned == b.aligned &&
-         std::memcmp(&a.n, &b.n, kSizes) == 0;
+         a.float_weight == b.float_weight && std::memcmp(&a.n, &b.n, kSizes) == 0;
 }
 
 size_t slot_of(const Problem& p, size_t slots) {
   int64_t sizes[kSizes / sizeof(int64_t)];
   std::memcpy(sizes, &p.n, kSizes);
   uint64_t hash = static_cast<uint64_t>(p.direction) * 16 + static_cast<uint64_t>(p.dtype) * 4 +
-                  static_cast<uint64_t>(p.layout) * 2 + p.aligned;
+                  static_cast<uint64_t>(p.layout) * 2 + p.aligned + p.float_weight * 64;
   for (const int64_t size : sizes) hash = (hash ^ static_cast<uint64_t>(size)) * 0x9e3779b97f4a7c15u;
   return (hash >> 32) % slots;
 }
@@ -77,7 +77,9 @@ Choice choose(const Problem& problem, int refusal) {
 
   const Config config = config_for(problem, refusal);
   const bool general = config.kernel == Kernel::kGeneral;
-  const Choice choice{config, general ? nullptr : find_launcher(specialisation_of(problem, config))};
+  const Choice choice{
+      config, general ? nullptr : find_launcher(specialisation_of(problem, config)),
+      problem.direction == Direction::kGradWeight ? grad_weight_plan(problem, config) : GradWeightPlan{}};
   remembered = {problem, frugal, choice, now};
   return choice;
 }

@@ -183,10 +183,10 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   T* const filters = ring + (plan.depth - 1) * stage_elements;
   {
     constexpr int kWord = 16 / static_cast<int>(sizeof(T));
-    const T* const source = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
+    const auto* const source = filters_of<Traits>(args, first_channel, kTaps);
     const int elements = min(Shared::kChannels, static_cast<int>(args.out_c) - first_channel) * kTaps;
     for (int k = thread * kWord; k < elements; k += static_cast<int>(blockDim.y) * kLanes * kWord)
-      copy_async<16>(filters + k, source + k);
+      copy_weights<T, kWord>(filters + k, source + k);
     commit_copies();
   }
   for (int stage = 0; stage < plan.depth - 1; ++stage) request(stage < stages);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   __syncthreads();
   if (computes)
     load_filters_shared<Traits>(weight, filters + threadIdx.x * kVector * kTaps, args.flip != upwards, args.flip);
-  if (computes && args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
+  if (computes) bias = load_biases<Traits, kVector>(args, channel);
 
   // The first pixel that the thread stores, of the row that is complete next.
   const int store_column = column + (Shared::kExchanges ? threadIdx.x : 0);
@@ -310,10 +310,11 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   // 0.202; fp32 0.396, 0.383). Fewer where shared memory is small.
   constexpr bool kIsShort = sizeof(typename Traits::T) == 2;
   constexpr bool kSmallBlocks = kVector >= (kIsShort ? 2 : 4) && Traits::kStrideW == 1 && kLanes <= 32;
+  constexpr int kMostSmallBlocks = 4;  // also where there is room for more: longer strips instead
   const auto stage_bytes = [&] {
     return Shape::kStageRows * plan.in_columns * Shared::kChannels * static_cast<int>(sizeof(typename Traits::T));
   };
-  for (int blocks = kSmallBlocks ? 4 : 2; blocks > 0 && plan.depth < 2; blocks /= 2)
+  for (int blocks = kSmallBlocks ? kMostSmallBlocks : 2; blocks > 0 && plan.depth < 2; blocks /= 2)
     for (int most = min_int(512 / blocks, kStreamNhwcThreads) / kLanes; most > 0 && plan.depth < 2; most /= 2) {
       plan.tiles_w =
           divide_up(divide_up(all_tiles, divide_up(all_tiles, most)), Shared::kLeastTiles) * Shared::kLeastTiles;
@@ -326,7 +327,9 @@ StreamNhwcPlan plan_stream_nhwc(const DirectArgs& args, const DeviceLimits& limi
   // blocks than stages.
   constexpr bool kIsWide = Shared::kColumns > 4;
   const auto held = [&](int depth) {
-    return min_int(limits.shared_bytes / (depth * stage_bytes() + (1 << 10)), 512 / (kLanes * plan.tiles_w));
+    const int blocks =
+        min_int(limits.shared_bytes / (depth * stage_bytes() + (1 << 10)), 512 / (kLanes * plan.tiles_w));
+    return kSmallBlocks ? min_int(blocks, kMostSmallBlocks) : blocks;
   };
   for (int depth = plan.depth - 1; kIsWide && depth >= 2; --depth)
     if (held(depth) > held(plan.depth)) plan.depth = depth;

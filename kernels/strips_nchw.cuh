@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
   load_images(block.image, 0);
   load_strips_filters<Traits>(filter, args, plan, block.channel, 1);
   float bias[4];
-  load_bias(bias, args.bias ? load(static_cast<const T*>(args.bias) + block.channel) : 0.f);
+  load_bias(bias, bias_of<Traits>(args, block.channel));
   const unsigned address = ptx::opaque(strips_address<Traits>(tile, plan, first));
   unsigned* const place = stage_place<Traits>(stage, first);
   wait_for_all_copies();

@@ -71,11 +71,11 @@ struct StripsFilters {
       : channel(channel), channels(channels) {
     if constexpr (kAhead) {
       const int taps = Traits::kKernelH * args.kernel_w;
-      const T* const global = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
+      const auto* const global = filters_of<Traits>(args, channel, taps);
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
         const int k = threadIdx.x + u * Traits::kThreads;
-        value[u] = load_or_zero<1>(global + k, k < channels * taps).value[0];
+        value[u] = load_as<T>(global + k, k < channels * taps);
       }
     }
   }
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBoundBlocks)
 #pragma unroll 1
     for (int channel = ptx::opaque(threadIdx.x / 32); channel < channels; channel += Traits::kWarps) {
       float bias[4];
-      load_bias(bias, args.bias ? load(static_cast<const T*>(args.bias) + block.channel + channel) : 0.f);
+      load_bias(bias, bias_of<Traits>(args, block.channel, channel));
       const int chunk = channel_chunk(plan, channel);
       unsigned band[Traits::kKernelH][2], results[Traits::kRows][2];
       load_bands<Traits>(band, filters + channel * Traits::kFilterElements);

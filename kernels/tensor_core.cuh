@@ -50,17 +50,20 @@ __device__ __forceinline__ void start_sums(float (&sum)[kRows][kColumns][4], flo
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[a][b][e] = bias;
 }
-// Whether some are NaN.
-template <int kRows, int kColumns>
+// Whether some are NaN. One chain of additions is a wait of some hundred cycles; four take registers.
+template <int kChains = 1, int kRows, int kColumns>
 __device__ __forceinline__ bool has_nan(const float (&sum)[kRows][kColumns][4]) {
-  float probe = 0;
+  float probe[kChains] = {};
 #pragma unroll
   for (int a = 0; a < kRows; ++a)
 #pragma unroll
     for (int b = 0; b < kColumns; ++b)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) probe += sum[a][b][e];
-  return probe != probe;
+      for (int e = 0; e < 4; ++e) probe[e % kChains] += sum[a][b][e];
+  float all = 0;
+#pragma unroll
+  for (int k = 0; k < kChains; ++k) all += probe[k];
+  return all != all;
 }
 
 // What an architecture lacks (bf16 before sm_80): the product of K = 8 by shuffles and plain multiply-adds. A function,

@@ -92,13 +92,13 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
   commit_copies();
 
   // Load the filters, [channel][tap] in memory: kVector channels of a tap a thread.
-  const T* filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(first_channel) * kTaps;
+  const auto* const filters = filters_of<Traits>(args, first_channel, kTaps);
   const int num_lanes = min(kLanes, (static_cast<int>(args.out_c) - first_channel) / kVector);
   for (int k = thread; k < num_lanes * kTaps; k += num_threads) {
     const int lane = k / kTaps, tap = k % kTaps;
     Vector<float, kVector> weights;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) weights.value[e] = load(filters + (lane * kVector + e) * kTaps + tap);
+    for (int e = 0; e < kVector; ++e) weights.value[e] = load_weight<T>(filters + (lane * kVector + e) * kTaps + tap);
     const int place = lane * kLaneTaps + (args.flip ? kTaps - 1 - tap : tap);
     reinterpret_cast<Vector<float, kVector>*>(shared_weight)[place] = weights;
   }
@@ -124,8 +124,7 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
       for (int e = 0; e < kVector; ++e) weight[tap][e] = lane_weight[tap].value[e];
   }
 
-  Pixel bias{};
-  if (args.bias) bias = load_or_zero<kVector>(static_cast<const T*>(args.bias) + channel, true);
+  const Pixel bias = load_biases<Traits, kVector>(args, channel);
   float sum[kRows][kColumns][kVector];
 #pragma unroll
   for (int o = 0; o < kRows; ++o)

@@ -9,13 +9,17 @@
 // Serves  any kernel height, padding, dilation and stride of rows at run time; compile-time are the type, kChunks, the
 //         stride of columns, and where the image lies in the block's chunks (in wide images: nothing of it), so that a
 //         specialisation serves many kernels.
-// Owns    NCHW: a block computes a rectangle of outputs of one channel of one image, or of several small images.
-//         channels_last: toeplitz_nhwc.cuh. A warp holds kTilesH x 16 rows by kTilesW x 8 columns of outputs; its rows are
-//         counted through all images of the block, so that small images waste none.
+// Owns    NCHW: a block computes rows of outputs of one channel, counted through all images, so that small images waste
+//         none. channels_last: toeplitz_nhwc.cuh. A warp holds kTilesH x 16 rows by kTilesW x 8 columns of outputs. Where
+//         there are few tiles, several warps share one: each takes some of the kernel rows, and the first adds up the sums
+//         of all, in order, through shared memory. For a warp that has a partition to itself starts a product every 14
+//         cycles, two together one every 8 (H100).
 // Memory  per channel kernel_h * (8 * kChunks + 7 * stride - 1) words of weights, each a pair of neighbours as B wants
 //         it; the input rows inside the image in chunks of 16 bytes, an odd number a row (ldmatrix without bank
-//         conflicts), one row of zeros that stands for all rows outside. The outputs reuse the input's room. 31x31
-//         on four images of 56x56: 5.7 KB + 25.2 KB.
+//         conflicts), one row of zeros that stands for all rows outside; sums of shared tiles. The outputs reuse the
+//         input's room. 31x31 on four images of 56x56: 5.7 KB + 25.2 KB.
+// Small   problems take as long as the chain from a block's launch to its stores: nothing is divided before the first
+//         asynchronous copy, and what the copies leave out is set to zero while they are under way.
 // NaN     A zero of the band times an infinity or NaN gives NaN in outputs that do not see it. So where a block finds a
 //         NaN it computes those outputs again with plain multiply-adds over their own taps.
 // Chosen  select.h.
@@ -37,38 +41,36 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   extern __shared__ __align__(16) unsigned char shared_memory[];
   unsigned* pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* tile = reinterpret_cast<T*>(pairs + divide_up(args.kernel_h * Traits::kBand, 4) * 4);
-  const int tile_rows = block.images * block.in_rows;
-
-  for (int k = threadIdx.x; k <= (tile_rows + 1) * Traits::kPitch; k += Traits::kThreads)
-    reinterpret_cast<uint4*>(tile)[k] = uint4{};
-  __syncthreads();
-  const int image_pitch = block.in_rows * Traits::kPitch * kChunk;
-  switch (tiling.in_vector) {
-    case 8: load_nchw<8, Traits>(tile, args, block, image_pitch); break;
-    case 4: load_nchw<4, Traits>(tile, args, block, image_pitch); break;
-    case 2: load_nchw<2, Traits>(tile, args, block, image_pitch); break;
-    default: load_nchw<1, Traits>(tile, args, block, image_pitch);
-  }
+  const LoadedRows loaded{0, args.h, block.in_row, block.in_rows};
+  with_vector(tiling.in_vector, [&](auto vector) { load_nchw<vector.value, Traits>(tile, args, block, loaded, 0); });
   load_weights<Traits>(pairs, args, block);
-  wait_for_all_copies();
+  zero_beside(tile, block, block.in_rows, tiling.in_vector == 1);
 
   // Tiles are dealt to the warps from where those of the block before it on the same multiprocessor end, so that its
-  // partitions have as many.
-  const int block_tiles = divide_up(block.images * block.rows, kTileRows);
-  const unsigned tiles_before = blockIdx.x / static_cast<unsigned>(tiling.round) * block_tiles;
-  const int first = static_cast<int>((threadIdx.x / 32 - tiles_before) % Traits::kWarps);
-  const ToeplitzRows<Traits> rows(args, block, tile, ptx::shared_address(tile + tile_rows * Traits::kPitch * kChunk),
-                                  tiling.row_divider, block.images * block.rows, block.in_rows, first, Traits::kWarps);
+  // partitions have as many; a tile to several warps, if need be, which share its kernel rows.
+  const int part_bits = tiling.part_bits, parts = 1 << part_bits, step = Traits::kWarps >> part_bits;
+  const unsigned tiles_before = blockIdx.x / static_cast<unsigned>(tiling.round) * divide_up(tiling.rows, kTileRows)
+                                << part_bits;
+  const int warp = static_cast<int>((threadIdx.x / 32 - tiles_before) % Traits::kWarps);
+  const int first = warp >> part_bits, part = warp & (parts - 1);
+  ToeplitzRows<Traits> rows(args, block, tile, ptx::shared_address(tile + block.in_rows * Traits::kPitch * kChunk),
+                            tiling.row_divider, block.rows, args.h, first, step);
+  rows.take_part(part, tiling.part_divider);
   ToeplitzSums<Traits> sum;
-  start_sums(sum, args.bias ? load(static_cast<const T*>(args.bias) + block.channel) : 0.f);
+  start_sums(sum, part == 0 ? bias_of<Traits>(args, block.channel) : 0.f);
+  wait_for_all_copies();
   multiply_rows<Traits>(sum, rows, args, pairs);
+  if (parts > 1)
+    add_parts<Traits>(sum, reinterpret_cast<float4*>(tile) + (block.in_rows + 1) * Traits::kPitch + 1, rows.tiles,
+                      first, part, parts, tiling.held_tiles);
 
   // Stage the outputs where the input was.
-  const bool poisoned = __syncthreads_or(has_nan(sum));
+  const bool poisoned = __syncthreads_or(part == 0 && has_nan<4>(sum));
   const int lane = threadIdx.x % 32;
   const ToeplitzOutputs<Traits> stage(args, tiling, block);
+  const int staged_rows = part == 0 ? block.rows : 0;
   if (tiling.out_vector == kChunk) {
-    for_each_row<Traits>(sum, first, Traits::kWarps, block.images * block.rows, [&](int flat, auto&& pair) {
+    for_each_row<Traits>(sum, first, step, staged_rows, [&](int flat, auto&& pair) {
       T* to = tile + flat * Traits::kStagePitch * kChunk + 2 * (lane % 4);
 #pragma unroll
       for (int n = 0; n < Traits::kTilesW; ++n) *reinterpret_cast<unsigned*>(to + n * kChunk) = pair(n);
@@ -77,9 +79,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     store_aligned<Traits>(tile, stage, args, block, poisoned);
   } else {
     const bool by_twos = tiling.out_vector > 1;
-    for_each_row<Traits>(sum, first, Traits::kWarps, block.images * block.rows, [&](int flat, auto&& pair) {
-      const int image = flat / block.rows, column = 2 * (lane % 4);
-      T* to = tile + stage.offset(image, flat - image * block.rows) + column;
+    for_each_row<Traits>(sum, first, step, staged_rows, [&](int flat, auto&& pair) {
+      const int column = 2 * (lane % 4);
+      T* to = tile + stage.offset(block.row + flat) + column;
 #pragma unroll
       for (int n = 0; n < Traits::kTilesW; ++n, to += kChunk) {
         const unsigned two = pair(n);
@@ -102,45 +104,64 @@ int launch_toeplitz_nchw(const DirectArgs& args, cudaStream_t stream) {
   tiling.round = device.multiprocessors;
   tiling.row_divider = IntDivider(args.out_h);
   tiling.tiles_w = divide_up(args.out_w, Traits::kColumns);
+  tiling.tiles_w_divider = IntDivider(tiling.tiles_w), tiling.channel_divider = IntDivider(args.out_c);
   tiling.in_vector = copy_width(args.input, args.w);
   tiling.out_vector = copy_width(args.out, args.out_w);
-  const int stage_pitch = tiling.out_vector == kChunk ? Traits::kStagePitch : Traits::kTilesW + 1;
+  const int64_t all_rows = args.n * args.out_h;
   const auto shared_bytes = [&] {
-    const int in_rows = min_int(args.h, (tiling.rows - 1) * args.stride_h + (args.kernel_h - 1) * args.dilation_h + 1);
-    const int in_chunks = (tiling.images * in_rows + 1) * Traits::kPitch + 1;  // a pair of chunks may end behind a row
-    return divide_up(args.kernel_h * Traits::kBand, 4) * 16 +
-           16 * max_int(in_chunks, tiling.images * tiling.rows * stage_pitch);
+    const int in_rows = static_cast<int>(toeplitz_in_rows(args, tiling.rows, true));
+    const int in_chunks = (in_rows + 1) * Traits::kPitch + 1;  // a pair of chunks may end behind a row
+    // Outputs take the input's place, but not that of the sums of tiles which several warps share.
+    const int slots = Traits::kWarps >> tiling.part_bits;
+    const int held = divide_up(divide_up(tiling.rows, kTileRows), slots);
+    const int sums = (Traits::kWarps - slots) * held * Traits::kTilesW * 32;
+    const bool whole = tiling.tiles_w == 1;
+    const int run = whole ? min_int(tiling.rows, args.out_h) * args.out_w : Traits::kColumns;
+    const int runs = whole ? divide_up(tiling.rows - 1, args.out_h) + 1 : tiling.rows;
+    const int staged =
+        tiling.out_vector == kChunk ? tiling.rows * Traits::kStagePitch : runs * divide_up(run + kChunk - 1, kChunk);
+    return divide_up(args.kernel_h * Traits::kBand, 4) * 16 + 16 * max_int(in_chunks + sums, staged);
   };
+  const auto blocks = [&] { return args.out_c * divide_up(all_rows, tiling.rows) * tiling.tiles_w; };
+  const int roomy = device.shared_bytes_for(2);
 
-  // Several whole images, or as many rows of one as the warps hold and shared memory takes.
-  const int images = static_cast<int>(args.n), roomy = device.shared_bytes_for(2);
-  const auto blocks = [&] {
-    return args.out_c * divide_up(images, tiling.images) * tiling.tiles_w * divide_up(args.out_h, tiling.rows);
+  // As many rows as the warps hold and shared memory takes. us, H100, fp16: 31x31, 8x40x96x96: 256 rows 29.4, 192 33.0, 128
+  // 31.9; 27x27, 32x40x33x47: 176 22.0, 212 24.8; 31x31, 64x3x56x56: 32 in two parts 11.6, 96 11.7, 128 12.3; 64x1x56x56:
+  // 32 in four parts 8.3, in two 8.6, a whole image in two 9.2.
+  const auto even = [](int64_t all, int most) {
+    return static_cast<int>(divide_up(all, divide_up<int64_t>(all, most)));
   };
-  const auto even = [](int all, int most) { return divide_up(all, divide_up(all, most)); };
-  tiling.rows = even(args.out_h, kFlatRows);
-  tiling.images = max_int(1, min_int(images, kFlatRows / args.out_h));
-  while (tiling.images > 1 && shared_bytes() > roomy) tiling.images = divide_up(tiling.images, 2);
-  tiling.images = even(images, tiling.images);
-  // Few blocks: fewer images or rows each, where that leaves less to the partition of a multiprocessor that has most.
+  tiling.rows = even(all_rows, kFlatRows);
+  // Few blocks: fewer rows each, and several warps a tile, as it takes the fewest cycles.
   if (blocks() < 2 * tiling.round) {
-    const auto cost = [&] {  // in thirds of a tile's products; a block costs some, beside its tiles'
-      const int64_t rounds = divide_up<int64_t>(blocks(), tiling.round);
-      const int tiles = divide_up(tiling.images * tiling.rows, kTileRows);
-      return 3 * divide_up<int64_t>(rounds * tiles, kPartitions) + 2 * rounds;
+    const auto cost = [&] {
+      // A tile and a kernel row; a warp that has a partition to itself keeps it busy for half of the time.
+      constexpr int kTapCycles = Traits::kTilesW * Traits::kChunks * 3, kAlone = 2;
+      constexpr int kRoundCycles = 2000, kBlockCycles = 300, kPartsCycles = 200;
+      const int parts = 1 << tiling.part_bits, tiles = divide_up(tiling.rows, kTileRows);
+      const int64_t share = divide_up<int64_t>(blocks(), tiling.round);
+      const int64_t rounds = divide_up<int64_t>(share, Traits::kMinBlocks);
+      const int64_t busy = divide_up<int64_t>(share * tiles * parts, kPartitions);
+      const int64_t alone = kAlone * rounds * divide_up(tiles, Traits::kWarps / parts);
+      return args.kernel_h * kTapCycles * (busy > alone ? busy : alone) / parts + kRoundCycles * rounds +
+             (kBlockCycles + (parts > 1 ? kPartsCycles : 0)) * share;
     };
     ToeplitzTiling best = tiling;
     int64_t least = cost();
     const auto consider = [&] {
-      if (cost() < least) least = cost(), best = tiling;
+      for (tiling.part_bits = 0; 1 << tiling.part_bits <= Traits::kWarps; ++tiling.part_bits) {
+        if (tiling.rows > (Traits::kWarps >> tiling.part_bits) * Traits::kTilesH * kTileRows) break;
+        if (cost() < least && shared_bytes() <= roomy) least = cost(), best = tiling;
+      }
+      tiling.part_bits = 0;
     };
-    for (int most = tiling.images - 1; most > 0; --most) tiling.images = even(images, most), consider();
-    for (int most = tiling.rows - kTileRows; most > 0; most -= kTileRows)
-      tiling.rows = even(args.out_h, most), consider();
+    for (int tiles = kFlatRows / kTileRows; tiles > 0; --tiles)
+      if (tiles * kTileRows < all_rows + kTileRows) tiling.rows = even(all_rows, tiles * kTileRows), consider();
     tiling = best;
   }
   while (tiling.rows > kTileRows && shared_bytes() > roomy) tiling.rows = divide_up(tiling.rows, 2);
-  tiling.tiles_h = divide_up(args.out_h, tiling.rows);
+  tiling.part_divider = SmallDivider(1 << tiling.part_bits);
+  tiling.held_tiles = divide_up(divide_up(tiling.rows, kTileRows), Traits::kWarps >> tiling.part_bits);
 
   const int bytes = shared_bytes();
   if (bytes > device.shared_bytes_block) return kTooLittleSharedMemory;

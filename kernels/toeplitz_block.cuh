@@ -14,6 +14,12 @@ constexpr int kChannelsNhwc = 8;  // of a block: 16 bytes a pixel
 constexpr int kOutside = -(1 << 30);
 constexpr int kPartitions = 4;  // of a multiprocessor: warp w of a block is on partition w % 4
 
+constexpr int power_of_two(int least) {
+  int power = 1;
+  while (power < least) power *= 2;
+  return power;
+}
+
 // kOrigin: chunk of the input that the first chunk of a block's band lies in, for the block of output column 0.
 // kImageChunks: chunks of an image row, where one block spans it and what lies outside is left out at compile time; 0:
 // any width. kTilesW: a block's columns, in eights.
@@ -36,7 +42,6 @@ struct ToeplitzTraits {
   static constexpr int kThreads = 32 * kWarps;
   // Sixteen warps with more registers than there are before sm_80, where products of bfloat16 are calls.
   static constexpr bool kSinceSm80 = kChannelsLast && kWarps == 16 && (is_bfloat16<T_> || kTilesW * kTilesH >= 14);
-  static constexpr int kMinBlocks = kChannelsLast ? 1 : (kManyRegisters ? 384 : 512) / kThreads;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;
 
@@ -48,6 +53,15 @@ struct ToeplitzTraits {
   static_assert(kLow < kHigh);
   static constexpr int kFirstPair = kLow / 2, kEndPair = (kHigh + 1) / 2;
   static constexpr int kStored = kHigh - 2 * kFirstPair, kPitch = kStored | 1;
+  // Sums, input and weights of a kernel row, and what else there is.
+  static constexpr bool kFewRegisters =
+      kTilesH == 1 && 4 * kTilesW + 4 * (kEndPair - kFirstPair) + kChunks + 30 <= 65536 / 768;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  static constexpr int kBoundThreads = kManyRegisters ? 384 : kFewRegisters ? 768 : 512;
+#else
+  static constexpr int kBoundThreads = kManyRegisters ? 384 : 512;
+#endif
+  static constexpr int kMinBlocks = kChannelsLast ? 1 : kBoundThreads / kThreads;
   static constexpr int kStagePitch = kTilesW | 1;  // of the outputs
 
   // The products of output tile n, in steps. A product of K = 16 takes a pair of chunks, which ldmatrix puts into
@@ -61,34 +75,60 @@ struct ToeplitzTraits {
 
 // How a launch is cut into blocks, NCHW.
 struct ToeplitzTiling {
-  int images, rows;           // of a block; more than one image only where `rows` is the whole image
-  int tiles_h, tiles_w;       // blocks of an image
+  int rows;                   // of a block, counted through all images
+  int tiles_w;                // blocks side by side
   int in_vector, out_vector;  // elements a copy
   int round;                  // blocks, one on each multiprocessor
+  int part_bits;              // 1 << part_bits warps share the kernel rows of their tiles
+  int held_tiles;             // of a warp
+  SmallDivider part_divider;  // by those warps
   IntDivider row_divider{1};  // by rows of an output image
+  IntDivider tiles_w_divider{1}, channel_divider{1};
 };
 
-// What an NCHW block computes and reads.
+// Rows of input of a unit of so many rows of outputs, at most. `all`: rows are counted through all images. Then a unit may
+// be the last rows of an image, some whole ones, and the first rows of another.
+inline int64_t toeplitz_in_rows(const DirectArgs& args, int64_t rows, bool all) {
+  const int64_t stride = args.stride_h, span = (args.kernel_h - 1) * args.dilation_h + 1, h = args.h,
+                out_h = args.out_h;
+  int64_t most = min_int64(h, (min_int64(rows, out_h) - 1) * stride + span);
+  if (!all) return most;
+  const int64_t above = max_int64(0, h + args.padding_h - out_h * stride),
+                below = max_int64(0, span - stride - args.padding_h);
+  for (int64_t whole = max_int64(0, divide_up(rows, out_h) - 2); whole <= (rows - 2) / out_h; ++whole)
+    most = max_int64(most, whole * h + min_int64(2 * h, (rows - whole * out_h) * stride + above + below));
+  return min_int64(most, args.n * h);
+}
+
+// Rows of input that come to shared memory: of each image `height` rows from row `base` of the tensor's on, one image after
+// the other; of all of these `count`, from the row `first` of the first image on.
+struct LoadedRows {
+  int base, height, first, count;
+};
+
+// What an NCHW block computes and reads: rows that follow each other, even if of several images. Rows of input are those
+// inside the images that the first and the last row of outputs reach, and all between.
 template <class Traits>
 struct ToeplitzBlock {
-  int image, images, channel, row, rows, column, columns;  // outputs
-  int in_row, in_rows, in_column, in_columns;              // input inside the image
-  int offset;                                              // of in_column among the stored columns
+  int image, channel, row, rows, column, columns;  // outputs; the first row's image, and its place there
+  int in_row, in_rows, in_column, in_columns;      // input inside the images, from `image` on
+  int offset;                                      // of in_column among the stored columns
 
   __device__ ToeplitzBlock(const DirectArgs& args, const ToeplitzTiling& tiling) {
-    const unsigned channels = static_cast<unsigned>(args.out_c);
-    unsigned block = blockIdx.x;
-    column = block % tiling.tiles_w * Traits::kColumns, block /= tiling.tiles_w;
-    row = block % tiling.tiles_h * tiling.rows, block /= tiling.tiles_h;
-    channel = block % channels;
-    image = block / channels * tiling.images;
-    images = min(tiling.images, static_cast<int>(args.n) - image);
-    rows = min(tiling.rows, args.out_h - row);
+    const int strip = tiling.tiles_w_divider.quotient(blockIdx.x), part = tiling.channel_divider.quotient(strip);
+    column = (static_cast<int>(blockIdx.x) - strip * tiling.tiles_w) * Traits::kColumns;
     columns = min(Traits::kColumns, args.out_w - column);
+    channel = strip - part * static_cast<int>(args.out_c);
+    const int begin = part * tiling.rows;
+    rows = min(tiling.rows, static_cast<int>(args.n) * args.out_h - begin);
+    image = tiling.row_divider.quotient(begin);
+    row = begin - image * args.out_h;
 
-    in_row = max(0, row * args.stride_h - args.padding_h);
-    const int in_end = (row + rows - 1) * args.stride_h - args.padding_h + (args.kernel_h - 1) * args.dilation_h + 1;
-    in_rows = max(0, min(args.h, in_end) - in_row);
+    const int last = row + rows - 1, last_image = tiling.row_divider.quotient(last);
+    in_row = min(args.h, max(0, row * args.stride_h - args.padding_h));
+    const int in_end =
+        (last - last_image * args.out_h) * args.stride_h - args.padding_h + (args.kernel_h - 1) * args.dilation_h + 1;
+    in_rows = max(0, last_image * args.h + min(args.h, max(0, in_end)) - in_row);
     const int origin = column * Traits::kStrideW + kChunk * Traits::kOrigin;
     const int stored = origin + 2 * kChunk * Traits::kFirstPair;
     in_column = max(0, stored);
@@ -97,44 +137,66 @@ struct ToeplitzBlock {
   }
 };
 
-// The input of an NCHW block, kVector elements a copy; rows start on a kVector boundary. `image_pitch`: elements from
-// image to image.
+// The input of an NCHW block, kVector elements a copy; rows start on a kVector boundary. `gap`: elements of shared memory
+// between the rows of an image and those of the next.
 template <int kVector, class Traits, class Block>
 __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const DirectArgs& args, const Block& block,
-                                          int image_pitch) {
+                                          const LoadedRows& rows, int gap) {
   using T = typename Traits::T;
   constexpr int kItem = kVector > 1 ? kVector : kEight;
-  if (block.in_columns == 0 || block.in_rows == 0) return;
+  if (block.in_columns == 0 || rows.count <= 0) return;
   const int64_t plane = static_cast<int64_t>(args.h) * args.w;
-  const int64_t in_c = args.out_c / args.multiplier, image_step = ptx::opaque(in_c * plane);
-  const T* const input =
-      ptx::opaque(static_cast<const T*>(args.input) + (block.image * in_c + block.channel / args.multiplier) * plane +
-                  static_cast<int64_t>(block.in_row) * args.w + block.in_column);
+  // Most multipliers are 1; of 64 bits, a division would be a call.
+  const unsigned multiplier = args.multiplier, out_c = static_cast<unsigned>(args.out_c);
+  const int64_t in_c = multiplier == 1 ? out_c : out_c / multiplier;
+  const int channel = multiplier == 1 ? block.channel : block.channel / multiplier;
+  const int64_t image_step = ptx::opaque(in_c * plane);
+  const T* const input = ptx::opaque(static_cast<const T*>(args.input) + (block.image * in_c + channel) * plane +
+                                     static_cast<int64_t>(rows.base) * args.w + block.in_column);
   tile += block.offset;
-  const auto to = [&](const Walk& at) {
-    return at.outer * image_pitch + at.middle * Traits::kPitch * kChunk + at.inner * kItem;
-  };
-  const auto from = [&](const Walk& at) {
-    return input + at.outer * image_step + (at.middle * args.w + at.inner * kItem);
-  };
-  Walk at(threadIdx.x, Traits::kThreads, divide_up(block.in_columns, kItem), block.in_rows);
   if constexpr (kVector > 1) {
-    for (; at.outer < block.images; at.advance()) copy_async<kVector * sizeof(T)>(tile + to(at), from(at));
+    // A power of two of lanes along a row: no divisions before the first copy either.
+    constexpr int kLanes = power_of_two(Traits::kStored * kChunk / kItem), kStep = Traits::kThreads / kLanes;
+    const int column = threadIdx.x % kLanes * kItem;
+    if (column >= block.in_columns) return;
+    int number = threadIdx.x / kLanes, row = rows.first + number;
+    const T* from = input + (static_cast<int64_t>(row) * args.w + column);
+    T* to = tile + number * Traits::kPitch * kChunk + column;
+#pragma unroll 1
+    for (; number < rows.count; number += kStep, row += kStep) {
+      for (; row >= rows.height; row -= rows.height) {
+        from += image_step - static_cast<int64_t>(rows.height) * args.w;
+        to += gap;
+      }
+      copy_async<kVector * sizeof(T)>(to, from);
+      from += kStep * args.w;
+      to += kStep * Traits::kPitch * kChunk;
+    }
   } else {
+    const auto to = [&](const Walk& at) {
+      const int number = at.outer * rows.height + at.middle - rows.first;
+      return number * Traits::kPitch * kChunk + at.outer * gap + at.inner * kItem;
+    };
+    const auto from = [&](const Walk& at) {
+      return input + at.outer * image_step + (at.middle * args.w + at.inner * kItem);
+    };
+    const int items = divide_up(block.in_columns, kItem), end = rows.first + rows.count;
+    Walk at(threadIdx.x + rows.first * items, Traits::kThreads, items, rows.height);
+    const auto exists = [&] { return at.outer * rows.height + at.middle < end; };
     // What is put together in registers is no asynchronous copy: several on their way at a time.
     static_assert(kEight == kChunk);
     constexpr int kAhead = 4;
     const UnalignedTensor tensor{args.input, static_cast<const T*>(args.input) + args.n * in_c * plane};
     const EightMask last = last_eight(block.in_columns);
 #pragma unroll 1
-    while (at.outer < block.images) {
+    while (exists()) {
       UnalignedEight eight[kAhead];
       int target[kAhead];  // -1: none
       bool is_last[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k, at.advance()) {
         target[k] = -1;
-        if (at.outer >= block.images) continue;
+        if (!exists()) continue;
         is_last[k] = at.inner == at.inners - 1;
         if (eight[k].load(tensor, from(at)))
           target[k] = to(at);
@@ -148,6 +210,30 @@ __device__ __forceinline__ void load_nchw(typename Traits::T* tile, const Direct
   }
 }
 
+// Zeros for what products meet of an NCHW block's rows beside the input, and for the row of zeros behind all of them.
+template <class Traits>
+__device__ __forceinline__ void zero_beside(typename Traits::T* tile, const ToeplitzBlock<Traits>& block, int rows,
+                                            bool in_eights) {
+  using T = typename Traits::T;
+  auto* const chunks = reinterpret_cast<uint4*>(tile);
+  const int thread = Traits::kThreads - 1 - threadIdx.x;  // those that copy least
+  if (thread <= Traits::kPitch) chunks[rows * Traits::kPitch + thread] = uint4{};
+  // What is loaded in eights is zeros behind the row's end.
+  const int left = block.in_columns > 0 ? block.offset / kChunk : 0;
+  const int end = block.in_columns > 0 ? block.offset + block.in_columns : 0, right = divide_up(end, kChunk);
+  if (left == 0 && (in_eights ? right * kChunk : end) >= Traits::kStored * kChunk) return;
+#pragma unroll 1
+  for (int row = thread; row < rows; row += Traits::kThreads) {
+    uint4* const to = chunks + row * Traits::kPitch;
+#pragma unroll 1
+    for (int k = 0; k < left; ++k) to[k] = uint4{};
+#pragma unroll 1
+    for (int k = end; k < right * kChunk && !in_eights; ++k) tile[row * Traits::kPitch * kChunk + k] = T{};
+#pragma unroll 1
+    for (int k = right; k < Traits::kStored; ++k) to[k] = uint4{};
+  }
+}
+
 // One output over its own taps alone.
 template <class Traits>
 __device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, int channel, int row, int column) {
@@ -157,15 +243,15 @@ __device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, 
   const T* input =
       static_cast<const T*>(args.input) + image * in_c * plane + in_channel * (Traits::kChannelsLast ? 1 : plane);
   const int taps = args.kernel_h * args.kernel_w;
-  const T* filter = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  float sum = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+  const auto* const filter = filters_of<Traits>(args, channel, taps);
+  float sum = bias_of<Traits>(args, channel);
   for (int tap = 0; tap < taps && sum == sum; ++tap) {
     const int h = row * args.stride_h - args.padding_h + tap / args.kernel_w * args.dilation_h;
     const int w = column * Traits::kStrideW - args.padding_w + tap % args.kernel_w * args.dilation_w;
     if (h < 0 || h >= args.h || w < 0 || w >= args.w) continue;
     const int64_t pixel = static_cast<int64_t>(h) * args.w + w;
     sum = fmaf(load(input + pixel * (Traits::kChannelsLast ? in_c : 1)),
-               load(filter + (args.flip ? taps - 1 - tap : tap)), sum);
+               load_weight<T>(filter + (args.flip ? taps - 1 - tap : tap)), sum);
   }
   return sum;
 }
@@ -178,35 +264,50 @@ __device__ __forceinline__ bool is_nan(T value) {
 
 // Where an NCHW block's outputs are staged. On 16-byte boundaries: row by row. On others: each run of outputs that lie
 // side by side in memory, all rows of an image or one, as it lies within words of 16 bytes.
+// Rows are counted from row 0 of the block's first image on, here and below.
 template <class Traits>
 struct ToeplitzOutputs {
   using T = typename Traits::T;
-  T* out;  // of the block's first output
+  T* out;  // of the block's first image and column
   int64_t image_step;
-  int out_w, rows, length, pitch;  // length: of a run; pitch: from run to run in shared memory
-  bool whole;                      // all rows are one run
+  IntDivider divider;
+  int out_h, out_w, row, end, columns, pitch;  // rows of the block; pitch: from run to run in shared memory
+  bool whole;                                  // all rows of an image are one run
 
-  __device__ ToeplitzOutputs(const DirectArgs& args, const ToeplitzTiling& tiling, const ToeplitzBlock<Traits>& block) {
+  __device__ ToeplitzOutputs(const DirectArgs& args, const ToeplitzTiling& tiling, const ToeplitzBlock<Traits>& block)
+      : divider(tiling.row_divider) {
     const int64_t plane = static_cast<int64_t>(args.out_h) * args.out_w;
-    out = static_cast<T*>(args.out) + (block.image * args.out_c + block.channel) * plane +
-          static_cast<int64_t>(block.row) * args.out_w + block.column;
+    out = static_cast<T*>(args.out) + (block.image * args.out_c + block.channel) * plane + block.column;
     image_step = args.out_c * plane;
-    out_w = args.out_w;
-    rows = block.rows;
+    out_h = args.out_h, out_w = args.out_w;
+    row = block.row, end = block.row + block.rows, columns = block.columns;
     whole = tiling.tiles_w == 1;
-    length = whole ? rows * out_w : block.columns;
-    pitch = divide_up(length + kChunk - 1, kChunk) * kChunk;
+    pitch = divide_up((whole ? min(block.rows, out_h) * out_w : columns) + kChunk - 1, kChunk) * kChunk;
   }
-  __device__ __forceinline__ int runs_of_image() const { return whole ? 1 : rows; }  // runs of an image
-  __device__ __forceinline__ T* run(int image, int row) const { return out + image * image_step + row * out_w; }
+  __device__ __forceinline__ int runs() const { return whole ? divider.quotient(end - 1) + 1 : end - row; }
+  // The first row of a run, and how many elements it has.
+  __device__ __forceinline__ int first_row(int run) const { return whole ? max(row, run * out_h) : row + run; }
+  __device__ __forceinline__ int length(int run) const {
+    return whole ? (min(end, (run + 1) * out_h) - first_row(run)) * out_w : columns;
+  }
+  __device__ __forceinline__ T* at(int row) const {
+    const int image = divider.quotient(row);
+    return out + image * image_step + static_cast<int64_t>(row - image * out_h) * out_w;
+  }
   // How many elements of the first word are not the run's.
   __device__ __forceinline__ static int skew(const T* run) {
     return static_cast<int>(reinterpret_cast<uintptr_t>(run) / sizeof(T) % kChunk);
   }
   // Where a row of outputs begins in shared memory.
-  __device__ __forceinline__ int offset(int image, int row) const {
-    return whole ? image * pitch + skew(run(image, 0)) + row * out_w
-                 : (image * rows + row) * pitch + skew(run(image, row));
+  __device__ __forceinline__ int offset(int row_) const {
+    const int run = whole ? divider.quotient(row_) : row_ - row, first = first_row(run);
+    return run * pitch + skew(at(first)) + (row_ - first) * out_w;
+  }
+  __device__ __forceinline__ T exact(const DirectArgs& args, const ToeplitzBlock<Traits>& block, int row,
+                                     int column) const {
+    const int image = divider.quotient(row);
+    return from_float<T>(
+        toeplitz_exact<Traits>(args, block.image + image, block.channel, row - image * out_h, block.column + column));
   }
 };
 
@@ -216,17 +317,16 @@ __device__ __forceinline__ void store_aligned(const typename Traits::T* staged, 
                                               const DirectArgs& args, const ToeplitzBlock<Traits>& block,
                                               bool poisoned) {
   using T = typename Traits::T;
-  for (Walk at(threadIdx.x, Traits::kThreads, divide_up(block.columns, kChunk), block.rows); at.outer < block.images;
-       at.advance()) {
-    const int column = at.inner * kChunk;
-    auto values = *reinterpret_cast<const Vector<T, kChunk>*>(
-        staged + (at.outer * block.rows + at.middle) * Traits::kStagePitch * kChunk + column);
+  constexpr int kLanes = power_of_two(Traits::kTilesW), kStep = Traits::kThreads / kLanes;
+  const int column = threadIdx.x % kLanes * kChunk;
+  if (column >= block.columns) return;
+#pragma unroll 1
+  for (int row = threadIdx.x / kLanes; row < block.rows; row += kStep) {
+    auto values = *reinterpret_cast<const Vector<T, kChunk>*>(staged + row * Traits::kStagePitch * kChunk + column);
     if (poisoned)
       for (int k = 0; k < kChunk; ++k)
-        if (is_nan(values.value[k]))
-          values.value[k] = from_float<T>(toeplitz_exact<Traits>(args, block.image + at.outer, block.channel,
-                                                                 block.row + at.middle, block.column + column + k));
-    store_streaming(stage.run(at.outer, at.middle) + column, values);
+        if (is_nan(values.value[k])) values.value[k] = stage.exact(args, block, block.row + row, column + k);
+    store_streaming(stage.at(block.row + row) + column, values);
   }
 }
 
@@ -234,20 +334,18 @@ template <class Traits>
 __device__ __forceinline__ void store_runs(const typename Traits::T* staged, const ToeplitzOutputs<Traits>& stage,
                                            const DirectArgs& args, const ToeplitzBlock<Traits>& block, bool poisoned) {
   using T = typename Traits::T;
-  const int runs = stage.runs_of_image();
-  for (Walk at(threadIdx.x, Traits::kThreads, stage.pitch / kChunk, runs); at.outer < block.images; at.advance()) {
-    T* const run = stage.run(at.outer, at.middle);
-    auto values = *reinterpret_cast<const Vector<T, kChunk>*>(staged + (at.outer * runs + at.middle) * stage.pitch +
-                                                              at.inner * kChunk);
+  const int words = stage.pitch / kChunk, runs = stage.runs();
+  for (Walk at(threadIdx.x, Traits::kThreads, words, runs); at.outer == 0; at.advance()) {
+    const int first = stage.first_row(at.middle), length = stage.length(at.middle);
+    T* const run = stage.at(first);
+    auto values = *reinterpret_cast<const Vector<T, kChunk>*>(staged + at.middle * stage.pitch + at.inner * kChunk);
     const int begin = at.inner * kChunk - stage.skew(run);
-    const auto exists = [&](int k) { return begin + k >= 0 && begin + k < stage.length; };
+    const auto exists = [&](int k) { return begin + k >= 0 && begin + k < length; };
     if (poisoned)
       for (int k = 0; k < kChunk; ++k)
         if (exists(k) && is_nan(values.value[k])) {
-          const int row = stage.whole ? (begin + k) / stage.out_w : at.middle;
-          const int column = stage.whole ? begin + k - row * stage.out_w : begin + k;
-          values.value[k] = from_float<T>(toeplitz_exact<Traits>(args, block.image + at.outer, block.channel,
-                                                                 block.row + row, block.column + column));
+          const int down = stage.whole ? (begin + k) / stage.out_w : 0;
+          values.value[k] = stage.exact(args, block, first + down, begin + k - down * stage.out_w);
         }
     if (exists(0) && exists(kChunk - 1)) {
       store_streaming(run + begin, values);
@@ -265,7 +363,8 @@ template <class Traits, class Read>
 __device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArgs& args, int first_row, int row_step,
                                                 Read read) {
   constexpr int kRounds = divide_up(Traits::kBand, 32), kTogether = 4;  // of a row; rows whose loads go together
-  const int inverse = (1 << 16) / args.dilation_w + 1;                  // exact quotients: offset * dilation_w < 2^16
+  // Exact quotients: offset * dilation_w < 2^16.
+  const int inverse = args.dilation_w == 1 ? (1 << 16) + 1 : (1 << 16) / args.dilation_w + 1;
   const int last_tap = args.kernel_h * args.kernel_w - 1, sign = args.flip ? -1 : 1;
   int column[kRounds][2];     // of the kernel, as an offset
   unsigned mask[kRounds][2];  // 0: there is none
@@ -296,10 +395,9 @@ __device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArg
 // Of an NCHW block's channel.
 template <class Traits, class Block>
 __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
-  const auto* const filter = static_cast<const typename Traits::T*>(args.weight) +
-                             static_cast<int64_t>(block.channel) * args.kernel_h * args.kernel_w;
+  const auto* const filter = filters_of<Traits>(args, block.channel, args.kernel_h * args.kernel_w);
   lay_out_weights<Traits>(pairs, args, threadIdx.x / 32, Traits::kWarps,
-                          [&](int tap) -> unsigned { return __ldg(&filter[tap].bits); });
+                          [&](int tap) -> unsigned { return load_as<typename Traits::T>(filter + tap).bits; });
 }
 
 }  // namespace depthwise

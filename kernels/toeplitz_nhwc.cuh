@@ -97,8 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     ToeplitzSums<Traits> sum;
     {
       const Slot at(args, tiling);
-      const T* const bias = static_cast<const T*>(args.bias);
-      const float first = bias ? load(bias + blockIdx.x * Traits::kChannels + at.channel) : 0.f;
+      const float first = bias_of<Traits>(args, blockIdx.x * Traits::kChannels + at.channel);
       const ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk,
                                       ptx::shared_address(zeros()), tiling.row_divider, now.rows, args.h, at.slot,
                                       at.slots);
@@ -123,20 +122,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     }
     store_pixels<Traits>(tile(), args, tiling, stored);
   }
-}
-
-// Rows of input of a unit of so many rows of outputs, at most. `all`: rows are counted through all images. Then a unit may
-// be the last rows of an image, some whole ones, and the first rows of another.
-inline int64_t toeplitz_in_rows(const DirectArgs& args, int64_t rows, bool all) {
-  const int64_t stride = args.stride_h, span = (args.kernel_h - 1) * args.dilation_h + 1, h = args.h,
-                out_h = args.out_h;
-  int64_t most = min_int64(h, (min_int64(rows, out_h) - 1) * stride + span);
-  if (!all) return most;
-  const int64_t above = max_int64(0, h + args.padding_h - out_h * stride),
-                below = max_int64(0, span - stride - args.padding_h);
-  for (int64_t whole = max_int64(0, divide_up(rows, out_h) - 2); whole <= (rows - 2) / out_h; ++whole)
-    most = max_int64(most, whole * h + min_int64(2 * h, (rows - whole * out_h) * stride + above + below));
-  return min_int64(most, args.n * h);
 }
 
 template <class Traits>

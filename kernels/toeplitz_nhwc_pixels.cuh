@@ -17,8 +17,12 @@ struct ToeplitzNhwcTiling {
   int merged;              // items of a unit, at most
   int share, longer;       // items of a block; blocks of a channel group that have one more
   IntDivider items_divider{1}, image_divider{1}, row_divider{1};  // by items, image_items, rows of an output image
-  int plane, stage;            // chunks from channel to channel, of the input and of the staged outputs
-  int tile;                    // chunks of all of them
+  int plane, stage;       // chunks from channel to channel, of the input and of the staged outputs
+  int tile;               // chunks of all of them
+  int parts, rest_parts;  // warps that share the kernel rows of their tiles
+  SmallDivider part_divider, rest_part_divider;
+  int held_tiles;              // of a warp, where some share them
+  int room;                    // chunks of shared memory before that for their sums
   int rest_slots;              // of a group that has fewer channels: warps a channel
   SmallDivider rest_divider;   // by those channels
   bool ahead;                  // pixels come while others are multiplied
@@ -83,14 +87,13 @@ __device__ __forceinline__ void fetch_weights(typename Traits::T* staged, const 
                                               int channels) {
   using T = typename Traits::T;
   const int taps = args.kernel_h * args.kernel_w, elements = channels * taps;
-  const T* const filters = static_cast<const T*>(args.weight) + static_cast<int64_t>(channel) * taps;
-  if (reinterpret_cast<uintptr_t>(filters) % kChunkBytes == 0) {
+  const auto* const filters = filters_of<Traits>(args, channel, taps);
+  if (sizeof(*filters) == sizeof(T) && reinterpret_cast<uintptr_t>(filters) % kChunkBytes == 0) {
     for (int k = threadIdx.x * kChunk; k < elements; k += Traits::kThreads * kChunk)
       copy_16_async(staged + k, filters + k, min(kChunk, elements - k) * static_cast<int>(sizeof(T)));
   } else {
 #pragma unroll 8
-    for (int k = threadIdx.x; k < elements; k += Traits::kThreads)
-      staged[k] = load_or_zero<1>(filters + k, true).value[0];
+    for (int k = threadIdx.x; k < elements; k += Traits::kThreads) staged[k] = load_as<T>(filters + k);
   }
 }
 

@@ -32,20 +32,27 @@ struct ToeplitzRows {
     int least = args.h, most = -args.kernel_h * args.dilation_h;  // of those that may meet the image
 #pragma unroll
     for (int a = 0; a < Traits::kTilesH; ++a) {
-      const int flat = (first + a * step) * kTileRows + lane % kTileRows, row = block.row + flat;
+      const int begin = (first + a * step) * kTileRows, flat = begin + lane % kTileRows, row = block.row + flat;
       const int image = row_divider.quotient(row);
       const bool exists = a < tiles && flat < all_rows;
       in_row[a] = exists ? (row - image * args.out_h) * args.stride_h - args.padding_h : kOutside;
       address[a] = base + (image * image_rows + in_row[a] - block.in_row) * kRowBytes;
-      if (exists && in_row[a] < args.h) least = min(least, in_row[a]), most = max(most, in_row[a]);
-    }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      least = min(least, __shfl_xor_sync(~0u, least, offset));
-      most = max(most, __shfl_xor_sync(~0u, most, offset));
+      // The tile's first and last row; of two images, there is the first row of one, and the last of another.
+      const int top = block.row + begin, bottom = block.row + min(begin + kTileRows, all_rows) - 1;
+      const int top_image = row_divider.quotient(top), bottom_image = row_divider.quotient(bottom);
+      const int low = top_image == bottom_image ? top - top_image * args.out_h : 0;
+      const int high = top_image == bottom_image ? bottom - bottom_image * args.out_h : args.out_h - 1;
+      const int low_in = low * args.stride_h - args.padding_h, high_in = high * args.stride_h - args.padding_h;
+      if (a < tiles && low_in < args.h) least = min(least, low_in), most = max(most, min(high_in, args.h - 1));
     }
     first_tap = most < 0 ? (-most + args.dilation_h - 1) / args.dilation_h : 0;
     end_tap = least < args.h ? min(args.kernel_h, (args.h - 1 - least) / args.dilation_h + 1) : 0;
+  }
+  // Of the warps that share the tiles, the kernel rows of the part-th; `divider`: by how many they are.
+  __device__ __forceinline__ void take_part(int part, const SmallDivider& divider) {
+    const int taps = max(0, end_tap - first_tap), begin = first_tap;
+    first_tap = begin + divider.quotient(taps * part);
+    end_tap = begin + divider.quotient(taps * (part + 1));
   }
 };
 
@@ -109,6 +116,37 @@ __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const T
         }
     }
   }
+}
+
+// The sums of the warps that share tiles, added up by the first of them. `slot`: which of the block's sharing groups; all
+// threads of the block come here. The room in shared memory is not that of the input.
+template <class Traits>
+__device__ __forceinline__ void add_parts(ToeplitzSums<Traits>& sum, float4* room, int tiles, int slot, int part,
+                                          int parts, int held_tiles) {
+  constexpr int kLanes = 32;
+  const int pitch = held_tiles * Traits::kTilesW * kLanes;  // from part to part
+  room += slot * (parts - 1) * pitch + ptx::lane_index();
+  if (part > 0) {
+    float4* const to = room + (part - 1) * pitch;
+#pragma unroll
+    for (int a = 0; a < Traits::kTilesH; ++a)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesW; ++n)
+        if (a < tiles)
+          to[(a * Traits::kTilesW + n) * kLanes] = float4{sum[a][n][0], sum[a][n][1], sum[a][n][2], sum[a][n][3]};
+  }
+  __syncthreads();
+  if (part > 0) return;
+#pragma unroll 1
+  for (int other = 1; other < parts; ++other, room += pitch)
+#pragma unroll
+    for (int a = 0; a < Traits::kTilesH; ++a)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesW; ++n)
+        if (a < tiles) {
+          const float4 more = room[(a * Traits::kTilesW + n) * kLanes];
+          sum[a][n][0] += more.x, sum[a][n][1] += more.y, sum[a][n][2] += more.z, sum[a][n][3] += more.w;
+        }
 }
 
 // A loop of its own for each number of tiles, as branches keep the products of different tiles apart.

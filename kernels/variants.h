@@ -144,7 +144,8 @@ constexpr Tile kColumnsGradWeightTiles[] = {{"weight_columns", 2, 0, 1}};
 // Channels of a block.
 constexpr Tile kStreamNhwcTiles[] = {{"stream_channels64", 4, 0, 64}, {"stream_channels32", 4, 0, 32},
                                      {"stream_channels96", 4, 0, 96}, {"stream_channels16", 4, 0, 16},
-                                     {"stream_channels8", 4, 0, 8},   {"stream_channels128", 4, 0, 128}};
+                                     {"stream_channels8", 4, 0, 8},   {"stream_channels128", 4, 0, 128},
+                                     {"stream_channels48", 4, 0, 48}};
 constexpr Tile kGradInputNchwTiles32[] = {{"input_v4r4", 4, 4, 2}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNchwTiles16[] = {{"input_v8r4", 8, 4, 4}, {"input_v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kGradInputNhwcTiles[] = {{"input_c4q4", 4, 4, 4}, {"input_c2q4", 4, 4, 2}, {"input_c1q4", 4, 4, 1}};

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(Traits::kLanes, Traits::kFewestWarps)
   const unsigned channel = plane % static_cast<unsigned>(args.out_c);
   float weight[Traits::kTaps];
   load_filter<Traits>(weight, args, channel);
-  const float bias = args.bias ? load(static_cast<const T*>(args.bias) + channel) : 0.f;
+  const float bias = bias_of<Traits>(args, channel);
 
   T* out = ptx::opaque(static_cast<T*>(args.out) + (static_cast<int64_t>(plane) * args.out_h + first_row) * args.out_w);
   int slot = Traits::kStraight ? kWarpsLine - args.padding_w + lane * kColumns : from - left + lane * kColumns;

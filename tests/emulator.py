@@ -57,8 +57,7 @@ OWN = {
             r"(?s)class DeviceScope \{.*?\n\};",
             "struct DeviceScope { explicit DeviceScope(int) { emulator::forget_memory(); } };",
         ),
-        (r"(?s)STABLE_TORCH_LIBRARY_IMPL\(aten.*?\n\}", ""),
-        (r"LIBRARY_IMPL\(depthwise_inline, CUDA", "LIBRARY_IMPL(depthwise_emulated, CPU"),
+        (r"LIBRARY_IMPL\((depthwise_inline|aten), (Autograd)?CUDA", r"LIBRARY_IMPL(depthwise_emulated, \2CPU"),
     ),
 }
 
@@ -131,7 +130,8 @@ class Emulator:
         torch_libraries = (f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}")
         self.path = self.build.library("operators", sources, *torch_libraries)
         self.schemas = torch.library.Library("depthwise_emulated", "DEF")
-        for schema in depthwise_inline._SCHEMAS:
+        aten = (torch.ops.aten.convolution_overrideable, torch.ops.aten.convolution_backward_overrideable)
+        for schema in (*depthwise_inline._SCHEMAS, *(str(op.default._schema).removeprefix("aten::") for op in aten)):
             self.schemas.define(schema)
         self.library = depthwise_inline._declare(ctypes.CDLL(str(self.path)))
         self.loaded = {}

@@ -107,7 +107,7 @@ class Problem:
         """Stride, padding and dilation as PyTorch takes them."""
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
-    def sizes(self, aligned):
+    def sizes(self, aligned, float_weight=False):
         """The fifteen numbers of the C interface."""
         return (
             self.batch,
@@ -119,7 +119,7 @@ class Problem:
             *self.padding,
             *self.dilation,
             int(aligned),
-            0,
+            int(float_weight),
         )
 
     def __str__(self):
@@ -345,6 +345,38 @@ def mismatch(result, expected, peer=None):
     )
 
 
+def as_float(parameter):
+    """Float32 that rounds to what weight or bias of 16 bits are, and is not that."""
+    if parameter is None:
+        return None
+    wide = parameter.float() * (1 + 2**-14)
+    return misaligned(wide) if parameter.is_contiguous() and parameter.data_ptr() % 16 != 0 else wide
+
+
+def run_with_float_weight(direction, problem, tensors):
+    """`run` as under autocast: weight and bias of float32 beside tensors of 16 bits. Strides decide the layout."""
+    x, weight, bias, grad_out = tensors
+    weight, bias = as_float(weight), as_float(bias)
+    if direction == "forward":
+        return {"out": OPERATORS.forward_no_autograd(x, weight, bias, *problem.geometry)}
+    of_emulator = hasattr(OPERATORS, "convolution_backward_overrideable")
+    backward = (OPERATORS if of_emulator else torch.ops.aten).convolution_backward_overrideable
+    mask = (True, False, False) if direction == "grad_input" else (False, True, bias is not None)
+    convolution = (*(problem.stride, problem.padding, problem.dilation), False, (0, 0), problem.channels)
+    with torch.no_grad():
+        grads = backward(grad_out, x, weight, *convolution, mask)
+    return dict(zip(result_names(direction, problem), [grad for grad in grads if grad is not None], strict=True))
+
+
+def difference(result, expected, dtype):
+    """None, or what is wrong with a result that is to be the expected one, bit for bit, but for its dtype."""
+    if result.dtype is not dtype:
+        return f"dtype {result.dtype}, expected {dtype}"
+    rounded = result.to(expected.dtype)
+    same = (rounded == expected) | (rounded.isnan() & expected.isnan())
+    return None if same.all() else f"{int((~same).sum())} of {same.numel()} elements are others with float32 weights"
+
+
 def run(direction, problem, tensors, layout):
     """One direction through its operator; results by name, as pytorch_results names them."""
     x, weight, bias, grad_out = tensors
@@ -370,9 +402,9 @@ def result_names(direction, problem):
     return ("grad_weight", "grad_bias") if problem.bias else ("grad_weight",)
 
 
-def select(direction, problem, dtype, layout, aligned=True):
+def select(direction, problem, dtype, layout, aligned=True, float_weight=False):
     """The variant that the library chooses for a problem, and the source of its specialisation ('' if built in)."""
-    return depthwise_inline._select(direction, dtype, layout == "nhwc", problem.sizes(aligned))
+    return depthwise_inline._select(direction, dtype, layout == "nhwc", problem.sizes(aligned, float_weight))
 
 
 def all_variants(direction, problem, dtype, layout, aligned=True):
@@ -392,9 +424,10 @@ def specialisations(problems, dtype, layout, variants=None):
     for problem, direction, aligned in itertools.product(problems, DIRECTIONS, (True, False)):
         for variant in variants or all_variants(direction, problem, dtype, layout, aligned):
             with forced(variant):
-                name, source = select(direction, problem, dtype, layout, aligned)
-            if source:
-                sources[name.rpartition("/")[0]] = source
+                for float_weight in (False, True):
+                    name, source = select(direction, problem, dtype, layout, aligned, float_weight)
+                    if source:
+                        sources[name.rpartition("/")[0]] = source
     return sources
 
 
@@ -445,6 +478,13 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
                     raise
                 for name in names:
                     failures.add(mismatch(results[name], expected[name], peer[name]), *where, name)
+                strides_agree = direction == "forward" or forward_layout(tensors.x, tensors.weight) == layout
+                if dtype.itemsize == 2 and strides_agree:
+                    poison(*(peer[name] for name in names))
+                    with_float = run_with_float_weight(direction, problem, tensors)
+                    of_float = torch.float32 if direction == "grad_weight" else dtype
+                    for name in names:
+                        failures.add(difference(with_float[name], results[name], of_float), *where, name)
 
 
 def poison(*tensors, copies=3):

@@ -78,7 +78,8 @@ def usual_problems():
 @pytest.fixture(scope="module")
 def specialisations(shipped):
     """The sources of all that bench.py's cases and the usual problems need, as the selection says."""
-    problems = [*(case.sizes() for case in bench_report.load_cases().values()), *usual_problems()]
+    sizes = [*(case.sizes() for case in bench_report.load_cases().values()), *usual_problems()]
+    problems = [(*problem[:14], float_weight) for problem in sizes for float_weight in (0, 1)]
     (shipped.folder / "problems.json").write_text(json.dumps(problems))
     code = """
         import itertools, json, torch, depthwise_inline

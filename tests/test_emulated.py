@@ -207,11 +207,36 @@ def test_a_choice_is_made_for_every_problem(emulator):
         fuzz.specialisations(fuzz.draw(number, "cuda"))
 
 
+@pytest.mark.parametrize("mask", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
+def test_backward_of_the_backward(emulator, mask):
+    """aten::convolution_backward_overrideable has gradients itself, with float32 weights beside 16 bits too."""
+    backward, problem = (
+        torch.ops.depthwise_emulated.convolution_backward_overrideable,
+        reference.Problem((6, 5), (3, 2)),
+    )
+    convolution = (problem.stride, problem.padding, problem.dilation, False, (0, 0), problem.channels, mask)
+
+    def grads(grad_out, x, weight):
+        return tuple(grad for grad in backward(grad_out, x, weight, *convolution) if grad is not None)
+
+    tensors = reference.make_tensors(problem, torch.float64, "nchw", reference.fresh_generator())
+    leaves = [t.requires_grad_() for t in (tensors.grad_out, tensors.x, tensors.weight)]
+    assert len(grads(*leaves)) == sum(mask)
+    assert torch.autograd.gradcheck(grads, leaves)
+
+    halves = [t.detach().half().requires_grad_() for t in leaves]
+    halves[2] = halves[2].detach().float().requires_grad_()
+    found = grads(*halves)
+    assert [grad.dtype for grad in found] == [torch.float16] * mask[0] + [torch.float32] * (mask[1] + mask[2])
+    seconds = torch.autograd.grad([grad.sum() for grad in found], halves, allow_unused=True)
+    assert all(second is None or second.dtype is leaf.dtype for second, leaf in zip(seconds, halves, strict=True))
+
+
 def only(direction, variant, problem, dtype, layout):
-    """The specialisation of one variant."""
+    """The specialisations of one variant: with float32 weights beside 16 bits it has another."""
     with reference.forced(variant):
-        name, source = reference.select(direction, problem, dtype, layout)
-    return {name.rpartition("/")[0]: source}
+        found = [reference.select(direction, problem, dtype, layout, float_weight=kind) for kind in (False, True)]
+    return {name.rpartition("/")[0]: source for name, source in found}
 
 
 def messages(direction, variant, problem, dtype, layout):
@@ -413,6 +438,21 @@ def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
         check_one(emulator, direction, "band", problem, dtype, "nhwc", device=(multiprocessors, *shared))
 
 
+# Multiprocessors: for few, a block's rows are of several images; for many, warps share the kernel rows of a tile.
+ROWS_OF_IMAGES = [
+    (1, "nchw", Problem((21, 23), (13, 13), padding=(6, 6), batch=7, channels=2)),
+    (4, "nchw", Problem((30, 24), (13, 13), padding=(9, 8), batch=4, channels=1, bias=False)),
+    (132, "nchw", Problem((33, 47), (27, 27), padding=(13, 13), batch=2, channels=1)),
+    (132, "nhwc", Problem((40, 24), (13, 13), padding=(6, 6), batch=1, channels=3)),
+]
+
+
+@pytest.mark.parametrize(("multiprocessors", "layout", "problem"), ROWS_OF_IMAGES, ids=str)
+def test_rows_of_bands_are_dealt(emulator, multiprocessors, layout, problem):
+    for direction, dtype in (("forward", F16), ("grad_input", BF16)):
+        check_one(emulator, direction, "band", problem, dtype, layout, device=(multiprocessors, 228 << 10, 227 << 10))
+
+
 STRAIGHT = Problem((19, 32), (3, 3), padding=(1, 0), batch=3, channels=4)  # grad of input: rows of 30, with padding
 MANY = Problem((100, 20), (3, 3), padding=(1, 1), batch=12, channels=8)
 TALL_STRIPS = Problem((100, 9), (3, 7), padding=(1, 2), batch=2, channels=136)
@@ -424,6 +464,7 @@ OTHER_WAYS = [
     ("forward", "warps_v8", replace(STRAIGHT, image=(18, 34)), BF16, "nchw"),
     ("forward", "stream_channels8", MANY, F16, "nhwc"),
     ("grad_input", "stream_channels128", TALL_STRIPS, F16, "nhwc"),
+    ("forward", "stream_channels48", MANY, F16, "nhwc"),
     ("forward", "stream_channels8", WIDE, F16, "nhwc"),
     ("grad_input", "stream_channels8", WIDE, BF16, "nhwc"),
     ("grad_weight", "weight_stream32", WIDE, F16, "nhwc"),

@@ -447,8 +447,8 @@ def test_autocast(dtypes, cast_to, through):
             torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(found.dtype).eps, atol=0.02)
 
 
-def test_autocast_casts_as_often_as_pytorch():
-    """A parameter once for each context, there and back."""
+def test_autocast_casts():
+    """No parameter, as the kernels read float32; the operator casts as often as PyTorch: once a context, and back."""
     tensors = reference.make_tensors(PROBLEM, torch.bfloat16, "nchw", reference.fresh_generator())
     weight, bias = (torch.nn.Parameter(t.float()) for t in (tensors.weight, tensors.bias))
 
@@ -466,9 +466,34 @@ def test_autocast_casts_as_often_as_pytorch():
     def operator(x, weight, bias):
         return torch.ops.depthwise_inline.forward(x, weight, bias, *PROBLEM.geometry)
 
-    for ours in (functools.partial(convolve, PROBLEM), operator):
-        assert casts(ours) == casts(theirs) == 4
-        assert casts(ours, cache_enabled=False) == casts(theirs, cache_enabled=False) == 8
+    assert casts(operator) == casts(theirs) == 4
+    assert casts(operator, cache_enabled=False) == casts(theirs, cache_enabled=False) == 8
+    assert casts(functools.partial(convolve, PROBLEM)) == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cast_to", [torch.float16, torch.bfloat16], ids=reference.short)
+def test_second_order_under_autocast(cast_to, layout):
+    """The gradient of a penalty on a gradient, as with F.conv2d; the backward of both is outside of autocast."""
+    tensors = reference.make_tensors(PROBLEM, torch.float32, layout, reference.fresh_generator())
+    tensors = tensors.map(lambda t: t.to(cast_to).float())
+
+    def second_order(function, tensors):
+        inputs = [t.clone().requires_grad_() for t in (tensors.x, tensors.weight, tensors.bias)]
+        with torch.autocast("cuda", dtype=cast_to, enabled=tensors.x.dtype is torch.float32):
+            out = function(PROBLEM, *inputs)
+        grads = torch.autograd.grad(out, inputs, tensors.grad_out.to(out.dtype), create_graph=True)
+        assert [grad.dtype for grad in grads] == [t.dtype for t in inputs]
+        return torch.autograd.grad([grad.square().sum() for grad in grads[:2]], inputs[:2])
+
+    def theirs(problem, x, weight, bias):
+        return F.conv2d(x, weight, bias, **problem.pairs, groups=problem.channels)
+
+    exact = second_order(theirs, tensors.map(torch.Tensor.double))
+    for found, peer, value in zip(second_order(convolve, tensors), second_order(theirs, tensors), exact, strict=True):
+        assert found.dtype == peer.dtype == torch.float32
+        error, allowed = ((t.double() - value).abs().max().item() for t in (found, peer))
+        assert error <= 2 * allowed
 
 
 def test_autocast_off_inside_on_is_off():

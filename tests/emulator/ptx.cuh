@@ -58,6 +58,7 @@ template <class Word>
 Word load(const Word* from, uint64_t) {
   return __ldg(from);
 }
+inline uint4 load_in_order(const uint4* from, uint64_t) { return *from; }
 template <int kBytes, bool kThroughL1 = false>
 void copy_async(unsigned shared_address, const void* global, int bytes, uint64_t) {
   copy_async(at_shared_address(shared_address), global, kBytes, bytes);
