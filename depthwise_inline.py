@@ -1312,7 +1312,7 @@ def precompile(
     Args:
         model: any module that holds :class:`DepthwiseConv2d`.
         input_shape: shape of the model's one input, such as (N, C, H, W).
-        dtype: of the tensors that the convolutions will see (under autocast, autocast's); the weights' is as they are.
+        dtype: of the tensors that the convolutions will see; under autocast, autocast's. Weights keep the model's.
         channels_last: whether they will be in channels_last.
         backward: also what the gradients want.
 

@@ -90,7 +90,7 @@ __device__ __forceinline__ void copy_one(float* shared, const Stored* global) {
   if constexpr (sizeof(T) == sizeof(float))
     copy_async<4>(shared, global);
   else
-    *shared = load_weight<T>(global);
+    *shared = load_for_sums<T>(global);
 }
 
 template <class Traits>

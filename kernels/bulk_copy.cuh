@@ -75,19 +75,4 @@ class BulkCopies {
 #endif
 };
 
-// Whether the current device's code of `kernel` has bulk copies: it may have been compiled for an earlier architecture.
-template <class Kernel>
-bool has_bulk_copies(Kernel kernel) {
-  thread_local int known_device = -1;
-  thread_local bool known = false;
-  int device = 0;
-  cudaGetDevice(&device);
-  if (device != known_device) {
-    cudaFuncAttributes attributes{};
-    known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-    known_device = device;
-  }
-  return known;
-}
-
 }  // namespace depthwise

@@ -48,6 +48,21 @@ inline const DeviceLimits& device_limits() {
   return limits;
 }
 
+// Whether the current device's code of `kernel` is of sm_90 or later: it may have been compiled for an earlier one.
+template <class Kernel>
+bool is_compiled_for_sm90(Kernel kernel) {
+  thread_local int of_device = -1;
+  thread_local bool answer = false;
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device != of_device) {
+    cudaFuncAttributes attributes{};
+    answer = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    of_device = device;
+  }
+  return answer;
+}
+
 // More than 48 KB of shared memory, with the `static_bytes` that the kernel declares, has to be asked for.
 template <class Kernel>
 int allow_shared_bytes(Kernel kernel, int bytes, int static_bytes = 0) {
@@ -160,7 +175,7 @@ __device__ __forceinline__ void load_filters(float (&weight)[Traits::kKernelH * 
   constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW;
   Vector<typename Traits::T, kVector> packed[kTaps];
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) packed[k] = load_as<typename Traits::T, kVector>(filters + k * kVector);
+  for (int k = 0; k < kTaps; ++k) packed[k] = load_rounded<typename Traits::T, kVector>(filters + k * kVector);
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll

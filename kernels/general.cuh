@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
 
   const T* plane = input + o.n * args.in.stride_n + o.c / args.multiplier * args.in.stride_c;
   const W* filter = weight + static_cast<int64_t>(o.c) * args.kernel_h * args.kernel_w;
-  accumulator_t<T> sum = bias ? load_weight<T>(bias + o.c) : 0;
+  accumulator_t<T> sum = bias ? load_for_sums<T>(bias + o.c) : 0;
   for (int i = 0; i < args.kernel_h; ++i) {
     const int h = o.h * args.stride_h - args.padding_h + i * args.dilation_h;
     if (h < 0 || h >= args.in.h.divisor) continue;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
     for (int j = 0; j < args.kernel_w; ++j) {
       const int w = o.w * args.stride_w - args.padding_w + j * args.dilation_w;
       if (w >= 0 && w < args.in.w.divisor)
-        row_sum += load(row + w * args.in.stride_w) * load_weight<T>(filter + i * args.kernel_w + j);
+        row_sum += load(row + w * args.in.stride_w) * load_for_sums<T>(filter + i * args.kernel_w + j);
     }
     sum += row_sum;
   }
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
         const int out_w = w / args.stride_w;
         if (w < 0 || out_w * args.stride_w != w || out_w >= args.out.w.divisor) continue;
         row_sum += load(plane + out_h * args.out.stride_h + out_w * args.out.stride_w) *
-                   load_weight<T>(filter + i * args.kernel_w + j);
+                   load_for_sums<T>(filter + i * args.kernel_w + j);
       }
       sum += row_sum;
     }

@@ -347,8 +347,9 @@ int launch_grad_weight_rows_nhwc(const GradWeightArgs& args, int, cudaStream_t s
   const DeviceLimits& device = device_limits();
   const auto in_bulk = grad_weight_rows_nhwc_kernel<Traits, true>,
              by_threads = grad_weight_rows_nhwc_kernel<Traits, false>;
-  GradWeightRowsTiling tiling = grad_weight_rows_tiling(
-      Traits::kShape, args, args.splits, {device.shared_bytes, device.shared_bytes_block, has_bulk_copies(in_bulk)});
+  GradWeightRowsTiling tiling =
+      grad_weight_rows_tiling(Traits::kShape, args, args.splits,
+                              {device.shared_bytes, device.shared_bytes_block, is_compiled_for_sm90(in_bulk)});
   if (tiling.threads == 0) return cudaErrorInvalidValue;
   const int unit_splits = args.splits / tiling.parts, new_rows = tiling.tiles_h * Traits::kRows * Traits::kStrideH;
   tiling.share = tiling.units / unit_splits, tiling.more = tiling.units % unit_splits;

@@ -115,7 +115,7 @@ __device__ __forceinline__ void load_filter(float (&weight)[Traits::kTaps], cons
   const auto* const filter = filters_of<Traits>(args, channel, Traits::kTaps);
   float straight[Traits::kTaps];
 #pragma unroll
-  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = load_weight<T>(filter + tap);
+  for (int tap = 0; tap < Traits::kTaps; ++tap) straight[tap] = load_for_sums<T>(filter + tap);
 #pragma unroll
   for (int tap = 0; tap < Traits::kTaps; ++tap)
     weight[tap] = args.flip ? straight[Traits::kTaps - 1 - tap] : straight[tap];

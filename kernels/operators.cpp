@@ -316,26 +316,27 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
 
 using Ints = std::vector<int64_t>;
 
-Geometry geometry_of(const Ints& stride, const Ints& padding, const Ints& dilation) {
+// Throws where the convolution is not depthwise and in two dimensions.
+Geometry depthwise_geometry(const Tensor& input, const Tensor& weight, const Ints& stride, const Ints& padding,
+                            const Ints& dilation, bool transposed, int64_t groups) {
+  check(!transposed && input.dim() == 4 && weight.dim() == 4 && groups == input.size(1),
+        "convolution_overrideable and its backward serve depthwise 2d convolutions alone");
   check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
         "expected stride, padding and dilation as pairs");
   return {stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
-Tensor convolution(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, Ints stride, Ints padding,
-                   Ints dilation, bool transposed, Ints, int64_t groups) {
-  check(!transposed && input.dim() == 4 && groups == input.size(1),
-        "convolution_overrideable serves depthwise 2d convolutions alone");
-  return run_forward(input, weight, bias, geometry_of(stride, padding, dilation));
+Tensor convolution(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, const Ints& stride,
+                   const Ints& padding, const Ints& dilation, bool transposed, const Ints&, int64_t groups) {
+  return run_forward(input, weight, bias,
+                     depthwise_geometry(input, weight, stride, padding, dilation, transposed, groups));
 }
 
 std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_output, const Tensor& input,
-                                                        const Tensor& weight, Ints stride, Ints padding, Ints dilation,
-                                                        bool transposed, Ints, int64_t groups,
-                                                        std::vector<bool> output_mask) {
-  check(!transposed && input.dim() == 4 && weight.dim() == 4 && groups == input.size(1),
-        "convolution_backward_overrideable serves depthwise 2d convolutions alone");
-  const Geometry geometry = geometry_of(stride, padding, dilation);
+                                                        const Tensor& weight, const Ints& stride, const Ints& padding,
+                                                        const Ints& dilation, bool transposed, const Ints&,
+                                                        int64_t groups, const std::vector<bool>& output_mask) {
+  const Geometry geometry = depthwise_geometry(input, weight, stride, padding, dilation, transposed, groups);
   const bool channels_last = wants_channels_last(input, weight);
   Tensor grad_input, grad_weight, grad_bias;  // undefined where not asked for
   if (output_mask[0])
@@ -362,13 +363,14 @@ auto call(const char* name, const char* overload, const Arguments&... arguments)
 // Its own gradients, where they are asked for, come from the differentiable operators, which want one dtype: PyTorch's
 // formula would convolve with float32 weights beside 16-bit tensors, which its convolutions refuse.
 std::tuple<Tensor, Tensor, Tensor> convolution_backward_autograd(const Tensor& grad_output, const Tensor& input,
-                                                                 const Tensor& weight, Ints stride, Ints padding,
-                                                                 Ints dilation, bool transposed, Ints output_padding,
-                                                                 int64_t groups, std::vector<bool> output_mask) {
+                                                                 const Tensor& weight, const Ints& stride,
+                                                                 const Ints& padding, const Ints& dilation,
+                                                                 bool transposed, const Ints& output_padding,
+                                                                 int64_t groups, const std::vector<bool>& output_mask) {
   if (!aoti_torch_grad_mode_is_enabled())
     return convolution_backward(grad_output, input, weight, stride, padding, dilation, transposed, output_padding,
                                 groups, output_mask);
-  const Geometry g = geometry_of(stride, padding, dilation);
+  const Geometry g = depthwise_geometry(input, weight, stride, padding, dilation, transposed, groups);
   const bool channels_last = wants_channels_last(input, weight);
   const auto to_tensor = [](StableIValue value) { return torch::stable::detail::to<Tensor>(value); };
   Tensor grad_input, grad_weight, grad_bias;

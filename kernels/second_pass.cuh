@@ -3,6 +3,7 @@
 // with wait_for_first_pass(), which returns when all blocks of the first have ended and their results are visible.
 #pragma once
 
+#include "direct.cuh"
 #include "ptx.cuh"
 
 namespace depthwise {
@@ -19,22 +20,14 @@ __device__ __forceinline__ void wait_for_first_pass() {
 #endif
 }
 
-// Whether the current device's code of `kernel` waits: it may have been compiled for an earlier architecture. Captured into
-// CUDA graphs since CUDA 12.3, which the driver must know as well.
+// Whether the kernel may begin early. Captured into CUDA graphs since CUDA 12.3, which the driver must know as well.
 template <class Kernel>
 bool waits_for_first_pass(Kernel kernel) {
-  thread_local int known_device = -1;
-  thread_local bool waits = false;
-  int device = 0;
-  cudaGetDevice(&device);
-  if (device != known_device) {
+  static const bool captured = [] {
     int driver = 0;
-    cudaFuncAttributes attributes{};
-    waits = CUDART_VERSION >= 12030 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
-            cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-    known_device = device;
-  }
-  return waits;
+    return CUDART_VERSION >= 12030 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+  }();
+  return captured && is_compiled_for_sm90(kernel);
 }
 
 template <class... Parameters, class... Arguments>

@@ -150,7 +150,8 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   return s;
 }
 
-inline std::string name_of_size(const Specialisation& s) {
+// Its name but for the weights' dtype.
+inline std::string name_beside_weights(const Specialisation& s) {
   char name[128];
   if (s.kernel == Kernel::kBlocked) {
     std::snprintf(name, sizeof(name), "blocked_%s_%s_kw%d_s%dx%d_d%dx%d_c%d_r%d_t%d%s",
@@ -217,7 +218,7 @@ inline std::string name_of_size(const Specialisation& s) {
 }
 
 inline std::string specialisation_name(const Specialisation& s) {
-  return name_of_size(s) + (s.float_weight ? "_float_weight" : "");
+  return name_beside_weights(s) + (s.float_weight ? "_float_weight" : "");
 }
 
 // The CUDA source that compiles `s`: one exported function that serves every tile of its table, or its own tile.

@@ -172,7 +172,7 @@ __device__ __forceinline__ void load_strips_filters(typename Traits::T* filters,
   const int taps = Traits::kKernelH * args.kernel_w;
   const auto* const global = filters_of<Traits>(args, channel, taps);
   for (int k = threadIdx.x; k < channels * taps; k += blockDim.x)
-    store_strips_filter<Traits>(filters, args, plan, k, load_as<typename Traits::T>(global + k));
+    store_strips_filter<Traits>(filters, args, plan, k, load_rounded<typename Traits::T>(global + k));
 }
 
 // A lane's words of the bands: B[2t, 2t+1][g] and B[2t+8, 2t+9][g] of each kernel row.

@@ -75,7 +75,7 @@ struct StripsFilters {
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
         const int k = threadIdx.x + u * Traits::kThreads;
-        value[u] = load_as<T>(global + k, k < channels * taps);
+        value[u] = load_rounded<T>(global + k, k < channels * taps);
       }
     }
   }

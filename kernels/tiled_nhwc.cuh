@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
     const int lane = k / kTaps, tap = k % kTaps;
     Vector<float, kVector> weights;
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) weights.value[e] = load_weight<T>(filters + (lane * kVector + e) * kTaps + tap);
+    for (int e = 0; e < kVector; ++e) weights.value[e] = load_for_sums<T>(filters + (lane * kVector + e) * kTaps + tap);
     const int place = lane * kLaneTaps + (args.flip ? kTaps - 1 - tap : tap);
     reinterpret_cast<Vector<float, kVector>*>(shared_weight)[place] = weights;
   }

@@ -251,7 +251,7 @@ __device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, 
     if (h < 0 || h >= args.h || w < 0 || w >= args.w) continue;
     const int64_t pixel = static_cast<int64_t>(h) * args.w + w;
     sum = fmaf(load(input + pixel * (Traits::kChannelsLast ? in_c : 1)),
-               load_weight<T>(filter + (args.flip ? taps - 1 - tap : tap)), sum);
+               load_for_sums<T>(filter + (args.flip ? taps - 1 - tap : tap)), sum);
   }
   return sum;
 }
@@ -397,7 +397,7 @@ template <class Traits, class Block>
 __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
   const auto* const filter = filters_of<Traits>(args, block.channel, args.kernel_h * args.kernel_w);
   lay_out_weights<Traits>(pairs, args, threadIdx.x / 32, Traits::kWarps,
-                          [&](int tap) -> unsigned { return load_as<typename Traits::T>(filter + tap).bits; });
+                          [&](int tap) -> unsigned { return load_rounded<typename Traits::T>(filter + tap).bits; });
 }
 
 }  // namespace depthwise

@@ -93,7 +93,7 @@ __device__ __forceinline__ void fetch_weights(typename Traits::T* staged, const 
       copy_16_async(staged + k, filters + k, min(kChunk, elements - k) * static_cast<int>(sizeof(T)));
   } else {
 #pragma unroll 8
-    for (int k = threadIdx.x; k < elements; k += Traits::kThreads) staged[k] = load_as<T>(filters + k);
+    for (int k = threadIdx.x; k < elements; k += Traits::kThreads) staged[k] = load_rounded<T>(filters + k);
   }
 }
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "async_copy.cuh"
 #include "problem.h"
@@ -33,7 +32,7 @@ __device__ __forceinline__ const weight_t<Traits>* filters_of(const DirectArgs& 
   return static_cast<const weight_t<Traits>*>(args.weight) + channel * taps;
 }
 
-// A stored value as one of T.
+// A stored value as one of T, the tensors' dtype.
 template <class T, class Stored>
 __device__ __forceinline__ T round_to(Stored value) {
   if constexpr (sizeof(Stored) == sizeof(T))
@@ -42,18 +41,18 @@ __device__ __forceinline__ T round_to(Stored value) {
     return from_float<T>(value);
 }
 
-// One element as the sums take it, in T's precision.
+// An element so rounded, in the type of the sums.
 template <class T, class Stored>
-__device__ __forceinline__ auto load_weight(const Stored* pointer) {
+__device__ __forceinline__ auto load_for_sums(const Stored* pointer) {
   if constexpr (sizeof(Stored) == sizeof(T))
     return load(pointer);
   else
     return to_float(from_float<T>(load(pointer)));
 }
 
-// kCount elements as values of T; a false predicate reads nothing and gives zeros.
+// kCount elements so rounded; a false predicate reads nothing and gives zeros.
 template <class T, int kCount, class Stored>
-__device__ __forceinline__ Vector<T, kCount> load_as(const Stored* pointer, bool in_bounds = true) {
+__device__ __forceinline__ Vector<T, kCount> load_rounded(const Stored* pointer, bool in_bounds = true) {
   if constexpr (sizeof(Stored) == sizeof(T)) {
     return load_or_zero<kCount>(pointer, in_bounds);
   } else {
@@ -69,8 +68,8 @@ __device__ __forceinline__ Vector<T, kCount> load_as(const Stored* pointer, bool
   }
 }
 template <class T, class Stored>
-__device__ __forceinline__ T load_as(const Stored* pointer, bool in_bounds = true) {
-  return load_as<T, 1>(pointer, in_bounds).value[0];
+__device__ __forceinline__ T load_rounded(const Stored* pointer, bool in_bounds = true) {
+  return load_rounded<T, 1>(pointer, in_bounds).value[0];
 }
 
 // kCount elements for shared memory, to be waited for like asynchronous copies and with a barrier.
@@ -81,7 +80,7 @@ __device__ __forceinline__ void copy_weights(T* shared, const Stored* global) {
     copy_async<kBytes>(shared, global);
   } else {
     VectorWord<T, kCount> bits;
-    bits.vector = load_as<T, kCount>(global);
+    bits.vector = load_rounded<T, kCount>(global);
     *reinterpret_cast<decltype(bits.word)*>(shared) = bits.word;
   }
 }
@@ -90,14 +89,15 @@ __device__ __forceinline__ void copy_weights(T* shared, const Stored* global) {
 template <class Traits, int kCount>
 __device__ __forceinline__ Vector<typename Traits::T, kCount> load_biases(const DirectArgs& args, int64_t channel) {
   Vector<typename Traits::T, kCount> bias{};
-  if (args.bias) bias = load_as<typename Traits::T, kCount>(static_cast<const weight_t<Traits>*>(args.bias) + channel);
+  if (args.bias)
+    bias = load_rounded<typename Traits::T, kCount>(static_cast<const weight_t<Traits>*>(args.bias) + channel);
   return bias;
 }
 // Of one channel: `index` apart from `first`, so that a loop over it adds to one pointer.
 template <class Traits>
 __device__ __forceinline__ float bias_of(const DirectArgs& args, int64_t first, int index = 0) {
   const auto* const biases = static_cast<const weight_t<Traits>*>(args.bias);
-  return biases ? load_weight<typename Traits::T>(biases + first + index) : 0.f;
+  return biases ? load_for_sums<typename Traits::T>(biases + first + index) : 0.f;
 }
 
 // An element of grad_weight or grad_bias.

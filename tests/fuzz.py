@@ -32,7 +32,7 @@ class Draw:
     dtype: torch.dtype
     layout: str
     direction: str
-    through: str  # "operator", or "autograd": depthwise_conv2d and its gradients
+    through: str  # "operator", or depthwise_conv2d and its gradients: "autograd", "autocast" (from float32 weights)
     variant: str | None  # forced on a GPU; None: the automatic choice
     views: tuple[str | None, ...]  # how x, weight, bias and grad_out are stored
 
@@ -77,6 +77,10 @@ def _configuration(drawn):
     return kernel, stride, dilation, paddings, dtype, drawn.choice(LAYOUTS)
 
 
+def ways_through(dtype):
+    return ("operator", "autograd", "autocast") if dtype.itemsize == 2 else ("operator", "autograd")
+
+
 def draw(number, device):
     """The draw of this number: sizes that many networks have, and those at which kernels break."""
     kernel, stride, dilation, paddings, dtype, layout = _configuration(
@@ -100,7 +104,7 @@ def draw(number, device):
     views = (None,) * 4
     if problem.batch and drawn.random() < 0.4:
         views = tuple(drawn.choice([None, *VIEWS]) for _ in range(4))
-    direction, through = drawn.choice(DIRECTIONS), drawn.choice(("operator", "autograd"))
+    direction, through = drawn.choice(DIRECTIONS), drawn.choice(ways_through(dtype))
     variant = "general" if drawn.random() < 0.1 else None
     return Draw(number, problem, dtype, layout, direction, through, variant, views)
 
@@ -137,12 +141,13 @@ def specialisations(draw):
         return copied or t.storage_offset() * t.element_size() % 16 == 0
 
     found = {}
-    for direction in {draw.direction, "forward"} if draw.through == "autograd" else {draw.direction}:
-        by_strides = draw.through == "autograd" or direction == "forward"
+    for direction in {draw.direction} if draw.through == "operator" else {draw.direction, "forward"}:
+        by_strides = draw.through != "operator" or direction == "forward"
         layout = reference.forward_layout(x, weight) if by_strides else draw.layout
         aligned = all(is_aligned(t, layout) for t in images[direction]) and all(map(is_aligned, others[direction]))
         with reference.forced(draw.variant):
-            name, source = reference.select(direction, draw.problem, draw.dtype, layout, aligned)
+            float_weight = draw.through == "autocast"
+            name, source = reference.select(direction, draw.problem, draw.dtype, layout, aligned, float_weight)
         if source:
             found[name.rpartition("/")[0]] = source
     return found
@@ -172,9 +177,18 @@ def run(draw, tensors):
             return reference.run(draw.direction, draw.problem, tensors, draw.layout)
         wanted = {"forward": (), "grad_input": ("x",), "grad_weight": ("weight", "bias")}[draw.direction]
         leaves = {name: t.detach() for name, t in vars(tensors).items() if t is not None and name != "grad_out"}
+        autocast = draw.through == "autocast"
+        if autocast:
+            leaves |= {name: reference.as_float(leaves[name]) for name in ("weight", "bias") if name in leaves}
         wanted = [leaf.requires_grad_() for name, leaf in leaves.items() if name in wanted]
-        out = depthwise_inline.depthwise_conv2d(leaves["x"], leaves["weight"], leaves.get("bias"), **draw.problem.pairs)
+        with torch.autocast("cuda", draw.dtype) if autocast else contextlib.nullcontext():
+            pairs = draw.problem.pairs
+            out = depthwise_inline.depthwise_conv2d(leaves["x"], leaves["weight"], leaves.get("bias"), **pairs)
         results = torch.autograd.grad(out, wanted, tensors.grad_out) if wanted else (out,)
+        if autocast and draw.direction == "grad_weight":  # rounded, since PyTorch's and what is allowed are of 16 bits
+            if any(result.dtype is not torch.float32 for result in results):
+                raise RuntimeError(f"gradients of float32 weights are of {[result.dtype for result in results]}")
+            results = [result.to(draw.dtype) for result in results]
         return dict(zip(reference.result_names(draw.direction, draw.problem), results, strict=True))
 
 

@@ -116,11 +116,12 @@ def test_a_plan_keeps_within_its_bounds():
 
 def test_every_kind_of_draw_comes_up():
     draws = [fuzz.draw(number * fuzz.DRAWS_OF_A_CONFIGURATION, DEVICE) for number in range(1000)]
+    dtypes = set(reference.DTYPES) if DEVICE == "cuda" else {torch.float32, torch.float64}
     drawn = {
         "direction": set(reference.DIRECTIONS),
-        "dtype": set(reference.DTYPES) if DEVICE == "cuda" else {torch.float32, torch.float64},
+        "dtype": dtypes,
         "layout": set(reference.LAYOUTS),
-        "through": {"operator", "autograd"},
+        "through": {way for dtype in dtypes for way in fuzz.ways_through(dtype)},
         "variant": {None, "general"},
     }
     for name, values in drawn.items():
