@@ -353,10 +353,13 @@ def as_float(parameter):
     return misaligned(wide) if parameter.is_contiguous() and parameter.data_ptr() % 16 != 0 else wide
 
 
+def with_float_weight(tensors):
+    return Tensors(tensors.x, as_float(tensors.weight), as_float(tensors.bias), tensors.grad_out)
+
+
 def run_with_float_weight(direction, problem, tensors):
     """`run` as under autocast: weight and bias of float32 beside tensors of 16 bits. Strides decide the layout."""
     x, weight, bias, grad_out = tensors
-    weight, bias = as_float(weight), as_float(bias)
     if direction == "forward":
         return {"out": OPERATORS.forward_no_autograd(x, weight, bias, *problem.geometry)}
     of_emulator = hasattr(OPERATORS, "convolution_backward_overrideable")
@@ -481,7 +484,7 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
                 strides_agree = direction == "forward" or forward_layout(tensors.x, tensors.weight) == layout
                 if dtype.itemsize == 2 and strides_agree:
                     poison(*(peer[name] for name in names))
-                    with_float = run_with_float_weight(direction, problem, tensors)
+                    with_float = run_with_float_weight(direction, problem, with_float_weight(tensors))
                     of_float = torch.float32 if direction == "grad_weight" else dtype
                     for name in names:
                         failures.add(difference(with_float[name], results[name], of_float), *where, name)

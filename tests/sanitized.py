@@ -14,12 +14,12 @@ from reference import Failures, Tensors
 import depthwise_inline
 
 
-def run_on_gpu(run=reference.run):
-    """`reference.run` for tensors on the CPU."""
+def on_gpu(run):
+    """A function of `reference` that runs a direction, for tensors on the CPU."""
 
-    def moved(direction, problem, tensors, layout):
+    def moved(direction, problem, tensors, *layout):
         there = Tensors(*(t if t is None else t.cuda() for t in tensors))
-        return {name: result.cpu() for name, result in run(direction, problem, there, layout).items()}
+        return {name: result.cpu() for name, result in run(direction, problem, there, *layout).items()}
 
     return moved
 
@@ -43,7 +43,8 @@ def prepare():
 def run(part, parts):
     """Runs every parts-th problem on the GPU."""
     failures = Failures()
-    reference.DEVICE, reference.run = "cpu", run_on_gpu()
+    reference.DEVICE, reference.run = "cpu", on_gpu(reference.run)
+    reference.run_with_float_weight = on_gpu(reference.run_with_float_weight)
     for problem, (layout, dtype) in itertools.islice(sample(), part, None, parts):
         tensors = reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
         reference.check(failures, problem, tensors, layout)

@@ -11,7 +11,7 @@ import pytest
 import reference
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
-PARTS = 3  # of the problems, which pytest-xdist runs side by side
+PARTS = 5  # of the problems, which pytest-xdist runs side by side
 SUMMARY = re.compile(r"(?m)^========= (?:RACECHECK SUMMARY: (\d+) hazards?|ERROR SUMMARY: (\d+) errors?)")
 
 
@@ -20,7 +20,7 @@ def sanitize(tool, command):
     done = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=depthwise", "--print-limit", "10000", *command],
         cwd=reference.ROOT,
-        env={**os.environ, "PYTHONPATH": "tests:.", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        env={**os.environ, "PYTHONPATH": "tests:.", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
