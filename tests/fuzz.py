@@ -78,6 +78,7 @@ def _configuration(drawn):
 
 
 def ways_through(dtype):
+    """What a draw of this dtype may go through; autocast is for 16 bits."""
     return ("operator", "autograd", "autocast") if dtype.itemsize == 2 else ("operator", "autograd")
 
 

@@ -349,11 +349,12 @@ def as_float(parameter):
     """Float32 that rounds to what weight or bias of 16 bits are, and is not that."""
     if parameter is None:
         return None
-    wide = parameter.float() * (1 + 2**-14)
+    wide = parameter.float() * (1 + 2**-14)  # aligned, as are the copies that operators make of what is not contiguous
     return misaligned(wide) if parameter.is_contiguous() and parameter.data_ptr() % 16 != 0 else wide
 
 
 def with_float_weight(tensors):
+    """The tensors with `as_float` of weight and bias."""
     return Tensors(tensors.x, as_float(tensors.weight), as_float(tensors.bias), tensors.grad_out)
 
 

@@ -16,7 +16,7 @@ SUMMARY = re.compile(r"(?m)^========= (?:RACECHECK SUMMARY: (\d+) hazards?|ERROR
 
 
 def sanitize(tool, command):
-    """What a command checked under a tool, and what the tool said of our kernels."""
+    """What a command checked under a tool, and what the tool said of our kernels; on one core, beside others."""
     done = subprocess.run(
         ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=depthwise", "--print-limit", "10000", *command],
         cwd=reference.ROOT,
