@@ -59,7 +59,9 @@ MATMUL_SIZE = 8192
 MEASURED_MS = 20.0  # aimed at for each call of a row
 MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
 SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
-STEPS_MS = 500.0  # aimed at for the training steps of a network in each of the ROUNDS: the host runs ahead in them
+# Of the training steps of a network: enough in a round for the host to run ahead, and many rounds, since the host, not the
+# GPU, decides most of these times, and its speed drifts (two equal networks differed by 5% in 5 rounds of 500 ms).
+STEPS_MS, STEP_ROUNDS = 250.0, 15
 LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
 CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
 # Too small to keep a GPU busy, so that the host's times show.
@@ -541,7 +543,7 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
         for run in steps:
             steps_ms(run, 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
         counts = [count_of(run) for run in steps]
-        samples = [[steps_ms(*pair) for pair in zip(steps, counts, strict=True)] for _ in range(ROUNDS)]
+        samples = [[steps_ms(*pair) for pair in zip(steps, counts, strict=True)] for _ in range(STEP_ROUNDS)]
         before_ms, after_ms = (round(statistics.median(times), 3) for times in zip(*samples, strict=True))
         for model in networks:
             model.zero_grad(set_to_none=True)
