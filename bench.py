@@ -59,8 +59,8 @@ MATMUL_SIZE = 8192
 MEASURED_MS = 20.0  # aimed at for each call of a row
 MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
 SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
-# Of the training steps of a network: enough in a round for the host to run ahead, and many rounds, since the host, not the
-# GPU, decides most of these times, and its speed drifts (two equal networks differed by 5% in 5 rounds of 500 ms).
+# Of the training steps of a network: enough in a round for the host to run ahead, and many rounds, since the host, not
+# the GPU, decides most of these times, and its speed drifts (two equal networks differed by 5% in 5 rounds of 500 ms).
 STEPS_MS, STEP_ROUNDS = 250.0, 15
 LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
 CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
