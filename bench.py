@@ -164,6 +164,12 @@ def selected(case: Case, dtype: torch.dtype, layout: str, direction: str) -> tup
 
 
 # ---- timing
+def spread_of(times: Sequence[float]) -> float:
+    """Half the distance from the 10th to the 90th percentile, as a share of the median."""
+    ordered, last = sorted(times), len(times) - 1
+    return (ordered[round(0.9 * last)] - ordered[round(0.1 * last)]) / 2 / statistics.median(times)
+
+
 @dataclass
 class Call:
     """A function to time, the state of torch.backends.cudnn.benchmark it runs in, and its times in milliseconds."""
@@ -178,10 +184,7 @@ class Call:
 
     @property
     def spread(self) -> float:
-        """Half the distance from the 10th to the 90th percentile, as a share of the median."""
-        times = sorted(self.times)
-        last = len(times) - 1
-        return (times[round(0.9 * last)] - times[round(0.1 * last)]) / 2 / self.median
+        return spread_of(self.times)
 
 
 def repetitions(milliseconds: float) -> int:
@@ -544,7 +547,11 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
             steps_ms(run, 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
         counts = [count_of(run) for run in steps]
         samples = [[steps_ms(*pair) for pair in zip(steps, counts, strict=True)] for _ in range(STEP_ROUNDS)]
-        before_ms, after_ms = (round(statistics.median(times), 3) for times in zip(*samples, strict=True))
+        walls = {
+            f"{name}_step_{what}": round(of(times), 3)
+            for name, times in zip(("pytorch", "ours"), zip(*samples, strict=True), strict=True)
+            for what, of in (("ms", statistics.median), ("spread", spread_of))
+        }
         for model in networks:
             model.zero_grad(set_to_none=True)
         graphs = {}
@@ -559,8 +566,7 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
         "batch": network.batch,
         "layout": layout,
         "precision": precision,
-        "pytorch_step_ms": before_ms,
-        "ours_step_ms": after_ms,
+        **walls,
         **graphs,
     }
 
