@@ -230,13 +230,16 @@ class Expected(NamedTuple):
 
 @contextlib.contextmanager
 def native_pytorch():
-    """PyTorch's own depthwise kernels: they accumulate in float32, use no TF32 and need no planning per shape."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
+    """PyTorch's own depthwise kernels: they accumulate in float32, use no TF32 and need no planning per shape.
+
+    Nor oneDNN's on the CPU: that of torch 2.14 makes code for float16 and 31x31 for minutes where there is AVX512-FP16.
+    """
+    before = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
+    torch.backends.cudnn.enabled = torch.backends.mkldnn.enabled = False
     try:
         yield
     finally:
-        torch.backends.cudnn.enabled = before
+        torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled = before
 
 
 @contextlib.contextmanager
