@@ -44,9 +44,13 @@ def pytest_addoption(parser):
     )
 
 
+def _is_worker(config):
+    """Of pytest-xdist."""
+    return hasattr(config, "workerinput")
+
+
 def pytest_configure(config):
-    is_worker = hasattr(config, "workerinput")  # of pytest-xdist
-    if config.getoption("--record") and not is_worker and why_no_gpu() is not None:
+    if config.getoption("--record") and not _is_worker(config) and why_no_gpu() is not None:
         raise pytest.UsageError(f"--record writes down a run on a GPU; it {why_no_gpu()}")
 
 
@@ -87,8 +91,8 @@ def pytest_sessionstart(session):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Under pytest-xdist the one process with a terminal, the controller, has every worker's reports."""
-    if not config.getoption("--record"):
+    """Under pytest-xdist the controller alone has every worker's reports; workers come here too."""
+    if not config.getoption("--record") or _is_worker(config):
         return
     stats = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
     properties = [dict(report.user_properties) for report in (*stats["passed"], *stats["failed"])]

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import conftest
 import pytest
 
 import bench_report as report
@@ -80,6 +82,15 @@ def test_record(workers, tmp_path):
     assert (record["gpu"], record["driver"]) == ("NVIDIA Test", "1.2")
     assert record["sources_sha256"] == report.sources_sha256()
     assert 0 <= record["seconds"] <= time.monotonic() - started  # to a tenth: of these tests 0.0
+
+
+def test_a_worker_records_nothing(monkeypatch):
+    """It has its own tests alone, and comes to its end also where the run is stopped."""
+    config = SimpleNamespace(getoption=lambda name: name == "--record" or None, workerinput={}, started=0.0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA Test")
+    monkeypatch.setattr("bench.driver_version", lambda: "1.2")
+    monkeypatch.setattr(report, "write_json", lambda path, record: pytest.fail(f"wrote {path}"))
+    conftest.pytest_terminal_summary(SimpleNamespace(stats={}), config)
 
 
 def test_record_of_fuzzing(tmp_path):
