@@ -232,7 +232,9 @@ class Expected(NamedTuple):
 def native_pytorch():
     """PyTorch's own depthwise kernels: they accumulate in float32, use no TF32 and need no planning per shape.
 
-    Nor oneDNN's on the CPU: that of torch 2.14 makes code for float16 and 31x31 for minutes where there is AVX512-FP16.
+    On the CPU too: oneDNN's, of torch 2.14, crash in channels_last for some of these problems (1x19x21x2, kernel 3x1,
+    stride (2, 4), padding (0, 5), dilation 2, 57 outputs), and take minutes to plan 31x31 in float16 where there is
+    AVX512-FP16.
     """
     before = torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
     torch.backends.cudnn.enabled = torch.backends.mkldnn.enabled = False
@@ -274,11 +276,6 @@ def grad_weight_by_taps(problem, x, grad_out):
 def pytorch_results(problem, tensors):
     """All results of PyTorch in the dtype of the tensors, by name; the gradients of undefined inputs are left out."""
     x, weight, bias, grad_out = tensors
-    extents = [d * (k - 1) + 1 for k, d in zip(problem.kernel, problem.dilation, strict=True)]
-    if x.device.type == "cpu" and any(p >= extent for p, extent in zip(problem.padding, extents, strict=True)):
-        # In channels_last, torch 2.14 crashes on the CPU for some of these: 1x19x21x2, kernel 3x1, stride (2, 4),
-        # padding (0, 5), dilation 2, 57 outputs.
-        x, grad_out = x.contiguous(), grad_out.contiguous()
     with native_pytorch(), torch.no_grad():
         results = {"out": F.conv2d(x, weight, bias, **problem.pairs, groups=problem.channels)}
         grads = torch.ops.aten.convolution_backward(
@@ -296,6 +293,18 @@ def pytorch_results(problem, tensors):
     if bias is not None:
         results["grad_bias"] = grads[2]
     return results
+
+
+def peer_results(problem, tensors):
+    """What our errors are measured by: PyTorch's results in the dtype of the tensors.
+
+    On the CPU those of float32, rounded: in 16 bits its own kernels accumulate in 16 bits there.
+    """
+    if tensors.x.is_cuda:
+        return pytorch_results(problem, tensors)
+    dtype = tensors.x.dtype
+    wide = tensors.map(lambda t: t.to(torch.promote_types(dtype, torch.float32)))
+    return {name: result.to(dtype) for name, result in pytorch_results(problem, wide).items()}
 
 
 def expected_results(problem, tensors):
@@ -465,7 +474,7 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
     variants: None for every variant that can serve it, or a list of them, where None stands for automatic choice.
     """
     dtype = tensors.x.dtype
-    expected, peer = expected_results(problem, tensors), pytorch_results(problem, tensors)
+    expected, peer = expected_results(problem, tensors), peer_results(problem, tensors)
     for direction in directions:
         names = result_names(direction, problem)
         if variants is None:

@@ -12,7 +12,7 @@ RESULTS = ("out", "grad_input", "grad_weight", "grad_bias")
 
 def prepared(problem, dtype, layout="nchw"):
     tensors = reference.make_tensors(problem, dtype, layout, reference.fresh_generator("cpu"))
-    return tensors, reference.expected_results(problem, tensors), reference.pytorch_results(problem, tensors)
+    return tensors, reference.expected_results(problem, tensors), reference.peer_results(problem, tensors)
 
 
 @pytest.mark.parametrize(("layout", "dtype"), reference.pair_grid(reference.LAYOUTS, reference.DTYPES))
@@ -37,7 +37,7 @@ def test_an_exact_zero_must_be_zero(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=reference.short)
 def test_another_order_of_summation_passes(dtype):
     tensors, expected, peer = prepared(LARGE_KERNEL, dtype)
-    flipped = reference.pytorch_results(LARGE_KERNEL, tensors.map(lambda t: t.flip(-1, -2) if t.ndim == 4 else t))
+    flipped = reference.peer_results(LARGE_KERNEL, tensors.map(lambda t: t.flip(-1, -2) if t.ndim == 4 else t))
     for name in ("out", "grad_input", "grad_weight"):
         assert reference.mismatch(flipped[name].flip(-1, -2), expected[name], peer[name]) is None
 
@@ -62,7 +62,7 @@ def test_one_bad_element_is_found_and_named(dtype, value):
 def test_a_missing_tap_of_a_large_kernel_is_found(dtype):
     tensors, expected, peer = prepared(LARGE_KERNEL, dtype)
     tensors.weight[1, 0, 17, 4] = 0
-    broken = reference.pytorch_results(LARGE_KERNEL, tensors)
+    broken = reference.peer_results(LARGE_KERNEL, tensors)
     message = reference.mismatch(broken["out"], expected["out"], peer["out"])
     assert message is not None and "first at (0, 1, " in message
 
@@ -94,7 +94,7 @@ def test_a_bad_pytorch_result_excuses_nothing_beyond_the_cap():
 def test_infinities_must_be_where_they_belong():
     tensors, _, _ = prepared(PROBLEM, torch.float16)
     tensors.x[0, 1, 4, 5] = torch.inf
-    expected, peer = (f(PROBLEM, tensors)["out"] for f in (reference.expected_results, reference.pytorch_results))
+    expected, peer = (f(PROBLEM, tensors)["out"] for f in (reference.expected_results, reference.peer_results))
     assert reference.mismatch(peer, expected, peer) is None
     wrong_sign = torch.where(peer.isinf(), -peer, peer)
     spread = peer.index_fill(3, torch.tensor([7]), torch.nan)
