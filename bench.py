@@ -59,7 +59,9 @@ MATMUL_SIZE = 8192
 MEASURED_MS = 20.0  # aimed at for each call of a row
 MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
 SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
-STEPS_MS = 500.0  # aimed at for the training steps of a network in each of the ROUNDS: the host runs ahead in them
+# Of the training steps of a network: enough in a round for the host to run ahead, and many rounds, since the host, not
+# the GPU, decides most of these times, and its speed drifts (two equal networks differed by 5% in 5 rounds of 500 ms).
+STEPS_MS, STEP_ROUNDS = 250.0, 15
 LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
 CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
 # Too small to keep a GPU busy, so that the host's times show.
@@ -162,6 +164,12 @@ def selected(case: Case, dtype: torch.dtype, layout: str, direction: str) -> tup
 
 
 # ---- timing
+def spread_of(times: Sequence[float]) -> float:
+    """Half the distance from the 10th to the 90th percentile, as a share of the median."""
+    ordered, last = sorted(times), len(times) - 1
+    return (ordered[round(0.9 * last)] - ordered[round(0.1 * last)]) / 2 / statistics.median(times)
+
+
 @dataclass
 class Call:
     """A function to time, the state of torch.backends.cudnn.benchmark it runs in, and its times in milliseconds."""
@@ -176,10 +184,7 @@ class Call:
 
     @property
     def spread(self) -> float:
-        """Half the distance from the 10th to the 90th percentile, as a share of the median."""
-        times = sorted(self.times)
-        last = len(times) - 1
-        return (times[round(0.9 * last)] - times[round(0.1 * last)]) / 2 / self.median
+        return spread_of(self.times)
 
 
 def repetitions(milliseconds: float) -> int:
@@ -541,8 +546,12 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
         for run in steps:
             steps_ms(run, 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
         counts = [count_of(run) for run in steps]
-        samples = [[steps_ms(*pair) for pair in zip(steps, counts, strict=True)] for _ in range(ROUNDS)]
-        before_ms, after_ms = (round(statistics.median(times), 3) for times in zip(*samples, strict=True))
+        samples = [[steps_ms(*pair) for pair in zip(steps, counts, strict=True)] for _ in range(STEP_ROUNDS)]
+        walls = {
+            f"{name}_step_{what}": round(of(times), 3)
+            for name, times in zip(("pytorch", "ours"), zip(*samples, strict=True), strict=True)
+            for what, of in (("ms", statistics.median), ("spread", spread_of))
+        }
         for model in networks:
             model.zero_grad(set_to_none=True)
         graphs = {}
@@ -557,8 +566,7 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
         "batch": network.batch,
         "layout": layout,
         "precision": precision,
-        "pytorch_step_ms": before_ms,
-        "ours_step_ms": after_ms,
+        **walls,
         **graphs,
     }
 

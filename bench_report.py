@@ -365,7 +365,8 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
         lines += [
             "",
             "Training step at 224x224 (forward and backward; bfloat16 under autocast) before and after "
-            "`replace_depthwise`: wall time, and that of the same step as a CUDA graph, in which the host has no part:",
+            "`replace_depthwise`: wall time (±: half the distance from the 10th to the 90th percentile of its rounds), "
+            "and that of the same step as a CUDA graph, in which the host has no part:",
             "",
         ]
         columns = ("PyTorch ms", "ours ms", "speedup", "PyTorch graph ms", "ours graph ms", "speedup")
@@ -388,7 +389,11 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
 
 def _step_columns(model: dict[str, Any], kind: str) -> tuple[str, str, str]:
     before, after = model[f"pytorch_{kind}_ms"], model[f"ours_{kind}_ms"]
-    return f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}"
+    spreads = [model.get(f"{name}_{kind}_spread") for name in ("pytorch", "ours")]
+    times = [
+        f"{ms:.1f}" + (f" ± {s:.0%}" if s is not None else "") for ms, s in zip((before, after), spreads, strict=True)
+    ]
+    return *times, f"{before / after:.2f}"
 
 
 def table(record: dict[str, Any]) -> str:

@@ -53,18 +53,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                                      from + static_cast<int64_t>(pixel) * all_channels);
   }
   commit_copies();
-#pragma unroll 1
-  for (int k = threadIdx.x; k < kHeight * 2 * kPaddingW * kCopies; k += Traits::kThreads) {
-    const int pixel = k / kCopies, row = pixel / max_int(1, 2 * kPaddingW), column = pixel - row * 2 * kPaddingW;
-    shared_memory[(row * kPitch + (column < kPaddingW ? column : kWidth + column) * kChannels) / Traits::kGranule +
-                  k % kCopies] = uint4{};
-  }
+  // Before the zeros: behind that loop nvcc leaves most of the filters' loads for after the wait for the copies.
   const int lane = threadIdx.x % Traits::kLanes * kVector, column = threadIdx.x / Traits::kLanes;
   const int channel = first_channel + min(lane, channels - kVector);
   float weight[kTaps][kVector], bias[kVector];
   load_filters<Traits>(weight, filters_of<Traits>(args, channel, kTaps), args.flip, args.flip);
 #pragma unroll
   for (int e = 0; e < kVector; ++e) bias[e] = bias_of<Traits>(args, channel + e);
+#pragma unroll 1
+  for (int k = threadIdx.x; k < kHeight * 2 * kPaddingW * kCopies; k += Traits::kThreads) {
+    const int pixel = k / kCopies, row = pixel / max_int(1, 2 * kPaddingW), column = pixel - row * 2 * kPaddingW;
+    shared_memory[(row * kPitch + (column < kPaddingW ? column : kWidth + column) * kChannels) / Traits::kGranule +
+                  k % kCopies] = uint4{};
+  }
   wait_for_all_copies();
 
   // Compute and store.

@@ -1,5 +1,5 @@
-// What kernels of many families share, and their launchers: the device's limits, dividers, filters, and how threads of
-// streaming kernels roll down rows.
+// What kernels of many families share, and their launchers: the device's limits and architecture, dividers, filters, sums,
+// and how threads of streaming kernels roll down rows.
 #pragma once
 
 #include <utility>
@@ -51,16 +51,16 @@ inline const DeviceLimits& device_limits() {
 // Whether the current device's code of `kernel` is of sm_90 or later: it may have been compiled for an earlier one.
 template <class Kernel>
 bool is_compiled_for_sm90(Kernel kernel) {
-  thread_local int of_device = -1;
-  thread_local bool answer = false;
+  thread_local int known = -1;
+  thread_local bool is_sm90 = false;
   int device = 0;
   cudaGetDevice(&device);
-  if (device != of_device) {
+  if (device != known) {
     cudaFuncAttributes attributes{};
-    answer = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-    of_device = device;
+    is_sm90 = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    known = device;
   }
-  return answer;
+  return is_sm90;
 }
 
 // More than 48 KB of shared memory, with the `static_bytes` that the kernel declares, has to be asked for.
@@ -167,6 +167,13 @@ struct RollingShape {
     return (r - i * Traits::kDilationH + Traits::kStrideH * kSpan) / Traits::kStrideH - kSpan;
   }
 };
+
+// By pairs: equal terms, such as those of the grad of bias of a mean, would round the same way every time that one more is
+// added to a sum; doubled, they do not round.
+template <class T>
+__device__ __forceinline__ T sum_of_eight(const T (&term)[8]) {
+  return ((term[0] + term[1]) + (term[2] + term[3])) + ((term[4] + term[5]) + (term[6] + term[7]));
+}
 
 // Filters are [channel][tap] in memory: those of a thread's kVector channels are contiguous.
 template <class Traits, int kVector>

@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
   constexpr int kStep = kChannelsLast ? kGeneralThreads / 32 : kGeneralThreads;
 
   Sum sum[kGeneralTapsPerBlock] = {};
-  Sum bias = 0, bias_part = 0;  // in parts of 8 terms: equal gradients would round the same way every time
+  // In parts of 128 terms, these in parts of 8: equal gradients would round the same way every time.
+  Sum bias = 0, bias_part = 0, bias_of_8 = 0;
   int terms = 0;
   if (channel < out_c) {
     const T* grad_plane = grad_output + channel * args.out.stride_c;
@@ -184,8 +185,11 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
       int out_w, out_h;
       const int64_t n = args.out.h.split(args.out.w.split(position, &out_w), &out_h);
       const Sum grad = load(grad_plane + n * args.out.stride_n + out_h * args.out.stride_h + out_w * args.out.stride_w);
-      bias_part += grad;
-      if (++terms % 8 == 0) bias += bias_part, bias_part = 0;
+      bias_of_8 += grad;
+      if (++terms % 8 == 0) {
+        bias_part += bias_of_8, bias_of_8 = 0;
+        if (terms % 128 == 0) bias += bias_part, bias_part = 0;
+      }
       const int h = out_h * args.stride_h - args.padding_h + tap_h * args.dilation_h;
       if (h < 0 || h >= args.in.h.divisor) continue;
       const T* row = plane + n * args.in.stride_n + h * args.in.stride_h;
@@ -209,14 +213,16 @@ __global__ void __launch_bounds__(kGeneralThreads, 4)
   };
 #pragma unroll
   for (int k = 0; k < kGeneralTapsPerBlock; ++k) reduce(sum[k], k);
-  reduce(bias + bias_part, kGeneralTapsPerBlock);
+  reduce(bias + (bias_part + bias_of_8), kGeneralTapsPerBlock);
   __syncthreads();
   if (channel >= out_c || threadIdx.y != 0 || (!kChannelsLast && threadIdx.x != 0)) return;
   const int64_t row = static_cast<int64_t>(blockIdx.z) * out_c + channel;
   for (int k = 0; k <= kGeneralTapsPerBlock; ++k) {
-    Sum total = 0;
-    for (int y = 0; y < kGeneralThreads / 32; y += 2)
-      total += shared[k][y][threadIdx.x] + shared[k][y + 1][threadIdx.x];
+    Sum of_warp[8];
+    static_assert(kGeneralThreads / 32 == 8);
+#pragma unroll
+    for (int y = 0; y < 8; ++y) of_warp[y] = shared[k][y][threadIdx.x];
+    const Sum total = sum_of_eight(of_warp);
     if (k == kGeneralTapsPerBlock) {
       if (bias_block) partial_bias[row] = total;
     } else if (first_tap_w + k < args.kernel_w) {
@@ -261,8 +267,7 @@ __global__ void __launch_bounds__(32 * kMostSplitShares)
       Sum value[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; ++b, from += step) value[b] = b < left ? *from : 0;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) sum += value[b];
+      sum += sum_of_eight(value);
     }
   }
 
@@ -276,8 +281,7 @@ __global__ void __launch_bounds__(32 * kMostSplitShares)
     Sum value[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) value[b] = shared[share + b][threadIdx.x];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) sum += value[b];
+    sum += sum_of_eight(value);
   }
   (of_bias ? grad_bias : grad_weight)[idx] = store_accumulator<T>(sum);
 }

@@ -308,17 +308,18 @@ __device__ __forceinline__ float sum_of_pairs(const GradWeightArgs& args, const 
   return sum;
 }
 
-// What `count` threads left in shared memory, `step` apart. Four chains: one alone would round equal terms, such as those of
-// the grad of bias of a mean, the same way every time.
-__device__ __forceinline__ float sum_in_chains(const float* terms, int count, int step) {
-  constexpr int kChains = 4;
-  float sum[kChains] = {};
+// What `count` threads left in shared memory, `step` apart, eight at a time and in parts of 64 (see sum_of_eight).
+__device__ __forceinline__ float sum_in_parts(const float* terms, int count, int step) {
+  float sum = 0, part = 0;
 #pragma unroll 1
-  for (int first = 0; first < count; first += kChains)
+  for (int first = 0; first < count; first += 8) {
+    float term[8];
 #pragma unroll
-    for (int k = 0; k < kChains; ++k)
-      if (first + k < count) sum[k] += terms[(first + k) * step];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int k = 0; k < 8; ++k) term[k] = first + k < count ? terms[(first + k) * step] : 0;
+    part += sum_of_eight(term);
+    if (first % 64 == 56) sum += part, part = 0;
+  }
+  return sum + part;
 }
 
 // Writes one sum of the block: `tap` kTaps is the bias.

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kGradWeightThreads, Traits::kBlocks)
       const int lane = k % blockDim.x, slot = k / blockDim.x;
       const int of_channel = (blockIdx.x * blockDim.x + lane) * kChannels + slot % kChannels;
       if (of_channel >= out_c) continue;
-      const float total = sum_in_chains(&shared[slot][lane], blockDim.y, blockDim.x);
+      const float total = sum_in_parts(&shared[slot][lane], blockDim.y, blockDim.x);
       store_sum<Traits>(args, blockIdx.y, of_channel, first_tap + slot / kChannels, total);
       finite = finite && isfinite(total);
     }

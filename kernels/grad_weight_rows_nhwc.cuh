@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kGradWeightRowsThreads, 1)
   for (int k = thread; k < count; k += tiling.threads) {
     const int channel = k / (kTaps + 1), tap = k % (kTaps + 1);
     const float* const of_lane = shared + (tap * kVector + channel % kVector) * pitch + channel / kVector;
-    const float total = sum_in_chains(of_lane, tiles, tiling.lanes);
+    const float total = sum_in_parts(of_lane, tiles, tiling.lanes);
     store_sum<Traits>(args, split, first_channel + channel, tap, total);
     finite = finite && isfinite(total);
   }

@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kGradWeightStreamThreads, 2)
       const int channel = first_channel + of_lane * kVector + of % kVector;
       if (channel >= out_c) continue;
       const float* const first = shared + of * num_threads + of_lane;
-      const float total = sum_in_chains(first, tiles, kLanes);
+      const float total = sum_in_parts(first, tiles, kLanes);
       store_sum<Traits>(args, blockIdx.y, channel, first_tap + of / kVector, total);
       finite = finite && isfinite(total);
     }

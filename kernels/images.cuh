@@ -70,7 +70,8 @@ struct Taps {
   unsigned word[kRegisters];
   typename Traits::T bias;
 
-  // Plain loads, which come before a barrier that comes after them; where there is no tap, of any other.
+  // Plain loads, which come before a barrier that comes after them (with the read-only ones of weights.cuh, kernels of both
+  // layouts spill); where there is no tap, of any other.
   __device__ __forceinline__ Taps(const DirectArgs& args, int channel) {
     using T = typename Traits::T;
     const int lane = threadIdx.x % 32, size = args.kernel_h * args.kernel_w;

@@ -47,7 +47,7 @@ __device__ __forceinline__ auto load_for_sums(const Stored* pointer) {
   if constexpr (sizeof(Stored) == sizeof(T))
     return load(pointer);
   else
-    return to_float(from_float<T>(load(pointer)));
+    return to_float(round_to<T>(load(pointer)));
 }
 
 // kCount elements so rounded; a false predicate reads nothing and gives zeros.

@@ -77,7 +77,9 @@ MODEL = {
     "layout": "nchw",
     "precision": "float32",
     "pytorch_step_ms": 60.0,
+    "pytorch_step_spread": 0.052,
     "ours_step_ms": 40.0,
+    "ours_step_spread": 0.01,
     "pytorch_graph_ms": 54.0,
     "ours_graph_ms": 27.0,
 }
@@ -516,7 +518,7 @@ def test_readme_tables_come_from_the_records_and_show_losses():
     headline, speed = report.readme_headline([record]), report.readme_speed([record], CASES)
     assert "NVIDIA H100 80GB HBM3" in headline and "2.00x; 71%" in headline and "rows slower than it: 1." in headline
     assert "1 of 3 rows" in speed and "- kb82 float32 nhwc forward: 0.50x" in speed
-    assert "| MobileNetV2 | 128 | float32 | nchw | 60.0 | 40.0 | 1.50 | 54.0 | 27.0 | 2.00 |" in speed
+    assert "| MobileNetV2 | 128 | float32 | nchw | 60.0 ± 5% | 40.0 ± 1% | 1.50 | 54.0 | 27.0 | 2.00 |" in speed
     assert report.table(record).count("| 1.0000 |") == len(rows)
     assert "- kb82: float32 nchw grad_input, " in speed and "- replk_31: everything" in speed
 

@@ -87,6 +87,7 @@ def on_the_cpu(monkeypatch):
 def test_a_row_of_the_table(on_the_cpu, precision):
     row = bench.measure_model(TINY, precision, "nhwc")
     assert row.pop("pytorch_step_ms") > 0 and row.pop("ours_step_ms") > 0
+    assert row.pop("pytorch_step_spread") >= 0 and row.pop("ours_step_spread") >= 0
     assert row == {"model": "Tiny", "batch": 2, "layout": "nhwc", "precision": precision}
     assert torch.backends.cudnn.benchmark is False
 

@@ -167,6 +167,12 @@ def test_views(emulator, everything, view, layout, dtype):
     gpu.check_views(problems, view, layout, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grad_of_bias_of_a_mean(emulator, layout):
+    emulator.obtain(reference.specialisations([gpu.MEAN], F32, layout))
+    gpu.check_grad_of_bias_of_a_mean(layout)
+
+
 @pytest.mark.parametrize(("layout", "dtype"), reference.pair_grid(LAYOUTS, DTYPES))
 def test_general(emulator, everything, layout, dtype):
     gpu.check_general_variant_on_random_problems(50 if everything else 5, layout, dtype)

@@ -407,6 +407,36 @@ def check_views(problems, view, layout, dtype):
     failures.report()
 
 
+MEAN = Problem((128, 128), (3, 3), padding=(1, 1), batch=8, channels=16)
+MEAN_UNITS = 3  # the worst of 96 channels: 2.3; where a kernel adds one equal term after the other: 3.5 to 5
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_grad_of_bias_of_a_mean(layout):
+    check_grad_of_bias_of_a_mean(layout)
+
+
+def check_grad_of_bias_of_a_mean(layout):
+    """Its gradient is the same all over a channel: a sum that grows by equal terms rounds the same way every time."""
+    failures, tensors = Failures(), reference.make_tensors(MEAN, F32, layout, reference.fresh_generator())
+    tensors.grad_out[:] = tensors.grad_out[:1, :, :1, :1].clone()
+    exact = tensors.grad_out.double().sum((0, 2, 3))
+    expected = reference.Expected(exact, exact.abs())
+    for variant in reference.all_variants("grad_weight", MEAN, F32, layout):
+        with failures.catch(MEAN, layout, variant), reference.forced(variant):
+            try:
+                grad_bias = reference.run("grad_weight", MEAN, tensors, layout)["grad_bias"]
+            except RuntimeError as error:
+                if any(words in str(error) for words in reference.REFUSALS):
+                    continue
+                raise
+            worst = reference.errors_in_units(grad_bias, expected).max().item()
+            wrong = worst > MEAN_UNITS
+            failures.add(f"{worst:.3g} units, allowed {MEAN_UNITS}" if wrong else None, MEAN, layout, variant)
+    failures.report()
+
+
 def test_poison_reaches_the_next_allocation():
     """Otherwise no test above could find an unwritten output."""
     for size in (1, 1000, 300_000, 3_000_000):
