@@ -60,8 +60,9 @@ MEASURED_MS = 20.0  # aimed at for each call of a row
 MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
 SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
 # Of the training steps of a network: enough in a round for the host to run ahead, and many rounds, since the host, not
-# the GPU, decides most of these times, and its speed drifts (two equal networks differed by 5% in 5 rounds of 500 ms).
-STEPS_MS, STEP_ROUNDS = 250.0, 15
+# the GPU, decides most of these times. Its speed drifts, and equal networks differed by up to 7% (EfficientNet-B0,
+# bfloat16, a host of an H100): so there are several copies of each, a round has one of them, and who is first changes.
+STEPS_MS, STEP_ROUNDS, COPIES = 250.0, 15, 3
 LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
 CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
 # Too small to keep a GPU busy, so that the host's times show.
@@ -541,24 +542,28 @@ def measure_model(network: Network, precision: str, layout: str, device: str = "
             error = difference(before.eval(), after.eval(), images)
         if not error <= (1e-3 if precision == "float32" else 5e-2):
             raise RuntimeError(f"the outputs differ by {error:.1e} after replace_depthwise")
-        networks = [before.train(), after.train()]
-        steps = [functools.partial(step, model) for model in networks]
-        for run in steps:
-            steps_ms(run, 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
-        counts = [count_of(run) for run in steps]
-        samples = [[steps_ms(*pair) for pair in zip(steps, counts, strict=True)] for _ in range(STEP_ROUNDS)]
+        networks = {"pytorch": before.train(), "ours": after.train()}
+        copies = [networks, *(copy.deepcopy(networks) for _ in range(COPIES - 1))]
+        every = [model for pair in copies for model in pair.values()]
+        for model in every:
+            steps_ms(functools.partial(step, model), 1)  # cuDNN searches its algorithms, PyTorch's allocator grows
+        counts = {name: count_of(functools.partial(step, model)) for name, model in networks.items()}
+        samples: dict[str, list[float]] = {name: [] for name in networks}
+        for round_idx in range(STEP_ROUNDS):
+            pair = copies[round_idx % COPIES]
+            for name in reversed(pair) if round_idx % 2 else pair:
+                samples[name].append(steps_ms(functools.partial(step, pair[name]), counts[name]))
         walls = {
             f"{name}_step_{what}": round(of(times), 3)
-            for name, times in zip(("pytorch", "ours"), zip(*samples, strict=True), strict=True)
+            for name, times in samples.items()
             for what, of in (("ms", statistics.median), ("spread", spread_of))
         }
-        for model in networks:
+        for model in every:
             model.zero_grad(set_to_none=True)
         graphs = {}
         if device == "cuda":
             torch.cuda.empty_cache()
-            for name, model in zip(("pytorch_graph_ms", "ours_graph_ms"), networks, strict=True):
-                graphs[name] = graph_ms(model)
+            graphs = {f"{name}_graph_ms": graph_ms(model) for name, model in networks.items()}
     finally:
         torch.backends.cudnn.benchmark = False
     return {
