@@ -410,6 +410,16 @@ def run(direction, problem, tensors, layout):
     )
 
 
+def run_unless_refused(direction, problem, tensors, layout):
+    """As run; None where this GPU is smaller or older than what the forced variant is for."""
+    try:
+        return run(direction, problem, tensors, layout)
+    except RuntimeError as error:
+        if any(words in str(error) for words in REFUSALS):
+            return None
+        raise
+
+
 def result_names(direction, problem):
     if direction == "forward":
         return ("out",)
@@ -486,12 +496,9 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
             where = (problem, short(dtype), layout, direction, variant or "automatic")
             with failures.catch(*where), forced(variant):
                 poison(*(peer[name] for name in names))
-                try:
-                    results = run(direction, problem, tensors, layout)
-                except RuntimeError as error:
-                    if variants is None and any(words in str(error) for words in REFUSALS):
-                        continue  # a smaller or older GPU than this variant is for
-                    raise
+                results = (run_unless_refused if variants is None else run)(direction, problem, tensors, layout)
+                if results is None:
+                    continue
                 for name in names:
                     failures.add(mismatch(results[name], expected[name], peer[name]), *where, name)
                 strides_agree = direction == "forward" or forward_layout(tensors.x, tensors.weight) == layout

@@ -92,6 +92,28 @@ def test_a_row_of_the_table(on_the_cpu, precision):
     assert torch.backends.cudnn.benchmark is False
 
 
+def test_copies_of_a_network_take_turns(on_the_cpu, monkeypatch):
+    """Each round has one of them, before and after; who is first changes."""
+    trained = []
+
+    class Watched(nn.Sequential):
+        def forward(self, x):
+            if self.training:
+                replaced = any(isinstance(m, depthwise_inline.DepthwiseConv2d) for m in self)
+                trained.append((id(self), replaced))
+            return super().forward(x)
+
+    network = dataclasses.replace(TINY, build=lambda: Watched(*tiny_network()))
+    monkeypatch.setattr(bench, "STEPS_MS", 0.0)  # one step a round
+    bench.measure_model(network, "float32", "nchw")
+    rounds = trained[-2 * bench.STEP_ROUNDS :]
+    assert len(set(rounds)) == 2 * bench.COPIES
+    firsts = [replaced for _, replaced in rounds[::2]]
+    assert firsts == [bool(index % 2) for index in range(bench.STEP_ROUNDS)]
+    assert all(first[1] != second[1] for first, second in zip(rounds[::2], rounds[1::2], strict=True))
+    assert all(sum(at == one for at in rounds) == bench.STEP_ROUNDS // bench.COPIES for one in rounds)
+
+
 def wrong_forward(self, x):
     return nn.Conv2d.forward(self, x).flip(1)
 
