@@ -60,10 +60,10 @@ MATMUL_SIZE = 8192
 MEASURED_MS = 20.0  # aimed at for each call of a row
 MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
 SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
-# Of the training steps of a network: enough in a round for the host to run ahead, and many rounds, since the host, not
-# the GPU, decides most of these times. Its speed drifts, and equal networks differed by up to 7% (EfficientNet-B0,
-# bfloat16, a host of an H100): so there are several copies of each, a round has one of them, and who is first changes.
-STEPS_MS, STEP_ROUNDS, COPIES = 250.0, 15, 3
+# Of the training steps of a network, whose time the host decides more often than the GPU. Its speed drifts, and equal
+# networks differ by up to 7% (EfficientNet-B0, bfloat16, a host of an H100): so rounds are short and many, there are
+# several copies of each network, a round has one of them, and who is first changes.
+STEPS_MS, STEP_ROUNDS, COPIES = 100.0, 36, 3
 LEAD_CYCLES = 4_000_000  # about 2 ms in which the host runs ahead
 CHUNK_ELEMENTS = 1 << 25  # float64 references are computed in pieces of this many elements
 # Too small to keep a GPU busy, so that the host's times show.
