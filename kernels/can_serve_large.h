@@ -46,12 +46,13 @@ inline void deal_nchw(const Problem& p, const DirectArgs& args, Band& band) {
   band.tiles_h = band.tiles_w > 2 ? few ? 1 : 2 : 4;
 }
 
-// channels_last: as many rows as the registers of sixteen warps hold.
+// channels_last: as many rows as the registers of sixteen warps hold; of 24 columns fewer (13x13 on 32x200x20x20, fp16, H100:
+// 32 rows 22.4 us, 48 22.8).
 inline void deal_nhwc(const Problem& p, Band& band) {
   const int w = band.tiles_w;
   const bool wide = w > 7 || (w == 7 && (band.image_chunks == 0 || band.chunks > 6)) ||
                     (w > 5 && (band.chunks > 7 || band.chunks < 4));
-  band.tiles_h = wide ? 1 : w > 4 ? 2 : w == 3 ? 3 : 4;
+  band.tiles_h = wide ? 1 : w > 4 || w == 3 ? 2 : 4;
   band.shared = p.out_c < 8;
   if (band.shared) band.tiles_h = 1;
   const int tiles = w * band.tiles_h;
