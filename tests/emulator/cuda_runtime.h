@@ -68,7 +68,6 @@ struct Launch {
   dim3 blocks, threads;
   int shared_bytes;
   void* stream;
-  int cluster = 1;  // blocks that reach each other's shared memory
 
   template <class... Arguments>
   auto operator()(const Arguments&... arguments) const {
@@ -169,8 +168,7 @@ enum {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrL2CacheSize,
-  cudaDevAttrClusterLaunch
+  cudaDevAttrL2CacheSize
 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
@@ -200,12 +198,11 @@ int cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   attributes->ptxVersion = EMULATED_ARCH / 10;
   return cudaSuccess;
 }
-enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   int id;
   struct {
     int programmaticStreamSerializationAllowed;
-    dim3 clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -218,9 +215,7 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   const int bytes = static_cast<int>(config->dynamicSmemBytes);
-  const bool clusters = config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeClusterDimension;
-  const int cluster = clusters ? static_cast<int>(config->attrs->val.clusterDim.x) : 1;
-  kernel* emulator::Launch{config->gridDim, config->blockDim, bytes, config->stream, cluster}(arguments...);
+  kernel* emulator::Launch{config->gridDim, config->blockDim, bytes, config->stream}(arguments...);
   return cudaGetLastError();
 }
 inline int cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
