@@ -60,7 +60,7 @@ MATMUL_SIZE = 8192
 MEASURED_MS = 20.0  # aimed at for each call of a row
 MIN_REPS, MAX_REPS, ROUNDS = 10, 100, 5
 SLOW_MS, SLOW_REPS = 50.0, 5  # calls beyond SLOW_MS are repeated SLOW_REPS times
-# Of the training steps of a network, whose time the host decides more often than the GPU. Its speed drifts, and equal
+# Of the training steps of a network, whose time the host decides more often than the GPU. A host drifts, and equal
 # networks differ by up to 7% (EfficientNet-B0, bfloat16, a host of an H100): so rounds are short and many, there are
 # several copies of each network, a round has one of them, and who is first changes.
 STEPS_MS, STEP_ROUNDS, COPIES = 100.0, 36, 3
