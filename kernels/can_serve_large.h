@@ -17,51 +17,80 @@ struct Band {
   int tiles_w;       // columns of a block, in eights
   int image_chunks;  // of an input row; 0: outputs are too wide for one block
   int tiles_h;       // rows of a warp, in sixteens
+  // channels_last, else 0.
+  int slots;       // warps that a channel's rows are dealt to
+  int shared;      // there are fewer than eight channels: warps share the kernel rows of a tile
+  int since_sm80;  // has more registers than there are before sm_80, where products of bfloat16 are calls
 
   int chunks_in(int stride_w) const { return (tiles_w - 1) * stride_w + chunks; }
 };
 
+// Weights and the rows that some outputs read, of eight channels in channels_last.
+constexpr int64_t kMaxBandBytes = 160 << 10;
+
+inline int64_t band_bytes(const Problem& p, const Band& band, int out_rows, int64_t pitch) {
+  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h;
+  const int64_t rows = (out_rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+  return (min_int64(rows, in_h) * pitch * 16 + p.kernel_h * (8 * band.chunks + 13) * 4) *
+         (p.layout == Layout::kNhwc ? 8 : 1);
+}
+
+// How outputs are dealt to warps, for the columns that `band` has already. A warp's rows, NCHW: many where a block holds
+// many small images; few where shared memory bounds the rows (32x128x56x56, 31x31, fp16, H200: 0.156 ms with 16 rows, 0.112
+// with 32; 32x512x14x14, 27x27: 0.106 with 16, 0.044 with 64). Where there are few tiles, one a warp, whose fewer registers
+// let three blocks share a multiprocessor.
+inline void deal_nchw(const Problem& p, const DirectArgs& args, Band& band) {
+  constexpr int64_t kFewTiles = 8 * kMultiprocessors;
+  const int64_t strips = divide_up(divide_up(args.out_w, 8), band.tiles_w);
+  const bool few = p.stride_w == 1 && p.n * p.out_c * divide_up(args.out_h, 16) * strips < kFewTiles;
+  band.tiles_h = band.tiles_w > 2 ? few ? 1 : 2 : 4;
+}
+
+// channels_last: as many rows as the registers of sixteen warps hold; of 24 columns fewer (13x13 on 32x200x20x20, fp16, H100:
+// 32 rows 22.4 us, 48 22.8).
+inline void deal_nhwc(const Problem& p, Band& band) {
+  const int w = band.tiles_w;
+  const bool wide = w > 7 || (w == 7 && (band.image_chunks == 0 || band.chunks > 6)) ||
+                    (w > 5 && (band.chunks > 7 || band.chunks < 4));
+  band.tiles_h = wide ? 1 : w > 4 || w == 3 ? 2 : 4;
+  band.shared = p.out_c < 8;
+  if (band.shared) band.tiles_h = 1;
+  const int tiles = w * band.tiles_h;
+  const bool many = p.stride_w == 2 ? tiles >= 8 : tiles >= 16 && (band.chunks > 6 || band.chunks < 4);
+  band.slots = many ? 1 : 2;
+  band.since_sm80 = band.slots > 1 && (p.dtype == DType::kBFloat16 || tiles >= 14);
+}
+
 inline Band band_of(const Problem& p) {
   const DirectArgs args = direct_args(p);
+  const bool channels_last = p.layout == Layout::kNhwc;
+  const int stride = static_cast<int>(p.stride_w);
+  const int last = 7 * stride + (args.kernel_w - 1) * args.dilation_w - args.padding_w;
   Band band{};
   band.origin = floor_divide(-args.padding_w, 8);
-  const int last = static_cast<int>(7 * p.stride_w) + (args.kernel_w - 1) * args.dilation_w - args.padding_w;
   band.chunks = floor_divide(last, 8) - band.origin + 1;
   band.image_chunks = floor_divide(args.w + 7, 8);
   band.tiles_w = floor_divide(args.out_w + 7, 8);
-  const int stride = static_cast<int>(p.stride_w);
-  // A warp's rows: many where a block holds many small images; few where shared memory bounds the rows (NCHW,
-  // 32x128x56x56, 31x31, fp16, H200: 0.156 ms with 16 rows, 0.112 with 32; 32x512x14x14, 27x27: 0.106 with 16, 0.044 with
-  // 64). Where there are few tiles, one a warp, whose fewer registers let three blocks share a multiprocessor.
-  // channels_last: as many as the registers of sixteen warps hold.
-  constexpr int64_t kFewTiles = 8 * kMultiprocessors;
-  const auto rows_of = [&](int tiles_w) {
-    if (p.layout == Layout::kNhwc) {
-      const bool wide = tiles_w > 7 || (tiles_w == 7 && (band.image_chunks == 0 || band.chunks > 6)) ||
-                        (tiles_w > 5 && (band.chunks > 7 || band.chunks < 4));
-      return wide ? 1 : tiles_w > 4 ? 2 : tiles_w == 3 ? 3 : 4;
-    }
-    const int64_t strips = divide_up(divide_up(args.out_w, 8), tiles_w);
-    const bool few = stride == 1 && p.n * p.out_c * divide_up(args.out_h, 16) * strips < kFewTiles;
-    return tiles_w > 2 ? few ? 1 : 2 : 4;
-  };
-  band.tiles_h = rows_of(band.tiles_w);
   const bool meets_image = band.origin < band.image_chunks && band.origin + band.chunks_in(stride) > 0;
-  if (band.tiles_w <= 8 && band.image_chunks <= 16 && meets_image) return band;
-  // The width that wastes the fewest columns; of equals the widest.
-  const int all = band.tiles_w;
-  band.image_chunks = 0;
-  band.tiles_w = 8;
-  for (int tiles = 7; tiles >= 5; --tiles)
-    if (floor_divide(all + tiles - 1, tiles) * tiles <
-        floor_divide(all + band.tiles_w - 1, band.tiles_w) * band.tiles_w)
-      band.tiles_w = tiles;
-  band.tiles_h = rows_of(band.tiles_w);
+  // Wider in channels_last, where 32 rows of it find room.
+  const bool fits =
+      band.tiles_w <= 8 || (channels_last && stride == 1 && band.tiles_w <= 12 && band.chunks > 3 && band.chunks < 8 &&
+                            band_bytes(p, band, 32, band.image_chunks | 1) <= kMaxBandBytes);
+  if (!fits || band.image_chunks > 16 || !meets_image) {
+    // The width that wastes the fewest columns; of equals the widest.
+    const int all = band.tiles_w;
+    band.image_chunks = 0;
+    band.tiles_w = 8;
+    for (int tiles = 7; tiles >= 5; --tiles)
+      if (divide_up(all, tiles) * tiles < divide_up(all, band.tiles_w) * band.tiles_w) band.tiles_w = tiles;
+  }
+  if (channels_last)
+    deal_nhwc(p, band);
+  else
+    deal_nchw(p, args, band);
   return band;
 }
 
-// Weights and the rows that sixteen outputs read, of eight channels in channels_last.
-constexpr int64_t kMaxBandBytes = 160 << 10;
 constexpr int kMaxBandChunks = 12;
 
 inline bool can_serve_toeplitz(const Problem& p) {
@@ -77,11 +106,7 @@ inline bool can_serve_toeplitz(const Problem& p) {
   if (channels_last && p.multiplier != 1) return false;
   const Band band = band_of(p);
   if (band.chunks > kMaxBandChunks) return false;
-  const int64_t in_h = p.direction == Direction::kGradInput ? p.out_h : p.h, rows = 15 * p.stride_h + span_h + 1;
-  const int64_t pitch = band.chunks_in(static_cast<int>(p.stride_w)) + 2;
-  return ((rows < in_h ? rows : in_h) * pitch * 16 + p.kernel_h * (8 * band.chunks + 13) * 4) *
-             (channels_last ? 8 : 1) <=
-         kMaxBandBytes;
+  return band_bytes(p, band, 16, band.chunks_in(static_cast<int>(p.stride_w)) + 2) <= kMaxBandBytes;
 }
 
 // band_images: the ring of kernel rows lies in registers, and what sixteen images of a unit read in shared memory.

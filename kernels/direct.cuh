@@ -25,6 +25,7 @@ __device__ __forceinline__ void for_each_index(Body&& body) {
 struct DeviceLimits {
   int multiprocessors, shared_bytes, shared_bytes_block;  // shared memory of a multiprocessor, and of a block at most
   int l2_bytes;
+  int clusters;  // whether blocks can be launched in clusters, which write to each other's shared memory
 
   // What a block may take so that `blocks` of them share a multiprocessor; each costs 1 KB of its own.
   int shared_bytes_for(int blocks) const {
@@ -34,7 +35,7 @@ struct DeviceLimits {
 
 // Read anew when a thread changes to another device.
 inline const DeviceLimits& device_limits() {
-  thread_local DeviceLimits limits{1, 64 << 10, 48 << 10, 0};
+  thread_local DeviceLimits limits{1, 64 << 10, 48 << 10, 0, 0};
   thread_local int known = -1;
   int device = 0;
   cudaGetDevice(&device);
@@ -43,6 +44,7 @@ inline const DeviceLimits& device_limits() {
     cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&limits.shared_bytes_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&limits.l2_bytes, cudaDevAttrL2CacheSize, device);
+    cudaDeviceGetAttribute(&limits.clusters, cudaDevAttrClusterLaunch, device);
     known = device;
   }
   return limits;

@@ -217,12 +217,16 @@ Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optiona
   Tensor out = empty_image(layout, problem.n, problem.out_c, problem.out_h, problem.out_w, input);
   if (problem.n == 0) return out;
 
-  const Tensor x = to_dense(input, layout), filters = to_contiguous(weight);
-  const std::optional<Tensor> b = bias ? std::optional(to_contiguous(*bias)) : std::nullopt;
-  problem.aligned = is_aligned(x) && is_aligned(filters) && is_aligned(out) && (!b || is_aligned(*b));
   problem.float_weight = weight.scalar_type() != input.scalar_type();
-  launch_forward(problem, x.data_ptr(), filters.data_ptr(), b ? b->data_ptr() : nullptr, out.data_ptr(),
+  const bool copied = serves_in_nchw(problem);
+  if (copied) problem.layout = Layout::kNchw;
+  const Tensor x = to_dense(input, problem.layout), filters = to_contiguous(weight);
+  const std::optional<Tensor> b = bias ? std::optional(to_contiguous(*bias)) : std::nullopt;
+  Tensor result = copied ? empty_image(problem.layout, problem.n, problem.out_c, problem.out_h, problem.out_w, x) : out;
+  problem.aligned = is_aligned(x) && is_aligned(filters) && is_aligned(result) && (!b || is_aligned(*b));
+  launch_forward(problem, x.data_ptr(), filters.data_ptr(), b ? b->data_ptr() : nullptr, result.data_ptr(),
                  current_stream(device));
+  if (copied) torch::stable::copy_(out, result);
   return out;
 }
 
@@ -243,10 +247,14 @@ Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, int64_t h
   Tensor grad_input = empty_image(layout, problem.n, problem.c, h, w, grad_output);
   if (problem.n == 0) return grad_input;
 
-  const Tensor g = to_dense(grad_output, layout), filters = to_contiguous(weight);
-  problem.aligned = is_aligned(g) && is_aligned(filters) && is_aligned(grad_input);
   problem.float_weight = weight.scalar_type() != grad_output.scalar_type();
-  launch_grad_input(problem, g.data_ptr(), filters.data_ptr(), grad_input.data_ptr(), current_stream(device));
+  const bool copied = serves_in_nchw(problem);
+  if (copied) problem.layout = Layout::kNchw;
+  const Tensor g = to_dense(grad_output, problem.layout), filters = to_contiguous(weight);
+  Tensor result = copied ? empty_image(problem.layout, problem.n, problem.c, h, w, g) : grad_input;
+  problem.aligned = is_aligned(g) && is_aligned(filters) && is_aligned(result);
+  launch_grad_input(problem, g.data_ptr(), filters.data_ptr(), result.data_ptr(), current_stream(device));
+  if (copied) torch::stable::copy_(grad_input, result);
   return grad_input;
 }
 
@@ -449,7 +457,9 @@ void depthwise_inline_force_variant(const char* variant) { depthwise::force_vari
 // the forced variant cannot serve it.
 int depthwise_inline_select(int direction, int dtype, int layout, const int64_t* sizes, char* name, int name_capacity,
                             char* source, int source_capacity) try {
-  const depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
+  depthwise::Problem p = problem_from(direction, dtype, layout, sizes);
+  if (p.direction != depthwise::Direction::kGradWeight && depthwise::serves_in_nchw(p))
+    p.layout = depthwise::Layout::kNchw;
   const depthwise::Config config = depthwise::choose(p).config;
   const bool to_build = config.kernel != depthwise::Kernel::kGeneral;
   return copy_text(depthwise::variant_name(p, config), name, name_capacity) &&

@@ -35,6 +35,13 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
+// blockIdx.x, likewise.
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 // threadIdx.x % 32 of blocks of one dimension, likewise.
 __device__ __forceinline__ int lane_index() {
   int index;
@@ -130,6 +137,29 @@ __device__ __forceinline__ uint4 load_in_order(const uint4* from, uint64_t polic
                : "l"(from), "l"(policy)
                : "memory");
   return word;
+}
+
+// Clusters of blocks, sm_90. A barrier of all their threads: what was written before arriving, to shared memory of any of
+// the blocks, is seen after waiting; `relaxed`: nothing was.
+__device__ __forceinline__ void arrive_at_cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void arrive_relaxed_at_cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_at_cluster_barrier() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// Where the block `rank` of the cluster has what this one has at a shared_address.
+__device__ __forceinline__ unsigned address_in_cluster(unsigned shared_address, int rank) {
+  unsigned address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ void store_in_cluster(unsigned address, uint4 words) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
 }
 
 // Asynchronous copies (sm_80) of kBytes, 4, 8 or 16, aligned to that: the first `bytes` from `global`, then zeros.

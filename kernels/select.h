@@ -191,8 +191,7 @@ inline Config select_large(const Problem& p, bool frugal) {
   if (!frugal)
     for (const Config& config : {select_images(p), select_strips(p), select_band_images(p)})
       if (config.kernel != Kernel::kGeneral) return config;
-  // toeplitz in channels_last wants sm_80 for bfloat16.
-  if (can_serve(p, Kernel::kToeplitz, 0) && (nchw || !frugal || p.dtype != DType::kBFloat16)) {
+  if (can_serve(p, Kernel::kToeplitz, 0) && !(frugal && band_of(p).since_sm80)) {
     if (taps > kMaxRegisterTaps) return {Kernel::kToeplitz, 0};
     // Dilation 3, 8x64x56x56, fp16, H200: NCHW 0.012, direct 0.016; channels_last 0.021.
     const bool fits = nchw ? args.out_w > 14 : args.out_w <= 16;

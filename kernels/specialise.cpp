@@ -84,6 +84,16 @@ Choice choose(const Problem& problem, int refusal) {
   return choice;
 }
 
+bool serves_in_nchw(const Problem& problem) {
+  // Of fewer taps the general kernel takes less than copies and launches might: not measured.
+  constexpr int64_t kFewestTaps = 17 * 17;
+  if (problem.layout == Layout::kNchw || problem.kernel_h * problem.kernel_w < kFewestTaps || is_forced) return false;
+  if (choose(problem).config.kernel != Kernel::kGeneral) return false;
+  Problem nchw = problem;
+  nchw.layout = Layout::kNchw;
+  return choose(nchw).config.kernel != Kernel::kGeneral;
+}
+
 void set_builder(Builder new_builder) { builder = new_builder; }
 
 void add_launcher(const std::string& name, Launcher launcher) {

@@ -22,26 +22,25 @@ constexpr int power_of_two(int least) {
 
 // kOrigin: chunk of the input that the first chunk of a block's band lies in, for the block of output column 0.
 // kImageChunks: chunks of an image row, where one block spans it and what lies outside is left out at compile time; 0:
-// any width. kTilesW: a block's columns, in eights.
+// any width. kTilesW: a block's columns, in eights. kSlots: channels_last, warps that a channel's tiles are dealt to; 0:
+// NCHW. kShared: channels_last with fewer channels than a block takes, whose warps share the kernel rows of tiles.
+// kSinceSm80: has more registers than there are before.
 template <class T_, int kChunks_, int kStrideW_, int kOrigin_, int kImageChunks_, int kTilesW_, int kTilesH_,
-          bool kChannelsLast_>
+          int kSlots_, bool kShared_, bool kSinceSm80_>
 struct ToeplitzTraits {
   using T = T_;
   static constexpr int kChunks = kChunks_, kStrideW = kStrideW_, kOrigin = kOrigin_, kTilesW = kTilesW_,
-                       kTilesH = kTilesH_;
-  static constexpr bool kChannelsLast = kChannelsLast_, kWholeRows = kImageChunks_ != 0;
+                       kTilesH = kTilesH_, kSlots = kSlots_;
+  static constexpr bool kChannelsLast = kSlots > 0, kShared = kShared_, kSinceSm80 = kSinceSm80_, kPaired = false,
+                        kWholeRows = kImageChunks_ != 0;
   static constexpr int kColumns = kTilesW * kChunk;                    // of a block
   static constexpr int kChannels = kChannelsLast ? kChannelsNhwc : 1;  // of a block
   // NCHW: large blocks, as each has to lay out its channel's weights (32x128x56x56, 31x31, fp16, H200: 0.112 ms with eight
   // warps, 0.129 with four); but two a multiprocessor, and the widest take more than 128 registers a thread.
   // channels_last: one block a multiprocessor, for the weights of eight channels take much of its shared memory.
-  static constexpr bool kManyRegisters =
-      kStrideW == 2 ? kTilesW * kTilesH >= (kChannelsLast ? 8 : 12)
-                    : kTilesW * kTilesH >= 16 && (!kChannelsLast || kChunks > 6 || kChunks < 4);
-  static constexpr int kWarps = kChannelsLast ? (kManyRegisters ? 8 : 16) : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
+  static constexpr bool kManyRegisters = kTilesW * kTilesH >= (kStrideW == 2 ? 12 : 16);
+  static constexpr int kWarps = kChannelsLast ? kChannels * kSlots : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  // Sixteen warps with more registers than there are before sm_80, where products of bfloat16 are calls.
-  static constexpr bool kSinceSm80 = kChannelsLast && kWarps == 16 && (is_bfloat16<T_> || kTilesW * kTilesH >= 14);
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
   static constexpr int kBand = kChunk * kChunks + (kChunk - 1) * kStrideW - 1;
 
@@ -65,12 +64,29 @@ struct ToeplitzTraits {
   static constexpr int kStagePitch = kTilesW | 1;  // of the outputs
 
   // The products of output tile n, in steps. A product of K = 16 takes a pair of chunks, which ldmatrix puts into
-  // neighbouring registers; what is left at either end of the band or of the image takes K = 8.
+  // neighbouring registers, or what is left at both ends of the band or of the image; what is left alone takes K = 8, or
+  // waits for that of the next kernel row, where registers hold two: K = 8 takes as long as K = 16.
   static constexpr int kSteps = kChunks / 2 + 1;
   static constexpr int pair(int n, int step) { return n * kStrideW / 2 + step; }
-  static constexpr bool used(int n, int chunk) {
-    return chunk >= n * kStrideW && chunk < n * kStrideW + kChunks && chunk >= kLow && chunk < kHigh;
+  static constexpr bool used(int n, int chunk) { return chunk >= first_used(n) && chunk <= last_used(n); }
+  static constexpr int first_used(int n) { return max_int(n * kStrideW, kLow); }
+  static constexpr int last_used(int n) { return min_int(n * kStrideW + kChunks, kHigh) - 1; }
+  static constexpr bool kJoins = !kChannelsLast || kTilesW * kTilesH < 14;  // beyond, no register is left
+  static constexpr bool joins_ends(int n) { return kJoins && first_used(n) % 2 == 1 && last_used(n) % 2 == 0; }
+  // The chunk that is left alone, where one is; -1: none.
+  static constexpr int left_alone(int n) {
+    const int first = first_used(n), last = last_used(n);
+    return first > last || first % 2 != last % 2 ? -1 : first % 2 == 1 ? first : last;
   }
+  static constexpr bool leaves_any() {
+    for (int n = 0; n < kTilesW; ++n)
+      if (left_alone(n) >= 0) return true;
+    return false;
+  }
+  // Two kernel rows at a time: sums, input and weights of both, places, and what else there is.
+  static constexpr bool kTwoRows =
+      kChannelsLast && kSlots == 2 && kJoins && leaves_any() &&
+      4 * kTilesW * kTilesH + 8 * (kEndPair - kFirstPair) + 2 * kChunks + 4 * kTilesH + 50 <= 65536 / kThreads;
 };
 
 // How a launch is cut into blocks, NCHW.

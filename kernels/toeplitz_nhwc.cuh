@@ -3,35 +3,41 @@
 // Owns    a block takes eight channels, whose weights it lays out once, and computes units of some rows of outputs one after
 //         the other. Rows are counted through all images, so that sixteen of a product are sixteen outputs; or from each
 //         image's first on, where that wastes little and reads less. A channel's tiles are dealt to two warps, or to more
-//         where there are fewer channels.
+//         where there are fewer channels; where the tensor has fewer, several share a tile's kernel rows.
 // Reads   eight channels of a pixel, 16 bytes, are an asynchronous copy. While a unit is multiplied, half of the warps
 //         fetch the pixels of the next to shared memory as they lie; then ldmatrix turns eight pixels of eight channels
 //         around in registers, and they are stored channel by channel. Where there is no room for both, or tensors are not
 //         aligned, pixels are loaded when the unit before is done.
-// Writes  outputs are staged channel by channel where the input was; ldmatrix turns them around into pixels.
+// Writes  outputs are staged channel by channel where the input was; ldmatrix turns them around into pixels. From sm_90 on
+//         blocks of neighbouring channels exchange halves of them, for stores of 32 bytes: toeplitz_nhwc_pairs.cuh.
 // Memory  weights; input rows of eight channels, planes half the banks apart, or outputs; a row of zeros; pixels to come.
-//         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 82.8 + 0.1 + 82.3 KB. One block a multiprocessor.
+//         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 83.5 (in pairs 84.5) + 0.1 + 82.3 KB. One block a multiprocessor.
 // Times   fp16, us, H100: 31x31 on 32x128x56x56: 112, with an image's rows from a new tile on 117, with nothing fetched
 //         ahead 122; 29x29 on 32x256x28x28: 58, 69, 62; on 16x200x48x48: 67, 64, 74; 27x27 on 32x40x33x47: 24.3, 26.9,
 //         25.7; 13x13 on 32x200x20x20: 22.5, 34, 26. All warps fetch: 115, 60, 69, 24.1, 23.1.
 #pragma once
 
-#include "toeplitz_nhwc_pixels.cuh"
+#include "toeplitz_nhwc_pairs.cuh"
 #include "toeplitz_products.cuh"
 
 namespace depthwise {
 
-// A channel's tiles are dealt to `slots` warps.
+// A channel's tiles are dealt to `slots` warps; or to so many groups of warps, each of which shares kernel rows as `parts`.
 template <class Traits>
 struct ToeplitzSlot {
-  int channel, slots, slot;
+  int channel, slots, slot, part = 0;
 
   __device__ __forceinline__ ToeplitzSlot(const DirectArgs& args, const ToeplitzNhwcTiling& tiling) {
     const int channels = ptx::opaque(block_channels<Traits>(args)), warp = ptx::thread_index() / 32;
-    const bool all = channels == Traits::kChannels;
-    slots = all ? Traits::kWarps / Traits::kChannels : tiling.rest_slots;
+    const bool all = Traits::kPaired || channels == Traits::kChannels;
+    slots = all ? Traits::kSlots : tiling.rest_slots;
     slot = all ? warp / Traits::kChannels : tiling.rest_divider.quotient(warp);
     channel = warp - slot * channels;
+    if constexpr (Traits::kShared) {
+      const int warp_slot = slot;
+      slots = tiling.part_divider.quotient(slots), slot = tiling.part_divider.quotient(warp_slot);
+      part = warp_slot - slot * tiling.parts;
+    }
   }
 };
 
@@ -44,6 +50,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   if constexpr (Traits::kSinceSm80) return;
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (Traits::kPaired) return;
+#endif
   extern __shared__ __align__(16) unsigned char shared_memory[];
   // What a unit is takes no registers while products are added up.
   __shared__ Unit units[4];
@@ -54,14 +63,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const auto tile = [&] { return reinterpret_cast<T*>(pairs + ptx::opaque(Traits::kChannels * channel_pairs)); };
   const auto pixels = [&] { return tile() + (tiling.tile + Traits::kPitch + 1) * kChunk; };
   const auto zeros = [&] { return shared_memory + Traits::kChannels * channel_pairs * 4 + tiling.tile * kChunkBytes; };
+  // The filters as they lie; kShared: in a room of their own, later that of the sums of shared tiles.
+  const auto filters = [&] { return Traits::kShared ? pixels() + tiling.pixels * kChunk : tile(); };
 
-  fetch_weights<Traits>(tile(), args, blockIdx.x * Traits::kChannels, block_channels<Traits>(args));
+  fetch_weights<Traits>(filters(), args, first_channel<Traits>(args), block_channels<Traits>(args));
   commit_copies();
   {
     Unit unit;
     unit.find(args, tiling, tiling.first_item(blockIdx.y));
     if (tiling.ahead) fetch_pixels<Traits>(pixels(), args, unit, threadIdx.x, Traits::kThreads);
     commit_copies();
+    if (Traits::kShared && !tiling.ahead) load_pixels<Traits>(tile(), args, tiling, unit);
     if (threadIdx.x == 0) {
       now = unit;
       next.find(args, tiling, unit.item + unit.items);
@@ -71,8 +83,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   wait_for_copies<1>();
   __syncthreads();
   if (const Slot at(args, tiling); at.slot < at.slots) {
-    const T* const filter = tile() + at.channel * args.kernel_h * args.kernel_w;
-    lay_out_weights<Traits>(pairs + at.channel * channel_pairs, args, at.slot, at.slots,
+    const T* const filter = filters() + at.channel * args.kernel_h * args.kernel_w;
+    const int parts = Traits::kShared ? tiling.parts : 1;
+    lay_out_weights<Traits>(pairs + at.channel * channel_pairs, args, at.slot * parts + at.part, at.slots * parts,
                             [&](int tap) -> unsigned { return filter[tap].bits; });
   }
 
@@ -81,7 +94,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     wait_for_all_copies();
     if (tiling.ahead)
       turn_pixels<Traits>(tile(), pixels(), now.in_rows, tiling.plane);
-    else
+    else if (!Traits::kShared || now.item > tiling.first_item(blockIdx.y))
       load_pixels<Traits>(tile(), args, tiling, now);
     __syncthreads();
     // The warps that have fewer tiles, if any have, fetch; the others keep the tensor cores busy.
@@ -97,17 +110,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     ToeplitzSums<Traits> sum;
     {
       const Slot at(args, tiling);
-      const float first = bias_of<Traits>(args, blockIdx.x * Traits::kChannels + at.channel);
-      const ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk,
-                                      ptx::shared_address(zeros()), tiling.row_divider, now.rows, args.h, at.slot,
-                                      at.slots);
+      const float first = at.part == 0 ? bias_of<Traits>(args, first_channel<Traits>(args) + at.channel) : 0.f;
+      ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk, ptx::shared_address(zeros()),
+                                tiling.row_divider, now.rows, args.h, at.slot, at.slots);
+      if constexpr (Traits::kShared) rows.take_part(at.part, tiling.part_divider);
       start_sums(sum, first);
       multiply_rows<Traits>(sum, rows, args, pairs + at.channel * channel_pairs);
+      if constexpr (Traits::kShared) {
+        if (tiling.parts > 1)
+          add_parts<Traits>(sum, reinterpret_cast<float4*>(filters()), rows.tiles, at.channel * at.slots + at.slot,
+                            at.part, tiling.parts, /*held_tiles=*/1);
+      }
     }
 
     const bool poisoned = __syncthreads_or(has_nan(sum));
     if (ptx::thread_index() == 0) now = next, next = later;
-    if (const Slot at(args, tiling); at.slot < at.slots) {
+    if (const Slot at(args, tiling); at.slot < at.slots && at.part == 0) {
       T* const to = tile() + at.channel * tiling.stage * kChunk + 2 * (ptx::lane_index() % 4);
       for_each_row<Traits>(sum, at.slot, at.slots, stored.rows, [&](int row, auto&& pair) {
 #pragma unroll
@@ -115,18 +133,39 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
           *reinterpret_cast<unsigned*>(to + (row * Traits::kStagePitch + n) * kChunk) = pair(n);
       });
     }
+    if constexpr (Traits::kPaired) ptx::arrive_relaxed_at_cluster_barrier();
     __syncthreads();
     if (poisoned) {
       mend_outputs<Traits>(tile(), args, tiling, stored);
       __syncthreads();
     }
-    store_pixels<Traits>(tile(), args, tiling, stored);
+    if constexpr (Traits::kPaired) {
+      const ToeplitzPair<Traits> pair(args, stored);
+      const T* const inbox = tile() + Traits::kChannels * tiling.stage * kChunk;
+      ptx::wait_at_cluster_barrier();
+      pair.send(tile(), tiling, inbox);
+      ptx::arrive_at_cluster_barrier();
+      ptx::wait_at_cluster_barrier();
+      pair.store(tile(), args, tiling, stored, inbox);
+    } else {
+      store_pixels<Traits>(tile(), args, tiling, stored);
+    }
   }
 }
 
+// Whether blocks work in pairs: not where one that has no channels of its own would leave more work to the others.
 template <class Traits>
-int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
-  constexpr int kSlots = Traits::kWarps / Traits::kChannels, kMostItems = kSlots * Traits::kTilesH;
+bool stores_in_pairs(const DirectArgs& args) {
+  const DeviceLimits& device = device_limits();
+  const int groups = static_cast<int>(args.out_c) / Traits::kChannels;
+  const int64_t items = divide_up(args.n * args.out_h, int64_t{kTileRows}) * divide_up(args.out_w, Traits::kColumns);
+  const auto share = [&](int blocks) { return divide_up(items, int64_t{max_int(1, device.multiprocessors / blocks)}); };
+  return groups > 1 && copy_width(args.out, args.out_c) == kChunk && device.clusters &&
+         share(divide_up(groups, 2) * 2) == share(groups) && is_compiled_for_sm90(toeplitz_nhwc_kernel<Traits>);
+}
+
+template <class Traits>
+int launch_units(const DirectArgs& args, cudaStream_t stream) {
   constexpr int kUnitBytes = 4 * sizeof(ToeplitzUnit<Traits>);
   constexpr int kMostInRows = 1 << 12, kMostRounds = 3;  // more rows find no room anywhere
   const DeviceLimits& device = device_limits();
@@ -141,6 +180,7 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     tiling.rest_slots = Traits::kWarps / rest;
     tiling.rest_divider = SmallDivider(rest);
   }
+  const int slots = Traits::kShared ? tiling.rest_slots : Traits::kSlots, most_items = slots * Traits::kTilesH;
   tiling.row_divider = IntDivider(args.out_h);
   tiling.in_pixels = copy_width(args.input, args.out_c) == kChunk;
   tiling.out_pixels = copy_width(args.out, args.out_c) == kChunk;
@@ -149,9 +189,17 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     const int in_chunks = in_rows * Traits::kPitch;
     tiling.plane = plane_chunks(in_chunks);
     tiling.stage = plane_chunks(tiling.merged * kTileRows * Traits::kStagePitch);
-    tiling.tile = max_int(filter_chunks, Traits::kChannels * max_int(tiling.plane, tiling.stage));
-    const int pixel_chunks = tiling.ahead ? divide_up(in_chunks, kTurned) * kTurned * kChunk : 0;
-    return pair_bytes + (tiling.tile + Traits::kPitch + 1 + pixel_chunks) * kChunkBytes;
+    const int inbox = Traits::kPaired ? tiling.merged * ToeplitzPair<Traits>::kInboxChunks : 0;  // behind the outputs
+    tiling.tile =
+        max_int(filter_chunks, max_int(Traits::kChannels * tiling.plane, Traits::kChannels * tiling.stage + inbox));
+    tiling.pixels = tiling.ahead ? divide_up(in_chunks, kTurned) * kTurned * kChunk : 0;
+    int room = 0;
+    if constexpr (Traits::kShared) {
+      tiling.parts = max_int(1, slots / tiling.merged);
+      const int tiles = static_cast<int>(args.out_c) * (slots / tiling.parts);
+      room = max_int(filter_chunks, tiles * (tiling.parts - 1) * Traits::kTilesW * 32);
+    }
+    return pair_bytes + (tiling.tile + Traits::kPitch + 1 + tiling.pixels + room) * kChunkBytes;
   };
   // Cycles of the block that takes longest.
   const auto cost = [&](int in_rows, int rounds) {
@@ -159,9 +207,11 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     // of the time.
     constexpr float kItemCycles = Traits::kTilesW * Traits::kChunks * 2.7f, kBusy = 0.8f, kAlone = 0.4f;
     constexpr float kBlockCycles = 6000, kUnitCycles = 1500, kWaitCycles = 2000, kChunkCycles = 6, kLoadedCycles = 14;
-    const int channels = min_int(Traits::kChannels, static_cast<int>(args.out_c)), slots = Traits::kWarps / channels;
+    const int channels = min_int(Traits::kChannels, static_cast<int>(args.out_c));
+    const int parts = Traits::kShared ? tiling.parts : 1;
     const auto products = [&](int items) {
-      const float all = items * channels / (kPartitions * kBusy), one = divide_up(items, slots) / kAlone;
+      const float all = items * channels / (kPartitions * kBusy);
+      const float one = divide_up(items, slots / parts) / (kAlone * parts);
       return args.kernel_h * kItemCycles * (all > one ? all : one);
     };
     const int items = tiling.share + (tiling.longer > 0 ? 1 : 0);
@@ -184,7 +234,7 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     for (const bool ahead : {true, false}) {
       if (ahead && !tiling.in_pixels) continue;
       tiling.ahead = ahead;
-      for (tiling.merged = kMostItems; tiling.merged > 0; --tiling.merged) {
+      for (tiling.merged = most_items; tiling.merged > 0; --tiling.merged) {
         const int64_t in_rows = toeplitz_in_rows(args, tiling.merged * kTileRows, all);
         if (in_rows > kMostInRows) continue;
         const int needed = shared_bytes(static_cast<int>(in_rows));
@@ -205,15 +255,38 @@ int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
     const int items = best.share + (best.longer > 0 ? 1 : 0);
     best.merged = divide_up(items, divide_up(items, best.merged));
   }
+  if (Traits::kShared) best.part_divider = SmallDivider(best.parts);
   best.items_divider = IntDivider(best.items);
   if (best.image_items > 0) best.image_divider = IntDivider(best.image_items);
 
   const auto kernel = toeplitz_nhwc_kernel<Traits>;
   if (const int error = allow_shared_bytes(kernel, bytes, kUnitBytes)) return error;
+  constexpr int kCluster = Traits::kPaired ? 2 : 1;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
   // Blocks that run together read whole pixels together.
-  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(best_parts));
-  kernel<<<grid, Traits::kThreads, bytes, stream>>>(args, best);
-  return cudaGetLastError();
+  config.gridDim =
+      dim3(static_cast<unsigned>(divide_up(groups, kCluster) * kCluster), static_cast<unsigned>(best_parts));
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = Traits::kPaired ? 1 : 0;
+  const int error = cudaLaunchKernelEx(&config, kernel, args, best);
+  cudaGetLastError();  // forgets the error, which would be the next launch's
+  return error;
+}
+
+template <class Traits>
+int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
+  if constexpr (!Traits::kShared) {
+    using Paired = PairedToeplitzTraits<Traits>;
+    const int answer = stores_in_pairs<Paired>(args) ? launch_units<Paired>(args, stream) : kTooLittleSharedMemory;
+    if (!is_refusal(answer)) return answer;
+  }
+  return launch_units<Traits>(args, stream);
 }
 
 }  // namespace depthwise

@@ -17,14 +17,13 @@ struct ToeplitzNhwcTiling {
   int merged;              // items of a unit, at most
   int share, longer;       // items of a block; blocks of a channel group that have one more
   IntDivider items_divider{1}, image_divider{1}, row_divider{1};  // by items, image_items, rows of an output image
-  int plane, stage;       // chunks from channel to channel, of the input and of the staged outputs
-  int tile;               // chunks of all of them
-  int parts, rest_parts;  // warps that share the kernel rows of their tiles
-  SmallDivider part_divider, rest_part_divider;
-  int held_tiles;              // of a warp, where some share them
-  int room;                    // chunks of shared memory before that for their sums
+  int plane, stage;            // chunks from channel to channel, of the input and of the staged outputs
+  int tile;                    // chunks of all of them
+  int pixels;                  // chunks of the pixels to come
   int rest_slots;              // of a group that has fewer channels: warps a channel
   SmallDivider rest_divider;   // by those channels
+  int parts;                   // kShared: warps that share the kernel rows of a tile
+  SmallDivider part_divider;   // by those warps
   bool ahead;                  // pixels come while others are multiplied
   bool in_pixels, out_pixels;  // are aligned
 
@@ -32,6 +31,19 @@ struct ToeplitzNhwcTiling {
 };
 // Planes half the banks apart.
 constexpr int plane_chunks(int chunks) { return divide_up(chunks, 8) * 8 + 4; }
+
+// Of the calling block. kPaired: there are eight for each; where groups of channels are odd, the last block has the channels
+// of the one before.
+template <class Traits>
+__device__ __forceinline__ unsigned first_channel(const DirectArgs& args) {
+  if constexpr (!Traits::kPaired) return blockIdx.x * Traits::kChannels;
+  return min(ptx::block_index() * Traits::kChannels, static_cast<int>(args.out_c) - Traits::kChannels);
+}
+template <class Traits>
+__device__ __forceinline__ int block_channels(const DirectArgs& args) {
+  if constexpr (Traits::kPaired) return Traits::kChannels;
+  return min(Traits::kChannels, static_cast<int>(args.out_c - first_channel<Traits>(args)));
+}
 
 // What is computed and read at a time: rows that lie one after the other in memory, even if of several images. Rows of
 // input are those inside the images that the first and the last row of outputs reach, and all between.
@@ -72,14 +84,9 @@ struct ToeplitzUnit {
   __device__ __forceinline__ const typename Traits::T* input(const DirectArgs& args) const {
     return static_cast<const typename Traits::T*>(args.input) +
            ((static_cast<int64_t>(image) * args.h + in_row) * args.w + first_column) * args.out_c +
-           blockIdx.x * Traits::kChannels;
+           first_channel<Traits>(args);
   }
 };
-
-template <class Traits>
-__device__ __forceinline__ int block_channels(const DirectArgs& args) {
-  return min(Traits::kChannels, static_cast<int>(args.out_c - blockIdx.x * Traits::kChannels));
-}
 
 // The filters as they lie in memory come to where the input will be.
 template <class Traits>
@@ -189,7 +196,7 @@ template <class Traits>
 __device__ __noinline__ void mend_outputs(typename Traits::T* staged, const DirectArgs& args,
                                           const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
   const int rows = unit.rows, columns = min(Traits::kColumns, args.out_w - unit.column);
-  const int channels = block_channels<Traits>(args), channel = blockIdx.x * Traits::kChannels;
+  const int channels = block_channels<Traits>(args), channel = first_channel<Traits>(args);
   for (Walk at(ptx::thread_index(), Traits::kThreads, columns, rows); at.outer < channels; at.advance()) {
     auto& value = staged[(at.outer * tiling.stage + at.middle * Traits::kStagePitch) * kChunk + at.inner];
     const int image = (unit.row + at.middle) / args.out_h;
@@ -214,7 +221,7 @@ __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, c
       ptx::shared_address(staged) + ((lane / 8 * 2 + lane % 2) * tiling.stage + first + lane % 8 / 2) * kChunkBytes;
   T* const out = static_cast<T*>(args.out) +
                  ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c +
-                 blockIdx.x * Traits::kChannels;
+                 first_channel<Traits>(args);
   // Several loads before the first use, several stores before registers are used again.
 #pragma unroll 1
   for (int first_chunk = first; first_chunk < chunks; first_chunk += kTogether * kStep) {

@@ -429,11 +429,27 @@ def test_selected_where_registers_are_too_few(emulator):
     assert set(found.values()) == {""}
 
 
-UNITS = [  # of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block
+def test_selected_where_sums_need_more_registers(emulator):
+    """Before sm_80, of float16 too: then another specialised kernel serves."""
+    problem, before = Problem((12, 56), (5, 29), padding=(2, 14), batch=2, channels=8), set(emulator.loaded)
+    with emulator.device(*T4):
+        assert messages("forward", None, problem, F16, "nhwc") == ""
+        assert "toeplitz" in reference.select("forward", problem, F16, "nhwc")[0]
+    assert any(name.startswith("blocked") for name in set(emulator.loaded) - before)
+
+
+# Of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block; of pairs
+# of blocks, of which the last may have no channels of its own; of more than 64 columns; of fewer channels than eight.
+UNITS = [
     (2, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
     (2, (100 << 10, 99 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
     (1, (228 << 10, 227 << 10), Problem((20, 20), (13, 13), padding=(0, 13), batch=7, channels=11)),
+    (6, (228 << 10, 227 << 10), Problem((20, 20), (13, 13), padding=(6, 6), batch=30, channels=40)),
+    (4, (228 << 10, 227 << 10), Problem((33, 47), (9, 27), padding=(4, 13), batch=3, channels=24)),
+    (2, (228 << 10, 227 << 10), Problem((36, 96), (13, 25), padding=(6, 12), batch=2, channels=16)),
+    (2, (228 << 10, 227 << 10), Problem((20, 74), (5, 31), padding=(2, 15), batch=3, channels=3)),
+    (1, (100 << 10, 99 << 10), Problem((56, 56), (15, 15), padding=(7, 7), batch=2, channels=3)),
 ]
 
 
@@ -444,12 +460,30 @@ def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
         check_one(emulator, direction, "band", problem, dtype, "nhwc", device=(multiprocessors, *shared))
 
 
+COPIED = [  # channels_last, which NCHW serves between copies: weights of one channel find room, of eight they do not
+    (F16, Problem((40, 8), (160, 3), padding=(79, 1), batch=2, channels=8)),
+    (F32, Problem((12, 12), (41, 41), padding=(20, 20), batch=2, channels=3)),
+    (BF16, Problem((20, 9), (19, 17), padding=(9, 8), batch=2, channels=3, multiplier=2)),
+]
+
+
+@pytest.mark.parametrize(("dtype", "problem"), COPIED, ids=str)
+def test_served_in_nchw(emulator, dtype, problem):
+    directions = ("forward", "grad_input") if problem.multiplier == 1 else ("forward",)
+    for direction in directions:
+        name, source = reference.select(direction, problem, dtype, "nhwc")
+        assert "nhwc" not in name and source
+        check_one(emulator, direction, None, problem, dtype, "nhwc")
+
+
 # Multiprocessors: for few, a block's rows are of several images; for many, warps share the kernel rows of a tile.
 ROWS_OF_IMAGES = [
     (1, "nchw", Problem((21, 23), (13, 13), padding=(6, 6), batch=7, channels=2)),
     (4, "nchw", Problem((30, 24), (13, 13), padding=(9, 8), batch=4, channels=1, bias=False)),
     (132, "nchw", Problem((33, 47), (27, 27), padding=(13, 13), batch=2, channels=1)),
-    (132, "nhwc", Problem((40, 24), (13, 13), padding=(6, 6), batch=1, channels=3)),
+    (132, "nhwc", Problem((40, 24), (13, 13), padding=(6, 6), batch=3, channels=3)),
+    (3, "nhwc", Problem((41, 28), (13, 13), padding=(6, 6), batch=9, channels=7)),
+    (3, "nhwc", Problem((40, 24), (13, 13), padding=(6, 6), batch=9, channels=2)),
 ]
 
 

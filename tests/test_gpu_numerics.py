@@ -154,6 +154,23 @@ BATCHES = [  # kernels that take several images at once: batches that fill their
     Problem((20, 32), (21, 21), padding=(10, 10), batch=18, channels=3),
 ]
 
+# Of channels_last products with bands: blocks that work in pairs, the last alone; more than 64 columns; few channels.
+UNITS = [
+    Problem((20, 20), (13, 13), padding=(6, 6), batch=230, channels=200),
+    Problem((33, 47), (9, 27), padding=(4, 13), batch=130, channels=16),
+    Problem((36, 96), (13, 25), padding=(6, 12), batch=24, channels=40),
+    Problem((56, 56), (29, 29), padding=(14, 14), batch=70, channels=3, bias=False),
+    Problem((31, 40), (13, 13), padding=(3, 9), batch=90, channels=5),
+]
+
+# Channels_last, which NCHW serves between copies.
+COPIED = [
+    Problem((40, 8), (160, 3), padding=(79, 1), batch=2, channels=8),
+    Problem((56, 56), (51, 51), padding=(25, 25), batch=2, channels=16),
+    Problem((30, 20), (41, 41), padding=(20, 20), batch=3, channels=5, bias=False),
+    Problem((30, 30), (19, 17), padding=(9, 8), batch=3, channels=6, multiplier=2),
+]
+
 
 def check_all(problems, layout, dtype, **options):
     """Check problems with fresh inputs and report every failure among them at once."""
@@ -180,6 +197,10 @@ def compiled(tmp_path_factory):
         for kernel, stride in USUAL:
             problems += [*width_problems(kernel, stride), *channel_problems(kernel, stride)]
         sources |= reference.specialisations(problems, dtype, layout)
+    for dtype in (F16, BF16):
+        sources |= reference.specialisations(UNITS, dtype, "nhwc")
+    for dtype in HALF_AND_SINGLE:
+        sources |= reference.specialisations(COPIED, dtype, "nhwc")
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     with depthwise_inline._exclusive(shared / "compile_ahead.lock"):
@@ -233,6 +254,19 @@ def test_edges(layout, dtype):
 @pytest.mark.parametrize(("layout", "dtype"), SWEPT_IDS)
 def test_batches(layout, dtype):
     check_all(BATCHES, layout, dtype)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_units_one_after_the_other(dtype):
+    assert all("toeplitz" in reference.select("forward", problem, dtype, "nhwc")[0] for problem in UNITS)
+    check_all(UNITS, "nhwc", dtype)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+def test_served_in_nchw(dtype):
+    check_all(COPIED, "nhwc", dtype)
 
 
 @pytest.mark.parametrize(("layout", "dtype"), reference.pair_grid(LAYOUTS, DTYPES))

@@ -68,6 +68,7 @@ struct Launch {
   dim3 blocks, threads;
   int shared_bytes;
   void* stream;
+  int cluster = 1;  // blocks that reach each other's shared memory
 
   template <class... Arguments>
   auto operator()(const Arguments&... arguments) const {
@@ -168,7 +169,8 @@ enum {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrL2CacheSize
+  cudaDevAttrL2CacheSize,
+  cudaDevAttrClusterLaunch
 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
@@ -198,11 +200,12 @@ int cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   attributes->ptxVersion = EMULATED_ARCH / 10;
   return cudaSuccess;
 }
-enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   int id;
   struct {
     int programmaticStreamSerializationAllowed;
+    dim3 clusterDim;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -215,7 +218,9 @@ struct cudaLaunchConfig_t {
 template <class... Parameters, class... Arguments>
 int cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   const int bytes = static_cast<int>(config->dynamicSmemBytes);
-  kernel* emulator::Launch{config->gridDim, config->blockDim, bytes, config->stream}(arguments...);
+  const bool clusters = config->numAttrs > 0 && config->attrs->id == cudaLaunchAttributeClusterDimension;
+  const int cluster = clusters ? static_cast<int>(config->attrs->val.clusterDim.x) : 1;
+  kernel* emulator::Launch{config->gridDim, config->blockDim, bytes, config->stream, cluster}(arguments...);
   return cudaGetLastError();
 }
 inline int cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {

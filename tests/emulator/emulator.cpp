@@ -1,4 +1,4 @@
-// Runs kernels on the CPU: blocks one after the other, the threads of a block as coroutines of one thread.
+// Runs kernels on the CPU: blocks, or clusters of two, one after the other, their threads as coroutines of one thread.
 //
 // g++ -fsanitize=thread puts a call before every access to memory that is not a plain local variable; here these calls
 // are answered not by its library but by checks of what a GPU would do:
@@ -28,7 +28,7 @@ Registers registers;
 namespace {
 
 constexpr int kSeveral = -1;
-constexpr int kMaxThreads = 1024, kSharedCapacity = 320 << 10;
+constexpr int kMaxThreads = 1024, kMaxCluster = 2, kSharedCapacity = 320 << 10;
 constexpr size_t kStackBytes = 256 << 10;
 
 struct Copy {
@@ -42,6 +42,7 @@ struct Thread {
   jmp_buf at;
   ucontext_t start;
   std::vector<std::vector<Copy>> groups;  // of copies; the last one is not committed
+  unsigned cluster_phase;                 // of the cluster's barrier, when it arrived there
 };
 struct Warp {
   int arrived, turn;
@@ -67,26 +68,34 @@ struct Memory {
 struct StaticShared {
   int line, begin, end;
 };
+struct Block {
+  alignas(1024) unsigned char shared[kSharedCapacity];
+  Cell cells[kSharedCapacity / 2];
+  int static_bytes, shared_end;
+  std::vector<StaticShared> statics;
+  std::map<unsigned, CopyBarrier> copy_barriers;
+  int arrived, votes, last_votes;  // at the barrier
+  unsigned interval = 1;           // between two barriers
+};
 
-Thread threads[kMaxThreads];
-Warp warps[kMaxThreads / 32];
-auto* const stacks = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads* kStackBytes, PROT_READ | PROT_WRITE,
-                                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+Thread threads[kMaxCluster * kMaxThreads];
+Warp warps[kMaxCluster * kMaxThreads / 32];
+auto* const stacks =
+    static_cast<unsigned char*>(mmap(nullptr, kMaxCluster * kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 jmp_buf scheduler;
-int current = -1, num_threads;   // -1: the host
-int arrived, votes, last_votes;  // at the barrier
-unsigned interval = 1;           // between two barriers
+int current = -1, num_threads;  // -1: the host; of a block
+Block cluster[kMaxCluster];
+Block* block = cluster;  // the current thread's
+int cluster_size, cluster_arrived;
+unsigned cluster_phase;  // of the cluster's barrier
 
-alignas(1024) unsigned char shared[kSharedCapacity];
-Cell cells[kSharedCapacity / 2];
-int dynamic_bytes, static_bytes, all_bytes, shared_end;
-std::vector<StaticShared> statics;
+int dynamic_bytes, all_bytes;
 std::vector<Memory> memory;
 std::map<const void*, int> allowed_shared_bytes;
-std::map<unsigned, CopyBarrier> copy_barriers;
-constexpr const char* kWaitsForCopies = "copies";
-// An H200's multiprocessors; shared memory of each, of a block; L2 cache.
-int device[4] = {132, 228 << 10, 227 << 10, 50 << 20};
+constexpr const char *kWaitsForCopies = "copies", *kWaitsForCluster = "cluster";
+// An H200's multiprocessors; shared memory of each, of a block; L2 cache; clusters.
+int device[5] = {132, 228 << 10, 227 << 10, 50 << 20, EMULATED_ARCH >= 900};
 
 void (*body)(const void*);
 const void* body_arguments;
@@ -115,15 +124,16 @@ void check_alignment(const void* pointer, int bytes) {
     fail("accesses %d bytes at an address that is no multiple of them", bytes);
 }
 
-void access_shared(int thread, int offset, int bytes, bool write) {
+void access_shared(Block& block, int thread, int offset, int bytes, bool write) {
+  const unsigned interval = block.interval;
   const char* const does = write ? "writes" : "reads";
   const auto holds = [&](const StaticShared& s) { return offset >= s.begin && offset + bytes <= s.end; };
-  if (offset + bytes > dynamic_bytes && !std::any_of(statics.begin(), statics.end(), holds))
+  if (offset + bytes > dynamic_bytes && !std::any_of(block.statics.begin(), block.statics.end(), holds))
     fail("%s %d bytes of shared memory at %d, of %d", does, bytes, offset, dynamic_bytes);
   const int warp = thread / 32;
   const unsigned warp_interval = warps[warp].interval;
   for (int k = offset / 2; k <= (offset + bytes - 1) / 2; ++k) {
-    Cell& cell = cells[k];
+    Cell& cell = block.cells[k];
     const bool written = cell.written == interval && (cell.writer / 32 != warp || cell.warp_written == warp_interval);
     const bool others_write = written && cell.writer != thread;
     const bool read = cell.read == interval && (cell.reader_warp != warp || cell.warp_read == warp_interval);
@@ -158,8 +168,8 @@ void access(const void* pointer, int bytes, bool write, bool aligned) {
   const auto* const at = static_cast<const unsigned char*>(pointer);
   if (static_cast<size_t>(at - (stacks + kStackBytes * current)) < kStackBytes) return;
   if (aligned) check_alignment(pointer, bytes);
-  if (static_cast<size_t>(at - shared) < kSharedCapacity)
-    access_shared(current, static_cast<int>(at - shared), bytes, write);
+  if (static_cast<size_t>(at - block->shared) < kSharedCapacity)
+    access_shared(*block, current, static_cast<int>(at - block->shared), bytes, write);
   else
     access_global(pointer, bytes, write);
 }
@@ -175,8 +185,10 @@ void run_thread() {
 void resume(int index) {
   Thread& thread = threads[index];
   const dim3& size = registers.threads;
-  registers.thread = dim3(index % size.x, index / size.x % size.y, index / size.x / size.y);
-  current = index;
+  const int rank = index / num_threads, in_block = index % num_threads;
+  registers.thread = dim3(in_block % size.x, in_block / size.x % size.y, in_block / size.x / size.y);
+  registers.block.x = registers.block.x / cluster_size * cluster_size + rank;
+  current = index, block = cluster + rank;
   if (_setjmp(scheduler) == 0) {
     if (thread.started) _longjmp(thread.at, 1);
     thread.started = true;
@@ -189,30 +201,35 @@ void resume(int index) {
   current = -1;
 }
 
-void run_block(dim3 index) {
-  registers.block = index;
-  ++interval;
-  std::fill_n(shared, shared_end, 0xff);
-  statics.clear(), static_bytes = 0;
-  copy_barriers.clear();
-  shared_end = (dynamic_bytes + 15) / 16 * 16 + 16;
-  arrived = votes = 0;
+// The cluster of this block and the next, or the block alone.
+void run_cluster(dim3 first) {
+  registers.block = first;
+  for (Block& b : cluster) {
+    ++b.interval;
+    std::fill_n(b.shared, b.shared_end, 0xff);
+    b.statics.clear(), b.static_bytes = 0;
+    b.copy_barriers.clear();
+    b.shared_end = (dynamic_bytes + 15) / 16 * 16 + 16;
+    b.arrived = b.votes = 0;
+  }
+  cluster_arrived = 0;
   for (Warp& warp : warps) warp.arrived = 0;
-  for (int t = 0; t < num_threads; ++t) {
+  const int all_threads = cluster_size * num_threads;
+  for (int t = 0; t < all_threads; ++t) {
     threads[t].waits = nullptr, threads[t].ended = false;
     threads[t].groups.assign(1, {});
   }
   for (bool goes_on = true; goes_on;) {
     goes_on = false;
-    for (int k = 0; k < num_threads && error == 0; ++k) {
-      const int t = interval % 2 ? k : num_threads - 1 - k;  // not always in the same order
+    for (int k = 0; k < all_threads && error == 0; ++k) {
+      const int t = cluster->interval % 2 ? k : all_threads - 1 - k;  // not always in the same order
       if (threads[t].waits == nullptr && !threads[t].ended) resume(t), goes_on = true;
     }
   }
-  for (int t = 0; t < num_threads && error == 0; ++t)
+  for (int t = 0; t < all_threads && error == 0; ++t)
     if (!threads[t].ended)
-      fail("block (%u, %u, %u) hangs: thread %d waits for its %s, to which not all threads come", index.x, index.y,
-           index.z, t, threads[t].waits);
+      fail("block (%u, %u, %u) hangs: thread %d waits for its %s, to which not all threads come",
+           first.x + t / num_threads, first.y, first.z, t % num_threads, threads[t].waits);
 }
 
 // Waits until `count` threads from `first` on have come; whether this is the last.
@@ -247,28 +264,32 @@ void launch(const void* kernel, const Launch& shape, void (*new_body)(const void
   const int64_t count = int64_t{size.x} * size.y * size.z;
   const int allowed = std::max(48 << 10, allowed_shared_bytes[kernel]);
   if (count < 1 || count > kMaxThreads || size.z > 64 || blocks.x < 1 || blocks.y < 1 || blocks.z < 1 ||
-      blocks.x > INT32_MAX || blocks.y > 65535 || blocks.z > 65535 || shape.shared_bytes > allowed)
+      blocks.x > INT32_MAX || blocks.y > 65535 || blocks.z > 65535 || shape.shared_bytes > allowed ||
+      shape.cluster > kMaxCluster || blocks.x % shape.cluster != 0)
     return fail("invalid launch: blocks (%u, %u, %u), threads (%u, %u, %u), %d bytes of shared memory", blocks.x,
                 blocks.y, blocks.z, size.x, size.y, size.z, shape.shared_bytes);
   body = new_body, body_arguments = arguments;
-  num_threads = static_cast<int>(count);
-  dynamic_bytes = shape.shared_bytes, shared_end = kSharedCapacity;
+  num_threads = static_cast<int>(count), cluster_size = shape.cluster;
+  dynamic_bytes = shape.shared_bytes;
+  for (Block& b : cluster) b.shared_end = kSharedCapacity;
   all_bytes = allowed_shared_bytes[kernel] > 0 ? device[2] : 48 << 10;
   registers.threads = size, registers.blocks = blocks;
   device_memory("arguments", const_cast<void*>(arguments), bytes, false);
   device_memory("registers", &registers, sizeof(registers), false);
   for (unsigned z = 0; z < blocks.z; ++z)
     for (unsigned y = 0; y < blocks.y; ++y)
-      for (unsigned x = 0; x < blocks.x && error == 0; ++x) run_block(dim3(x, y, z));
+      for (unsigned x = 0; x < blocks.x && error == 0; x += cluster_size) run_cluster(dim3(x, y, z));
   memory.resize(memory.size() - 2);
   if (error)
     for (Thread& thread : threads) thread.started = false;  // their stacks hold what the error interrupted
 }
 
 int barrier(bool vote) {
-  votes += vote;
-  if (meet("barrier", &arrived, 0, num_threads)) last_votes = votes, votes = 0, ++interval;
-  return last_votes;
+  Block& b = *block;
+  b.votes += vote;
+  if (meet("barrier", &b.arrived, current / num_threads * num_threads, num_threads))
+    b.last_votes = b.votes, b.votes = 0, ++b.interval;
+  return b.last_votes;
 }
 
 void warp_barrier() {
@@ -289,17 +310,18 @@ void check_global_read(const void* pointer, int bytes) {
   access_global(pointer, bytes, false);
 }
 
-void* dynamic_shared() { return shared; }
+void* dynamic_shared() { return block->shared; }
 
 void* static_shared(int line, int bytes) {
-  for (const StaticShared& s : statics)
-    if (s.line == line) return shared + s.begin;
-  statics.push_back({line, shared_end, shared_end + bytes});
-  shared_end = (shared_end + bytes + 15) / 16 * 16 + 16;
-  static_bytes += bytes;
-  if (shared_end > kSharedCapacity || dynamic_bytes + static_bytes > all_bytes)
-    fail("%d bytes of static shared memory beside %d", static_bytes, dynamic_bytes);
-  return shared + statics.back().begin;
+  Block& b = *block;
+  for (const StaticShared& s : b.statics)
+    if (s.line == line) return b.shared + s.begin;
+  b.statics.push_back({line, b.shared_end, b.shared_end + bytes});
+  b.shared_end = (b.shared_end + bytes + 15) / 16 * 16 + 16;
+  b.static_bytes += bytes;
+  if (b.shared_end > kSharedCapacity || dynamic_bytes + b.static_bytes > all_bytes)
+    fail("%d bytes of static shared memory beside %d", b.static_bytes, dynamic_bytes);
+  return b.shared + b.statics.back().begin;
 }
 
 void check_threads(int most, int) {
@@ -332,17 +354,49 @@ namespace depthwise::ptx {
 using namespace emulator;
 
 unsigned shared_address(const void* pointer) {
-  return static_cast<unsigned>(static_cast<const unsigned char*>(pointer) - shared);
+  return static_cast<unsigned>(static_cast<const unsigned char*>(pointer) - block->shared);
 }
 
-void* at_shared_address(unsigned address) { return shared + address; }
+void* at_shared_address(unsigned address) { return block->shared + address; }
+
+// What a block writes to another's memory is checked as if it were the other's, which a cluster's barrier is as well.
+constexpr unsigned kWindow = 1 << 24;
+
+unsigned address_in_cluster(unsigned address, int rank) {
+  if (rank < 0 || rank >= cluster_size) fail("a cluster of %d has no block %d", cluster_size, rank);
+  return address + kWindow * static_cast<unsigned>(rank);
+}
+
+void store_in_cluster(unsigned address, uint4 words) {
+  Block& other = cluster[address / kWindow];
+  unsigned char* const to = other.shared + address % kWindow;
+  check_alignment(to, 16);
+  access_shared(other, current, static_cast<int>(address % kWindow), 16, true);
+  std::memcpy(to, &words, 16);
+}
+
+void arrive_at_cluster_barrier() {
+  threads[current].cluster_phase = cluster_phase;
+  if (++cluster_arrived < cluster_size * num_threads) return;
+  cluster_arrived = 0, ++cluster_phase;
+  for (Block& b : cluster) ++b.interval;
+  for (Thread& thread : threads)
+    if (thread.waits == kWaitsForCluster) thread.waits = nullptr;
+}
+
+void wait_at_cluster_barrier() {
+  while (cluster_phase == threads[current].cluster_phase) {
+    threads[current].waits = kWaitsForCluster;
+    suspend();
+  }
+}
 
 void copy_async(void* to, const void* global, int width, int bytes) {
   check_alignment(to, width);
   check_alignment(global, width);
   if (bytes < 0 || bytes > width) fail("copies %d of %d bytes", bytes, width);
   if (bytes > 0) access_global(global, bytes, false);
-  access_shared(current, shared_address(to), width, true);
+  access_shared(*block, current, shared_address(to), width, true);
   std::memset(to, 0xff, width);
   threads[current].groups.back().push_back({to, global, width, bytes});
 }
@@ -353,7 +407,7 @@ void wait_for_copies(int pending) {
   auto& groups = threads[current].groups;
   for (; static_cast<int>(groups.size()) > pending + 1; groups.erase(groups.begin()))
     for (const Copy& copy : groups.front()) {
-      access_shared(current, shared_address(copy.shared), copy.width, true);
+      access_shared(*block, current, shared_address(copy.shared), copy.width, true);
       std::memset(copy.shared, 0, copy.width);
       std::memcpy(copy.shared, copy.global, copy.bytes);
     }
@@ -364,11 +418,11 @@ void wait_for_all_copies() {
   wait_for_copies(0);
 }
 
-void initialise_barrier(unsigned barrier, int count) { copy_barriers[barrier] = {count, count, 0, 0, {}}; }
+void initialise_barrier(unsigned barrier, int count) { block->copy_barriers[barrier] = {count, count, 0, 0, {}}; }
 
 // What comes to a barrier: arrivals and bytes.
 void come(unsigned barrier, int arrivals, int64_t bytes) {
-  CopyBarrier& b = copy_barriers.at(barrier);
+  CopyBarrier& b = block->copy_barriers.at(barrier);
   b.pending -= arrivals, b.bytes -= bytes;
   if (b.pending < 0 || (b.pending == 0 && b.bytes < 0)) fail("more comes to a barrier than it expects");
   if (b.pending > 0 || b.bytes > 0) return;
@@ -381,18 +435,19 @@ void expect_bytes(unsigned barrier, int bytes) { come(barrier, 1, -bytes); }
 void arrive(unsigned barrier) { come(barrier, 1, 0); }
 
 void copy_bulk(unsigned address, const void* global, int bytes, unsigned barrier) {
-  check_alignment(shared + address, 16);
+  unsigned char* const to = block->shared + address;
+  check_alignment(to, 16);
   check_alignment(global, 16);
   if (bytes <= 0 || bytes % 16 != 0 || static_cast<int>(address) + bytes > dynamic_bytes)
     fail("copies %d bytes to shared memory at %u, of %d", bytes, address, dynamic_bytes);
   access_global(global, bytes, false);
-  std::memset(shared + address, 0xff, bytes);
-  copy_barriers.at(barrier).copies.push_back({shared + address, global, bytes, bytes});
+  std::memset(to, 0xff, bytes);
+  block->copy_barriers.at(barrier).copies.push_back({to, global, bytes, bytes});
   come(barrier, 0, bytes);
 }
 
 void wait_for_barrier(unsigned barrier, unsigned parity) {
-  CopyBarrier& b = copy_barriers.at(barrier);
+  CopyBarrier& b = block->copy_barriers.at(barrier);
   while (b.phase % 2 == parity) {
     threads[current].waits = kWaitsForCopies;
     suspend();
@@ -404,8 +459,8 @@ void wait_for_barrier(unsigned barrier, unsigned parity) {
 // The lanes' addresses of matrices of eight rows, which are read as far as `count` matrices go.
 Words matrix_rows(unsigned kind, int count, unsigned address) {
   if (lane() < 8 * count) {
-    check_alignment(shared + address, 16);
-    access_shared(current, address, 16, false);
+    check_alignment(block->shared + address, 16);
+    access_shared(*block, current, address, 16, false);
   }
   return exchange(kind, &address, 1);
 }
@@ -413,7 +468,7 @@ Words matrix_rows(unsigned kind, int count, unsigned address) {
 void load_matrices(unsigned* matrix, int count, unsigned address) {
   const Words addresses = matrix_rows(2, count, address);
   for (int m = 0; m < count; ++m)
-    std::memcpy(matrix + m, shared + addresses[8 * m + lane() / 4][0] + lane() % 4 * 4, 4);
+    std::memcpy(matrix + m, block->shared + addresses[8 * m + lane() / 4][0] + lane() % 4 * 4, 4);
 }
 
 void load_matrices_transposed(unsigned* matrix, int count, unsigned address) {
@@ -421,7 +476,7 @@ void load_matrices_transposed(unsigned* matrix, int count, unsigned address) {
   for (int m = 0; m < count; ++m)
     for (int k = 0; k < 2; ++k)
       std::memcpy(reinterpret_cast<unsigned char*>(matrix + m) + 2 * k,
-                  shared + addresses[8 * m + lane() % 4 * 2 + k][0] + lane() / 4 * 2, 2);
+                  block->shared + addresses[8 * m + lane() % 4 * 2 + k][0] + lane() / 4 * 2, 2);
 }
 
 // The tensor cores truncate: the sum of the products and of d is rounded towards zero.

@@ -16,6 +16,7 @@ inline unsigned opaque(unsigned value) { return value; }
 inline int opaque(int value) { return value; }
 inline int64_t opaque(int64_t value) { return value; }
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
+inline int block_index() { return static_cast<int>(blockIdx.x); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
 inline float from_float16(unsigned short bits) { return static_cast<float>(emulated_bit_cast<_Float16>(bits)); }
@@ -38,6 +39,12 @@ inline unsigned to_float16x2(float low, float high) { return to_float16(low) | u
 inline unsigned to_bfloat16x2(float low, float high) { return to_bfloat16(low) | unsigned{to_bfloat16(high)} << 16; }
 
 unsigned shared_address(const void* shared);
+
+void arrive_at_cluster_barrier();
+inline void arrive_relaxed_at_cluster_barrier() { arrive_at_cluster_barrier(); }
+void wait_at_cluster_barrier();
+unsigned address_in_cluster(unsigned shared_address, int rank);
+void store_in_cluster(unsigned address, uint4 words);
 
 void* at_shared_address(unsigned address);
 
