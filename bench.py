@@ -107,14 +107,14 @@ class Problem:
     def ours(self, layout: str) -> Tensor:
         """The same result from this project's operators."""
         case, x, weight, grad = self.case, self.x[layout], self.weight[layout], self.grad[layout]
-        s, p, d = case.stride, case.padding, case.dilation
+        s, p, d = case.stride, case.paddings, case.dilation
         if self.direction == "forward":
-            return depthwise_inline.depthwise_conv2d(x, weight, None, (s, s), (p, p), (d, d))
+            return depthwise_inline.depthwise_conv2d(x, weight, None, (s, s), p, (d, d))
         last = case.is_channels_last(layout)
         ops = torch.ops.depthwise_inline
         if self.direction == "grad_input":
-            return ops.grad_input.default(grad, weight, case.h, case.w, s, s, p, p, d, d, last)
-        return ops.grad_weight.default(grad, x, case.kernel_h, case.kernel_w, s, s, p, p, d, d, last, False)[0]
+            return ops.grad_input.default(grad, weight, case.h, case.w, s, s, *p, d, d, last)
+        return ops.grad_weight.default(grad, x, case.kernel_h, case.kernel_w, s, s, *p, d, d, last, False)[0]
 
     def errors(self, results: Sequence[Tensor]) -> list[float]:
         """Largest error of each result against float64, relative to the largest reference value.

@@ -38,7 +38,10 @@ RECORD_KEYS = (*MACHINE_KEYS, "date", "copy_tbps", "matmul_tflops", "host_us", "
 # ---- cases
 @dataclass(frozen=True)
 class Case:
-    """One depthwise problem: x (n, c, h, w), weight (c, 1, kernel_h, kernel_w), the same number for both axes."""
+    """One depthwise problem: x (n, c, h, w), weight (c, 1, kernel_h, kernel_w), the same number for both axes.
+
+    But that padding_w, where given, is the padding of columns.
+    """
 
     name: str
     origin: str
@@ -53,6 +56,12 @@ class Case:
     stride: int
     padding: int
     dilation: int
+    padding_w: int | None = None
+
+    @property
+    def paddings(self) -> tuple[int, int]:
+        """Of rows and of columns."""
+        return self.padding, self.padding if self.padding_w is None else self.padding_w
 
     @property
     def x_shape(self) -> tuple[int, int, int, int]:
@@ -64,10 +73,11 @@ class Case:
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
-        def size(image: int, kernel: int) -> int:
-            return (image + 2 * self.padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
+        def size(image: int, kernel: int, padding: int) -> int:
+            return (image + 2 * padding - self.dilation * (kernel - 1) - 1) // self.stride + 1
 
-        return self.n, self.c, size(self.h, self.kernel_h), size(self.w, self.kernel_w)
+        padding_h, padding_w = self.paddings
+        return self.n, self.c, size(self.h, self.kernel_h, padding_h), size(self.w, self.kernel_w, padding_w)
 
     def bytes(self, itemsize: int) -> int:
         """Least traffic: the input-sized tensor, the output-sized tensor and the weights, once each.
@@ -82,8 +92,9 @@ class Case:
 
     def sizes(self) -> tuple[int, ...]:
         """The problem as the selection of a kernel takes it: depth multiplier 1, tensors aligned to 16 bytes."""
-        pairs = [value for value in (self.stride, self.padding, self.dilation) for _ in "hw"]
-        return (self.n, self.c, 1, self.h, self.w, self.kernel_h, self.kernel_w, *pairs, 1)
+        strides, dilations = 2 * (self.stride,), 2 * (self.dilation,)
+        kernel = self.kernel_h, self.kernel_w
+        return (self.n, self.c, 1, self.h, self.w, *kernel, *strides, *self.paddings, *dilations, 1)
 
     def is_channels_last(self, layout: str) -> bool:
         """Whether tensors count as channels_last: those of one channel or one pixel are in both layouts, and do not."""
@@ -91,8 +102,7 @@ class Case:
 
     def convolution_arguments(self) -> tuple[list[int], list[int], list[int], bool, list[int], int]:
         """What aten.convolution takes after input, weight and bias."""
-        pair = [[value, value] for value in (self.stride, self.padding, self.dilation)]
-        return pair[0], pair[1], pair[2], False, [0, 0], self.c
+        return 2 * [self.stride], list(self.paddings), 2 * [self.dilation], False, [0, 0], self.c
 
 
 def load_cases() -> dict[str, Case]:

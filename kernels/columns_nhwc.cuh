@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
                                      from + static_cast<int64_t>(pixel) * all_channels);
   }
   commit_copies();
-  // Before the zeros: behind that loop nvcc leaves most of the filters' loads for after the wait for the copies.
+  // Before the zeros: behind that loop nvcc 13.0 (sm_90) leaves most of the loads for after the wait for the copies.
   const int lane = threadIdx.x % Traits::kLanes * kVector, column = threadIdx.x / Traits::kLanes;
   const int channel = first_channel + min(lane, channels - kVector);
   float weight[kTaps][kVector], bias[kVector];

@@ -64,29 +64,13 @@ struct ToeplitzTraits {
   static constexpr int kStagePitch = kTilesW | 1;  // of the outputs
 
   // The products of output tile n, in steps. A product of K = 16 takes a pair of chunks, which ldmatrix puts into
-  // neighbouring registers, or what is left at both ends of the band or of the image; what is left alone takes K = 8, or
-  // waits for that of the next kernel row, where registers hold two: K = 8 takes as long as K = 16.
+  // neighbouring registers; what is left at either end of the band or of the image takes K = 8, two thirds of the time
+  // (4.1 and 6.05 cycles of a partition, H100).
   static constexpr int kSteps = kChunks / 2 + 1;
   static constexpr int pair(int n, int step) { return n * kStrideW / 2 + step; }
-  static constexpr bool used(int n, int chunk) { return chunk >= first_used(n) && chunk <= last_used(n); }
-  static constexpr int first_used(int n) { return max_int(n * kStrideW, kLow); }
-  static constexpr int last_used(int n) { return min_int(n * kStrideW + kChunks, kHigh) - 1; }
-  static constexpr bool kJoins = !kChannelsLast || kTilesW * kTilesH < 14;  // beyond, no register is left
-  static constexpr bool joins_ends(int n) { return kJoins && first_used(n) % 2 == 1 && last_used(n) % 2 == 0; }
-  // The chunk that is left alone, where one is; -1: none.
-  static constexpr int left_alone(int n) {
-    const int first = first_used(n), last = last_used(n);
-    return first > last || first % 2 != last % 2 ? -1 : first % 2 == 1 ? first : last;
+  static constexpr bool used(int n, int chunk) {
+    return chunk >= n * kStrideW && chunk < n * kStrideW + kChunks && chunk >= kLow && chunk < kHigh;
   }
-  static constexpr bool leaves_any() {
-    for (int n = 0; n < kTilesW; ++n)
-      if (left_alone(n) >= 0) return true;
-    return false;
-  }
-  // Two kernel rows at a time: sums, input and weights of both, places, and what else there is.
-  static constexpr bool kTwoRows =
-      kChannelsLast && kSlots == 2 && kJoins && leaves_any() &&
-      4 * kTilesW * kTilesH + 8 * (kEndPair - kFirstPair) + 2 * kChunks + 4 * kTilesH + 50 <= 65536 / kThreads;
 };
 
 // How a launch is cut into blocks, NCHW.

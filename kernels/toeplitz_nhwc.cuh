@@ -4,17 +4,22 @@
 //         the other. Rows are counted through all images, so that sixteen of a product are sixteen outputs; or from each
 //         image's first on, where that wastes little and reads less. A channel's tiles are dealt to two warps, or to more
 //         where there are fewer channels; where the tensor has fewer, several share a tile's kernel rows.
-// Reads   eight channels of a pixel, 16 bytes, are an asynchronous copy. While a unit is multiplied, half of the warps
-//         fetch the pixels of the next to shared memory as they lie; then ldmatrix turns eight pixels of eight channels
-//         around in registers, and they are stored channel by channel. Where there is no room for both, or tensors are not
-//         aligned, pixels are loaded when the unit before is done.
+// Reads   eight channels of a pixel, 16 bytes, are an asynchronous copy. While weights are laid out or a unit is multiplied,
+//         half of the warps fetch the pixels of the next to shared memory as they lie; then ldmatrix turns eight pixels of
+//         eight channels around in registers, and they are stored channel by channel. Where there is no room for both, or
+//         tensors are not aligned, pixels are loaded when the unit before is done.
 // Writes  outputs are staged channel by channel where the input was; ldmatrix turns them around into pixels. From sm_90 on
 //         blocks of neighbouring channels exchange halves of them, for stores of 32 bytes: toeplitz_nhwc_pairs.cuh.
 // Memory  weights; input rows of eight channels, planes half the banks apart, or outputs; a row of zeros; pixels to come.
 //         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 83.5 (in pairs 84.5) + 0.1 + 82.3 KB. One block a multiprocessor.
-// Times   fp16, us, H100: 31x31 on 32x128x56x56: 112, with an image's rows from a new tile on 117, with nothing fetched
-//         ahead 122; 29x29 on 32x256x28x28: 58, 69, 62; on 16x200x48x48: 67, 64, 74; 27x27 on 32x40x33x47: 24.3, 26.9,
-//         25.7; 13x13 on 32x200x20x20: 22.5, 34, 26. All warps fetch: 115, 60, 69, 24.1, 23.1.
+// Times   fp16, us, H100: 31x31 on 32x128x56x56: 103, without pairs 115, with an image's rows from a new tile on 5 more, with
+//         nothing fetched ahead 10; 29x29 on 32x256x28x28: 56, 59, 11, 4; on 16x200x48x48: 64, with rows counted through
+//         all images 67, with nothing fetched ahead 74; 27x27 on 32x40x33x47: 23.3; 13x13 on 32x200x20x20: 21.6. Of the 103:
+//         products 67, stores 15, the first pixels 8, turning pixels 4, weights 2. Where all warps lay out weights, then
+//         fetch: 103, 57, 65, 24.1, 22.0.
+// Lost    two groups of eight warps, each with units of its own, so that one multiplies while the other loads and stores:
+//         129 us for 103, 74 for 56, 76 for 64. Pixels one at a time between kernel rows: 101 for 104, 66.6 for 65.6, 37.3
+//         for 35.5 (31x31 on 8x40x96x96). What is left alone of two kernel rows as one product of K = 16: no gain.
 #pragma once
 
 #include "toeplitz_nhwc_pairs.cuh"
@@ -66,28 +71,43 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   // The filters as they lie; kShared: in a room of their own, later that of the sums of shared tiles.
   const auto filters = [&] { return Traits::kShared ? pixels() + tiling.pixels * kChunk : tile(); };
 
-  fetch_weights<Traits>(filters(), args, first_channel<Traits>(args), block_channels<Traits>(args));
-  commit_copies();
+  // Threads from here on fetch pixels: those of the first eight warps, where there are more, lay out weights at first, and
+  // later have more tiles, if any have.
+  constexpr int kFirst = Traits::kWarps > Traits::kChannels ? 32 * Traits::kChannels : 0;
   {
-    Unit unit;
-    unit.find(args, tiling, tiling.first_item(blockIdx.y));
-    if (tiling.ahead) fetch_pixels<Traits>(pixels(), args, unit, threadIdx.x, Traits::kThreads);
+    const int warp = threadIdx.x / 32, channels = block_channels<Traits>(args);
+    const auto filter = [&](int channel) { return filters() + channel * filter_chunks(args) * kChunk; };
+    const auto lay_out = [&](int channel, int first_row, int row_step) {
+      const T* const taps = filter(channel) + filter_offset<Traits>(args, first_channel<Traits>() + channel);
+      lay_out_weights<Traits>(pairs + channel * channel_pairs, args, first_row, row_step,
+                              [&](int tap) -> unsigned { return taps[tap].bits; });
+    };
+    if (warp < channels) fetch_filter<Traits>(filter(warp), args, first_channel<Traits>() + warp);
     commit_copies();
-    if (Traits::kShared && !tiling.ahead) load_pixels<Traits>(tile(), args, tiling, unit);
-    if (threadIdx.x == 0) {
-      now = unit;
-      next.find(args, tiling, unit.item + unit.items);
+    constexpr int kFirstNow = Traits::kShared ? 0 : kFirst;
+    if (const int worker = static_cast<int>(threadIdx.x) - kFirstNow; worker >= 0) {
+      Unit unit;
+      unit.find(args, tiling, tiling.first_item(blockIdx.y));
+      if (tiling.ahead) fetch_pixels<Traits>(pixels(), args, unit, worker, Traits::kThreads - kFirstNow);
+      if (Traits::kShared && !tiling.ahead) load_pixels<Traits>(tile(), args, tiling, unit);
+      if (worker <= Traits::kPitch) reinterpret_cast<uint4*>(zeros())[worker] = uint4{};
+      if (worker == 0) {
+        now = unit;
+        next.find(args, tiling, unit.item + unit.items);
+      }
+    }
+    commit_copies();
+    wait_for_copies<1>();
+    if constexpr (Traits::kShared) {
+      __syncthreads();
+      if (const Slot at(args, tiling); at.slot < at.slots)
+        lay_out(at.channel, at.slot * tiling.parts + at.part, at.slots * tiling.parts);
+    } else {
+      __syncwarp();
+      if (warp < channels) lay_out(warp, 0, 1);
     }
   }
-  if (threadIdx.x <= Traits::kPitch) reinterpret_cast<uint4*>(zeros())[threadIdx.x] = uint4{};
-  wait_for_copies<1>();
   __syncthreads();
-  if (const Slot at(args, tiling); at.slot < at.slots) {
-    const T* const filter = filters() + at.channel * args.kernel_h * args.kernel_w;
-    const int parts = Traits::kShared ? tiling.parts : 1;
-    lay_out_weights<Traits>(pairs + at.channel * channel_pairs, args, at.slot * parts + at.part, at.slots * parts,
-                            [&](int tap) -> unsigned { return filter[tap].bits; });
-  }
 
 #pragma unroll 1
   while (now.items > 0) {
@@ -97,10 +117,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     else if (!Traits::kShared || now.item > tiling.first_item(blockIdx.y))
       load_pixels<Traits>(tile(), args, tiling, now);
     __syncthreads();
-    // The warps that have fewer tiles, if any have, fetch; the others keep the tensor cores busy.
-    constexpr int kFirst = Traits::kWarps > Traits::kChannels ? 32 * Traits::kChannels : 0;
-    const int worker = ptx::thread_index() - kFirst;
-    if (tiling.ahead && worker >= 0 && next.items > 0)
+    // The other warps keep the tensor cores busy.
+    if (const int worker = ptx::thread_index() - kFirst; tiling.ahead && worker >= 0 && next.items > 0)
       fetch_pixels<Traits>(pixels(), args, next, worker, Traits::kThreads - kFirst);
     if (ptx::thread_index() == 0) {
       stored = now;
@@ -110,7 +128,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     ToeplitzSums<Traits> sum;
     {
       const Slot at(args, tiling);
-      const float first = at.part == 0 ? bias_of<Traits>(args, first_channel<Traits>(args) + at.channel) : 0.f;
+      const float first = at.part == 0 ? bias_of<Traits>(args, first_channel<Traits>() + at.channel) : 0.f;
       ToeplitzRows<Traits> rows(args, now, tile() + at.channel * tiling.plane * kChunk, ptx::shared_address(zeros()),
                                 tiling.row_divider, now.rows, args.h, at.slot, at.slots);
       if constexpr (Traits::kShared) rows.take_part(at.part, tiling.part_divider);
@@ -140,7 +158,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       __syncthreads();
     }
     if constexpr (Traits::kPaired) {
-      const ToeplitzPair<Traits> pair(args, stored);
+      const ToeplitzPair<Traits> pair(stored);
       const T* const inbox = tile() + Traits::kChannels * tiling.stage * kChunk;
       ptx::wait_at_cluster_barrier();
       pair.send(tile(), tiling, inbox);
@@ -153,15 +171,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   }
 }
 
-// Whether blocks work in pairs: not where one that has no channels of its own would leave more work to the others.
+// Whether blocks work in pairs: where each has channels of its own.
 template <class Traits>
 bool stores_in_pairs(const DirectArgs& args) {
-  const DeviceLimits& device = device_limits();
-  const int groups = static_cast<int>(args.out_c) / Traits::kChannels;
-  const int64_t items = divide_up(args.n * args.out_h, int64_t{kTileRows}) * divide_up(args.out_w, Traits::kColumns);
-  const auto share = [&](int blocks) { return divide_up(items, int64_t{max_int(1, device.multiprocessors / blocks)}); };
-  return groups > 1 && copy_width(args.out, args.out_c) == kChunk && device.clusters &&
-         share(divide_up(groups, 2) * 2) == share(groups) && is_compiled_for_sm90(toeplitz_nhwc_kernel<Traits>);
+  return args.out_c % (2 * Traits::kChannels) == 0 && copy_width(args.out, args.out_c) == kChunk &&
+         device_limits().clusters && is_compiled_for_sm90(toeplitz_nhwc_kernel<Traits>);
 }
 
 template <class Traits>
@@ -172,7 +186,7 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
   // Blocks have as little as that before sm_80 alone.
   if (Traits::kSinceSm80 && device.shared_bytes_block <= 64 << 10) return kBeforeSm80;
   const int pair_bytes = Traits::kChannels * args.kernel_h * Traits::kBand * 4;
-  const int filter_chunks = divide_up(Traits::kChannels * args.kernel_h * args.kernel_w, kChunk);
+  const int filters = Traits::kChannels * filter_chunks(args);
   const int groups = divide_up(static_cast<int>(args.out_c), Traits::kChannels);
   const int tiles_w = divide_up(args.out_w, Traits::kColumns);
   ToeplitzNhwcTiling tiling{}, best{};
@@ -190,14 +204,13 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     tiling.plane = plane_chunks(in_chunks);
     tiling.stage = plane_chunks(tiling.merged * kTileRows * Traits::kStagePitch);
     const int inbox = Traits::kPaired ? tiling.merged * ToeplitzPair<Traits>::kInboxChunks : 0;  // behind the outputs
-    tiling.tile =
-        max_int(filter_chunks, max_int(Traits::kChannels * tiling.plane, Traits::kChannels * tiling.stage + inbox));
+    tiling.tile = max_int(filters, max_int(Traits::kChannels * tiling.plane, Traits::kChannels * tiling.stage + inbox));
     tiling.pixels = tiling.ahead ? divide_up(in_chunks, kTurned) * kTurned * kChunk : 0;
     int room = 0;
     if constexpr (Traits::kShared) {
       tiling.parts = max_int(1, slots / tiling.merged);
       const int tiles = static_cast<int>(args.out_c) * (slots / tiling.parts);
-      room = max_int(filter_chunks, tiles * (tiling.parts - 1) * Traits::kTilesW * 32);
+      room = max_int(filters, tiles * (tiling.parts - 1) * Traits::kTilesW * 32);
     }
     return pair_bytes + (tiling.tile + Traits::kPitch + 1 + tiling.pixels + room) * kChunkBytes;
   };
@@ -261,14 +274,12 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
 
   const auto kernel = toeplitz_nhwc_kernel<Traits>;
   if (const int error = allow_shared_bytes(kernel, bytes, kUnitBytes)) return error;
-  constexpr int kCluster = Traits::kPaired ? 2 : 1;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cluster.val.clusterDim.x = Traits::kPaired ? 2 : 1, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   // Blocks that run together read whole pixels together.
-  config.gridDim =
-      dim3(static_cast<unsigned>(divide_up(groups, kCluster) * kCluster), static_cast<unsigned>(best_parts));
+  config.gridDim = dim3(static_cast<unsigned>(groups), static_cast<unsigned>(best_parts));
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;

@@ -1,14 +1,14 @@
 // How blocks of toeplitz_nhwc.cuh work in pairs, from sm_90 on.
 //
-// Idea    Eight channels are half of a sector, and stores of halves take more than twice as long as of whole ones (H100,
-//         32x128x56x56, all blocks at once: 29 us, of 32 bytes 13). So two blocks of neighbouring channels, a cluster, store
-//         32 bytes of a pixel at once, for half of the rows each: a block sends the other half of its outputs, as pixels, to
-//         the other's shared memory.
+// Idea    Eight channels are half of a sector, and stores of halves take more than twice as long as of whole ones (H100, fp16,
+//         32x128x56x56, all blocks at once: 31.3 us, of 32 bytes 14.1). So two blocks of neighbouring channels, a cluster,
+//         store 32 bytes of a pixel at once, for half of the rows each: a block sends the other half of its outputs, as
+//         pixels, to the other's shared memory.
+// Serves  an even number of groups of eight channels: of an odd number, a block without channels of its own is no gain
+//         (13x13 on 32x200x20x20, 29x29 on 16x200x48x48) or a loss (13x13 on 8x40x88x88: 22.3 us for 21.6).
 // Order   The inbox lies where a block's input was, behind its staged outputs. A block sends when both are done with their
 //         products, and stores when both have sent: a barrier of the cluster each. It sends again when both are done with
 //         the products after that, before which both have stored.
-// Odd     numbers of groups of channels: the last block has the channels of the one before it; each stores them for its
-//         half of the rows, and nothing is sent.
 #pragma once
 
 #include "toeplitz_nhwc_pixels.cuh"
@@ -28,15 +28,12 @@ struct ToeplitzPair {
 
   int rank;
   int first_stored, end_stored, first_sent, end_sent;  // chunks of the outputs
-  bool alike;                                          // both have the same channels
 
-  __device__ __forceinline__ ToeplitzPair(const DirectArgs& args, const ToeplitzUnit<Traits>& unit) {
-    const int block = static_cast<int>(blockIdx.x), end = unit.rows * Traits::kStagePitch;
-    const int middle = (unit.rows + 1) / 2 * Traits::kStagePitch;
-    rank = block % 2;
+  __device__ __forceinline__ explicit ToeplitzPair(const ToeplitzUnit<Traits>& unit) {
+    const int middle = (unit.rows + 1) / 2 * Traits::kStagePitch, end = unit.rows * Traits::kStagePitch;
+    rank = static_cast<int>(blockIdx.x) % 2;
     first_stored = rank == 0 ? 0 : middle, end_stored = rank == 0 ? middle : end;
     first_sent = rank == 0 ? middle : 0, end_sent = rank == 0 ? end : middle;
-    alike = (block | 1) * Traits::kChannels >= args.out_c;
   }
 
   // body(chunk, its outputs) of the chunks from `first` to `last`: lane 4 * g + t gets pixel g of the chunk t.
@@ -64,7 +61,6 @@ struct ToeplitzPair {
   // What the other block stores, to its inbox.
   __device__ __forceinline__ void send(const typename Traits::T* staged, const ToeplitzNhwcTiling& tiling,
                                        const typename Traits::T* inbox) const {
-    if (alike) return;
     const unsigned to = ptx::address_in_cluster(ptx::shared_address(inbox), rank ^ 1);
     const int pixel = ptx::lane_index() / 4;
     for_each_chunk(staged, tiling.stage, first_sent, end_sent, [&](int chunk, uint4 outputs) {
@@ -79,20 +75,20 @@ struct ToeplitzPair {
     using T = typename Traits::T;
     const int odd = ptx::lane_index() % 2, pixel = ptx::lane_index() / 4;
     const int columns = min(Traits::kColumns, args.out_w - unit.column);
-    const int own = static_cast<int>(first_channel<Traits>(args)), other = own ^ Traits::kChannels;
+    const int own = static_cast<int>(first_channel<Traits>()), other = own ^ Traits::kChannels;
     T* const out = static_cast<T*>(args.out) +
                    ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c;
     for_each_chunk(staged, tiling.stage, first_stored, end_stored, [&](int chunk, uint4 outputs) {
       const int even_chunk = chunk - odd, other_chunk = even_chunk + 1 - odd;
       uint4 others{};
-      if (!alike && other_chunk < end_stored)
+      if (other_chunk < end_stored)
         others = *reinterpret_cast<const uint4*>(inbox + ((other_chunk - first_stored) * kChunk + pixel) * kChunk);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int stored = even_chunk + k, row = stored / Traits::kStagePitch;
         const int column = (stored - row * Traits::kStagePitch) * kChunk + pixel;
         const bool mine = k == odd;
-        if (stored < end_stored && column < columns && (mine || !alike))
+        if (stored < end_stored && column < columns)
           __stcs(reinterpret_cast<uint4*>(out + (row * args.out_w + column) * args.out_c + (mine ? own : other)),
                  mine ? outputs : others);
       }

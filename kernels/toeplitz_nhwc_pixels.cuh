@@ -32,17 +32,15 @@ struct ToeplitzNhwcTiling {
 // Planes half the banks apart.
 constexpr int plane_chunks(int chunks) { return divide_up(chunks, 8) * 8 + 4; }
 
-// Of the calling block. kPaired: there are eight for each; where groups of channels are odd, the last block has the channels
-// of the one before.
+// Of the calling block.
 template <class Traits>
-__device__ __forceinline__ unsigned first_channel(const DirectArgs& args) {
-  if constexpr (!Traits::kPaired) return blockIdx.x * Traits::kChannels;
-  return min(ptx::block_index() * Traits::kChannels, static_cast<int>(args.out_c) - Traits::kChannels);
+__device__ __forceinline__ unsigned first_channel() {
+  return blockIdx.x * Traits::kChannels;
 }
 template <class Traits>
 __device__ __forceinline__ int block_channels(const DirectArgs& args) {
   if constexpr (Traits::kPaired) return Traits::kChannels;
-  return min(Traits::kChannels, static_cast<int>(args.out_c - first_channel<Traits>(args)));
+  return min(Traits::kChannels, static_cast<int>(args.out_c - first_channel<Traits>()));
 }
 
 // What is computed and read at a time: rows that lie one after the other in memory, even if of several images. Rows of
@@ -84,23 +82,36 @@ struct ToeplitzUnit {
   __device__ __forceinline__ const typename Traits::T* input(const DirectArgs& args) const {
     return static_cast<const typename Traits::T*>(args.input) +
            ((static_cast<int64_t>(image) * args.h + in_row) * args.w + first_column) * args.out_c +
-           first_channel<Traits>(args);
+           first_channel<Traits>();
   }
 };
 
-// The filters as they lie in memory come to where the input will be.
+// A channel's filter as it lies in memory: in so many chunks of shared memory, its first tap at such a place there.
+inline __host__ __device__ int filter_chunks(const DirectArgs& args) {
+  return divide_up(args.kernel_h * args.kernel_w, kChunk) + 1;
+}
 template <class Traits>
-__device__ __forceinline__ void fetch_weights(typename Traits::T* staged, const DirectArgs& args, int channel,
-                                              int channels) {
+__device__ __forceinline__ int filter_offset(const DirectArgs& args, int64_t channel) {
+  const auto* const filter = filters_of<Traits>(args, channel, args.kernel_h * args.kernel_w);
+  const bool copied =
+      sizeof(*filter) == sizeof(typename Traits::T) && reinterpret_cast<uintptr_t>(args.weight) % kChunkBytes == 0;
+  return copied ? static_cast<int>(reinterpret_cast<uintptr_t>(filter) % kChunkBytes / sizeof(*filter)) : 0;
+}
+// A warp fetches it.
+template <class Traits>
+__device__ __forceinline__ void fetch_filter(typename Traits::T* staged, const DirectArgs& args, int64_t channel) {
   using T = typename Traits::T;
-  const int taps = args.kernel_h * args.kernel_w, elements = channels * taps;
-  const auto* const filters = filters_of<Traits>(args, channel, taps);
-  if (sizeof(*filters) == sizeof(T) && reinterpret_cast<uintptr_t>(filters) % kChunkBytes == 0) {
-    for (int k = threadIdx.x * kChunk; k < elements; k += Traits::kThreads * kChunk)
-      copy_16_async(staged + k, filters + k, min(kChunk, elements - k) * static_cast<int>(sizeof(T)));
+  const int taps = args.kernel_h * args.kernel_w, lane = ptx::lane_index();
+  const auto* const filter = filters_of<Traits>(args, channel, taps);
+  if (sizeof(*filter) == sizeof(T) && reinterpret_cast<uintptr_t>(args.weight) % kChunkBytes == 0) {
+    const int before = filter_offset<Traits>(args, channel);
+    const int64_t end = before + (args.out_c - channel) * taps;  // of the tensor
+    for (int k = lane * kChunk; k < before + taps; k += 32 * kChunk)
+      copy_16_async(staged + k, filter - before + k,
+                    static_cast<int>(min(int64_t{kChunk}, end - k)) * static_cast<int>(sizeof(T)));
   } else {
 #pragma unroll 8
-    for (int k = threadIdx.x; k < elements; k += Traits::kThreads) staged[k] = load_rounded<T>(filters + k);
+    for (int k = lane; k < taps; k += 32) staged[k] = load_rounded<T>(filter + k);
   }
 }
 
@@ -196,7 +207,7 @@ template <class Traits>
 __device__ __noinline__ void mend_outputs(typename Traits::T* staged, const DirectArgs& args,
                                           const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
   const int rows = unit.rows, columns = min(Traits::kColumns, args.out_w - unit.column);
-  const int channels = block_channels<Traits>(args), channel = first_channel<Traits>(args);
+  const int channels = block_channels<Traits>(args), channel = first_channel<Traits>();
   for (Walk at(ptx::thread_index(), Traits::kThreads, columns, rows); at.outer < channels; at.advance()) {
     auto& value = staged[(at.outer * tiling.stage + at.middle * Traits::kStagePitch) * kChunk + at.inner];
     const int image = (unit.row + at.middle) / args.out_h;
@@ -221,7 +232,7 @@ __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, c
       ptx::shared_address(staged) + ((lane / 8 * 2 + lane % 2) * tiling.stage + first + lane % 8 / 2) * kChunkBytes;
   T* const out = static_cast<T*>(args.out) +
                  ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c +
-                 first_channel<Traits>(args);
+                 first_channel<Traits>();
   // Several loads before the first use, several stores before registers are used again.
 #pragma unroll 1
   for (int first_chunk = first; first_chunk < chunks; first_chunk += kTogether * kStep) {

@@ -70,36 +70,6 @@ __device__ __forceinline__ void for_each_row(const ToeplitzSums<Traits>& sum, in
     }
 }
 
-template <class Traits>
-using ToeplitzInput = unsigned[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
-
-// A kernel row of a tile; kAlone: with what is left alone.
-template <bool kAlone, class Traits>
-__device__ __forceinline__ void multiply_row(float (&sum)[Traits::kTilesW][4], ToeplitzInput<Traits>& in, unsigned from,
-                                             const unsigned (&band)[Traits::kChunks]) {
-  using T = typename Traits::T;
-#pragma unroll
-  for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
-    ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
-#pragma unroll
-  for (int step = 0; step < Traits::kSteps; ++step)
-#pragma unroll
-    for (int n = 0; n < Traits::kTilesW; ++n) {
-      const int k = Traits::pair(n, step), column = n * Traits::kStrideW, s = 2 * k - column;
-      const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
-      if (left && right) {
-        multiply_k16<T>(sum[n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
-      } else if (left && Traits::joins_ends(n)) {
-        const int first = Traits::first_used(n);
-        multiply_k16<T>(sum[n], in[first / 2][2], in[first / 2][3], in[k][0], in[k][1], band[first - column], band[s]);
-      } else if (left && kAlone) {
-        multiply_k8<T>(sum[n], in[k][0], in[k][1], band[s]);
-      } else if (right && !Traits::joins_ends(n) && kAlone) {
-        multiply_k8<T>(sum[n], in[k][2], in[k][3], band[s + 1]);
-      }
-    }
-}
-
 // Of the first kTiles tiles. `pairs`: the channel's weights.
 template <int kTiles, class Traits>
 __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const ToeplitzRows<Traits>& rows,
@@ -116,42 +86,36 @@ __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const T
     in_row[a] = rows.in_row[a] + rows.first_tap * args.dilation_h;
     address[a] = rows.address[a] + rows.first_tap * args.dilation_h * rows.kRowBytes;
   }
-  int left = rows.end_tap - rows.first_tap;
-  // So many kernel rows at a time.
-  const auto multiply = [&](auto count) {
-    constexpr int kRows = decltype(count)::value;
 #pragma unroll 1
-    for (; left >= kRows; left -= kRows, row += kRows * Traits::kBand) {
-      unsigned band[kRows][Traits::kChunks];
+  for (int left = rows.end_tap - rows.first_tap; left > 0; --left, row += Traits::kBand) {
+    unsigned band[Traits::kChunks];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
+    for (int s = 0; s < Traits::kChunks; ++s) band[s] = row[s * kChunk];
 #pragma unroll
-        for (int s = 0; s < Traits::kChunks; ++s) band[i][s] = row[i * Traits::kBand + s * kChunk];
+    for (int a = 0; a < kTiles; ++a) {
+      const bool in_bounds = static_cast<unsigned>(in_row[a]) < static_cast<unsigned>(args.h);
+      const unsigned from = in_bounds ? address[a] : rows.zeros;
+      in_row[a] += args.dilation_h;
+      address[a] += args.dilation_h * rows.kRowBytes;
+      unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
 #pragma unroll
-      for (int a = 0; a < kTiles; ++a) {
-        ToeplitzInput<Traits> in[kRows];
+      for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
+        ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          const bool in_bounds = static_cast<unsigned>(in_row[a]) < static_cast<unsigned>(args.h);
-          const unsigned from = in_bounds ? address[a] : rows.zeros;
-          in_row[a] += args.dilation_h;
-          address[a] += args.dilation_h * rows.kRowBytes;
-          multiply_row<kRows == 1, Traits>(sum[a], in[i], from, band[i]);
+      for (int step = 0; step < Traits::kSteps; ++step)
+#pragma unroll
+        for (int n = 0; n < kTilesW; ++n) {
+          const int k = Traits::pair(n, step), s = 2 * k - n * kStrideW;
+          const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
+          if (left && right)
+            multiply_k16<T>(sum[a][n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
+          else if (left)
+            multiply_k8<T>(sum[a][n], in[k][0], in[k][1], band[s]);
+          else if (right)
+            multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
         }
-        if constexpr (kRows == 2) {
-#pragma unroll
-          for (int n = 0; n < kTilesW; ++n)
-            if (const int chunk = Traits::left_alone(n); chunk >= 0) {
-              const int k = chunk / 2, half = chunk % 2 * 2, s = chunk - n * kStrideW;
-              multiply_k16<T>(sum[a][n], in[0][k][half], in[0][k][half + 1], in[1][k][half], in[1][k][half + 1],
-                              band[0][s], band[1][s]);
-            }
-        }
-      }
     }
-  };
-  if constexpr (Traits::kTwoRows) multiply(std::integral_constant<int, 2>{});
-  multiply(std::integral_constant<int, 1>{});
+  }
 }
 
 // The sums of the warps that share tiles, added up by the first of them. `slot`: which of the block's sharing groups; all

@@ -173,7 +173,7 @@ def test_headline_is_problem_82_of_kernelbench_level_1():
 @pytest.mark.parametrize("case", [*CASES.values(), SMALL], ids=lambda case: case.name)
 def test_output_shapes_are_those_of_conv2d(case):
     x, weight = torch.empty(case.x_shape, device="meta"), torch.empty(case.weight_shape, device="meta")
-    out = torch.nn.functional.conv2d(x, weight, None, case.stride, case.padding, case.dilation, case.c)
+    out = torch.nn.functional.conv2d(x, weight, None, case.stride, case.paddings, case.dilation, case.c)
     assert case.out_shape == tuple(out.shape)
 
 

@@ -439,13 +439,13 @@ def test_selected_where_sums_need_more_registers(emulator):
 
 
 # Of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block; of pairs
-# of blocks, of which the last may have no channels of its own; of more than 64 columns; of fewer channels than eight.
+# of blocks, and of an odd number of them; of more than 64 columns; of fewer channels than eight.
 UNITS = [
     (2, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
     (2, (100 << 10, 99 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
     (1, (228 << 10, 227 << 10), Problem((20, 20), (13, 13), padding=(0, 13), batch=7, channels=11)),
-    (6, (228 << 10, 227 << 10), Problem((20, 20), (13, 13), padding=(6, 6), batch=30, channels=40)),
+    (6, (228 << 10, 227 << 10), Problem((20, 20), (13, 13), padding=(6, 6), batch=30, channels=32)),
     (4, (228 << 10, 227 << 10), Problem((33, 47), (9, 27), padding=(4, 13), batch=3, channels=24)),
     (2, (228 << 10, 227 << 10), Problem((36, 96), (13, 25), padding=(6, 12), batch=2, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((20, 74), (5, 31), padding=(2, 15), batch=3, channels=3)),
