@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     if (const int worker = static_cast<int>(threadIdx.x) - kFirstNow; worker >= 0) {
       Unit unit;
       unit.find(args, tiling, tiling.first_item(blockIdx.y));
-      if (tiling.ahead) fetch_pixels<Traits>(pixels(), args, unit, worker, Traits::kThreads - kFirstNow);
+      if (tiling.ahead) fetch_pixels<Traits>(pixels(), args, tiling, unit, worker, Traits::kThreads - kFirstNow);
       if (Traits::kShared && !tiling.ahead) load_pixels<Traits>(tile(), args, tiling, unit);
       if (worker <= Traits::kPitch) reinterpret_cast<uint4*>(zeros())[worker] = uint4{};
       if (worker == 0) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     __syncthreads();
     // The other warps keep the tensor cores busy.
     if (const int worker = ptx::thread_index() - kFirst; tiling.ahead && worker >= 0 && next.items > 0)
-      fetch_pixels<Traits>(pixels(), args, next, worker, Traits::kThreads - kFirst);
+      fetch_pixels<Traits>(pixels(), args, tiling, next, worker, Traits::kThreads - kFirst);
     if (ptx::thread_index() == 0) {
       stored = now;
       later.find(args, tiling, next.item + next.items);
@@ -196,8 +196,8 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
   }
   const int slots = Traits::kShared ? tiling.rest_slots : Traits::kSlots, most_items = slots * Traits::kTilesH;
   tiling.row_divider = IntDivider(args.out_h);
-  tiling.in_pixels = copy_width(args.input, args.out_c) == kChunk;
-  tiling.out_pixels = copy_width(args.out, args.out_c) == kChunk;
+  tiling.in_vector = copy_width(args.input, args.out_c);
+  tiling.out_vector = copy_width(args.out, args.out_c);
 
   const auto shared_bytes = [&](int in_rows) {
     const int in_chunks = in_rows * Traits::kPitch;
@@ -232,7 +232,8 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     const int units = divide_up(items, merged);
     const int large = divide_up(items, units), small = items / units, larger = items - small * units;
     const float chunks = static_cast<float>(in_rows) * Traits::kPitch;
-    const float unit = kUnitCycles + (tiling.ahead ? kChunkCycles * chunks : kWaitCycles + kLoadedCycles * chunks);
+    const float unit = kUnitCycles + (tiling.ahead ? kChunkCycles * chunks * (kChunk / tiling.in_vector)
+                                                   : kWaitCycles + kLoadedCycles * chunks);
     return rounds *
            (kBlockCycles + kWaitCycles + units * unit + larger * products(large) + (units - larger) * products(small));
   };
@@ -245,7 +246,7 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     const int64_t items = all ? divide_up<int64_t>(args.n * args.out_h, kTileRows) : args.n * tiling.image_items;
     tiling.items = static_cast<int>(items);
     for (const bool ahead : {true, false}) {
-      if (ahead && !tiling.in_pixels) continue;
+      if (ahead && tiling.in_vector == 1) continue;  // two bytes are no asynchronous copy
       tiling.ahead = ahead;
       for (tiling.merged = most_items; tiling.merged > 0; --tiling.merged) {
         const int64_t in_rows = toeplitz_in_rows(args, tiling.merged * kTileRows, all);

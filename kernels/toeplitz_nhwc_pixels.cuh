@@ -17,15 +17,15 @@ struct ToeplitzNhwcTiling {
   int merged;              // items of a unit, at most
   int share, longer;       // items of a block; blocks of a channel group that have one more
   IntDivider items_divider{1}, image_divider{1}, row_divider{1};  // by items, image_items, rows of an output image
-  int plane, stage;            // chunks from channel to channel, of the input and of the staged outputs
-  int tile;                    // chunks of all of them
-  int pixels;                  // chunks of the pixels to come
-  int rest_slots;              // of a group that has fewer channels: warps a channel
-  SmallDivider rest_divider;   // by those channels
-  int parts;                   // kShared: warps that share the kernel rows of a tile
-  SmallDivider part_divider;   // by those warps
-  bool ahead;                  // pixels come while others are multiplied
-  bool in_pixels, out_pixels;  // are aligned
+  int plane, stage;           // chunks from channel to channel, of the input and of the staged outputs
+  int tile;                   // chunks of all of them
+  int pixels;                 // chunks of the pixels to come
+  int rest_slots;             // of a group that has fewer channels: warps a channel
+  SmallDivider rest_divider;  // by those channels
+  int parts;                  // kShared: warps that share the kernel rows of a tile
+  SmallDivider part_divider;  // by those warps
+  bool ahead;                 // pixels come while others are multiplied
+  int in_vector, out_vector;  // channels of a pixel that are aligned together
 
   __device__ __forceinline__ int first_item(int part) const { return part * share + min(part, longer); }
 };
@@ -120,17 +120,27 @@ __device__ __forceinline__ void fetch_filter(typename Traits::T* staged, const D
 // thread `worker` of so many.
 template <class Traits>
 __device__ __forceinline__ void fetch_pixels(typename Traits::T* pixels, const DirectArgs& args,
-                                             const ToeplitzUnit<Traits>& unit, int worker, int workers) {
+                                             const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit,
+                                             int worker, int workers) {
+  using T = typename Traits::T;
   constexpr int kColumns = Traits::kStored * kChunk;
-  const int all = unit.in_rows * kColumns, first_column = unit.first_column;
-  const auto* const input = unit.input(args);
-#pragma unroll kTogether
-  for (int k = worker; k < all; k += workers) {
-    const int row = k / kColumns, column = k - row * kColumns, chunk = row * Traits::kPitch + column / kChunk;
-    const int place = chunk * kChunk + (k % kChunk ^ chunk % kTurned * 2);
-    const bool in_bounds = static_cast<unsigned>(first_column + column) < static_cast<unsigned>(args.w);
-    copy_async<kChunkBytes>(pixels + place * kChunk, input + (row * args.w + column) * args.out_c, in_bounds);
-  }
+  const int all = unit.in_rows * kColumns, first_column = unit.first_column, channels = block_channels<Traits>(args);
+  const T* const input = unit.input(args);
+  with_vector(tiling.in_vector, [&](auto vector) {
+    constexpr int kVector = vector.value, kCopies = kChannelsNhwc / kVector;
+    if constexpr (kVector > 1) {
+#pragma unroll max_int(1, kTogether / kCopies)
+      for (int k = worker; k < all; k += workers) {
+        const int row = k / kColumns, column = k - row * kColumns, chunk = row * Traits::kPitch + column / kChunk;
+        T* const to = pixels + (chunk * kChunk + (k % kChunk ^ chunk % kTurned * 2)) * kChunk;
+        const T* const from = input + (row * args.w + column) * args.out_c;
+        const bool in_bounds = static_cast<unsigned>(first_column + column) < static_cast<unsigned>(args.w);
+#pragma unroll
+        for (int e = 0; e < kChannelsNhwc; e += kVector)
+          copy_async<kVector * sizeof(T)>(to + e, from + e, in_bounds && (kCopies == 1 || e < channels));
+      }
+    }
+  });
 }
 
 // Lane 4 * g + t gets chunk t of channel g.
@@ -181,16 +191,16 @@ __device__ __forceinline__ void load_pixels(typename Traits::T* tile, const Dire
       const bool has_left = exists && static_cast<unsigned>(column) < static_cast<unsigned>(args.w);
       const bool has_right = exists && static_cast<unsigned>(column + 1) < static_cast<unsigned>(args.w);
       target[k] = exists ? tile + at.middle * Traits::kPitch * kChunk + 2 * at.inner : nullptr;
-      if (tiling.in_pixels) {
-        left[k] = load_or_zero<kChannelsNhwc>(from, has_left);
-        right[k] = load_or_zero<kChannelsNhwc>(from + args.out_c, has_right);
-      } else {
+      with_vector(tiling.in_vector, [&](auto vector) {
+        constexpr int kVector = vector.value;
 #pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e) {
-          left[k].value[e] = load_or_zero<1>(from + e, has_left && e < channels).value[0];
-          right[k].value[e] = load_or_zero<1>(from + args.out_c + e, has_right && e < channels).value[0];
+        for (int e = 0; e < kChannelsNhwc; e += kVector) {
+          const auto some = load_or_zero<kVector>(from + e, has_left && e < channels);
+          const auto next = load_or_zero<kVector>(from + args.out_c + e, has_right && e < channels);
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) left[k].value[e + i] = some.value[i], right[k].value[e + i] = next.value[i];
         }
-      }
+      });
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k)
@@ -251,8 +261,12 @@ __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, c
       const int column = (chunk - row * Traits::kStagePitch) * kChunk + lane / 4;
       if (chunk >= chunks || column >= min(Traits::kColumns, columns)) continue;
       T* const to = out + (row * args.out_w + column) * args.out_c;
-      if (tiling.out_pixels) {
+      if (tiling.out_vector == kChunk) {
         store_streaming(to, values[j].vector);
+      } else if (tiling.out_vector > 1) {
+#pragma unroll
+        for (int e = 0; e < kChannelsNhwc; e += 2)
+          if (e < channels) *reinterpret_cast<unsigned*>(to + e) = values[j].word[e / 2];
       } else {
 #pragma unroll
         for (int e = 0; e < kChannelsNhwc; ++e)

@@ -439,7 +439,8 @@ def test_selected_where_sums_need_more_registers(emulator):
 
 
 # Of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block; of pairs
-# of blocks, and of an odd number of them; of more than 64 columns; of fewer channels than eight.
+# of blocks, and of an odd number of them; of more than 64 columns; of fewer channels than eight; of pixels on
+# 8 and 4 bytes.
 UNITS = [
     (2, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
@@ -450,6 +451,10 @@ UNITS = [
     (2, (228 << 10, 227 << 10), Problem((36, 96), (13, 25), padding=(6, 12), batch=2, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((20, 74), (5, 31), padding=(2, 15), batch=3, channels=3)),
     (1, (100 << 10, 99 << 10), Problem((56, 56), (15, 15), padding=(7, 7), batch=2, channels=3)),
+    (3, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=12)),
+    (2, (100 << 10, 99 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=12)),
+    (2, (228 << 10, 227 << 10), Problem((20, 24), (5, 11), padding=(2, 5), batch=7, channels=10)),
+    (2, (228 << 10, 227 << 10), Problem((20, 24), (11, 5), padding=(5, 2), batch=7, channels=4)),
 ]
 
 

@@ -154,13 +154,16 @@ BATCHES = [  # kernels that take several images at once: batches that fill their
     Problem((20, 32), (21, 21), padding=(10, 10), batch=18, channels=3),
 ]
 
-# Of channels_last products with bands: blocks of an odd number, and in pairs; more than 64 columns; few channels.
+# Of channels_last products with bands: blocks of an odd number, and in pairs; more than 64 columns; few channels;
+# pixels on 8 and 4 bytes.
 UNITS = [
     Problem((20, 20), (13, 13), padding=(6, 6), batch=230, channels=200),
     Problem((33, 47), (9, 27), padding=(4, 13), batch=130, channels=16),
     Problem((36, 96), (13, 25), padding=(6, 12), batch=24, channels=48),
     Problem((56, 56), (29, 29), padding=(14, 14), batch=70, channels=3, bias=False),
     Problem((31, 40), (13, 13), padding=(3, 9), batch=90, channels=5),
+    Problem((56, 56), (51, 5), padding=(25, 2), batch=50, channels=28),
+    Problem((20, 20), (13, 13), padding=(6, 6), batch=90, channels=30),
 ]
 
 # Channels_last, which NCHW serves between copies.
