@@ -50,19 +50,23 @@ inline const DeviceLimits& device_limits() {
   return limits;
 }
 
-// Whether the current device's code of `kernel` is of sm_90 or later: it may have been compiled for an earlier one.
+// For which architecture the current device's code of `kernel` was compiled: 90 for sm_90, though the device may be a later
+// one.
 template <class Kernel>
-bool is_compiled_for_sm90(Kernel kernel) {
-  thread_local int known = -1;
-  thread_local bool is_sm90 = false;
+int compiled_architecture(Kernel kernel) {
+  thread_local int known = -1, architecture = 0;
   int device = 0;
   cudaGetDevice(&device);
   if (device != known) {
     cudaFuncAttributes attributes{};
-    is_sm90 = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+    architecture = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.ptxVersion : 0;
     known = device;
   }
-  return is_sm90;
+  return architecture;
+}
+template <class Kernel>
+bool is_compiled_for_sm90(Kernel kernel) {
+  return compiled_architecture(kernel) >= 90;
 }
 
 // More than 48 KB of shared memory, with the `static_bytes` that the kernel declares, has to be asked for.

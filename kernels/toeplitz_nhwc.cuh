@@ -8,7 +8,7 @@
 //         half of the warps fetch the pixels of the next to shared memory as they lie; then ldmatrix turns eight pixels of
 //         eight channels around in registers, and they are stored channel by channel. Where there is no room for both, or
 //         tensors are not aligned, pixels are loaded when the unit before is done.
-// Writes  outputs are staged channel by channel where the input was; ldmatrix turns them around into pixels. From sm_90 on
+// Writes  outputs are staged channel by channel where the input was; ldmatrix turns them around into pixels. On sm_90
 //         blocks of neighbouring channels exchange halves of them, for stores of 32 bytes: toeplitz_nhwc_pairs.cuh.
 // Memory  weights; input rows of eight channels, planes half the banks apart, or outputs; a row of zeros; pixels to come.
 //         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 83.5 (in pairs 84.5) + 0.1 + 82.3 KB. One block a multiprocessor.
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
   if constexpr (Traits::kSinceSm80) return;
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
   if constexpr (Traits::kPaired) return;
 #endif
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 template <class Traits>
 bool stores_in_pairs(const DirectArgs& args) {
   return args.out_c % (2 * Traits::kChannels) == 0 && copy_width(args.out, args.out_c) == kChunk &&
-         device_limits().clusters && is_compiled_for_sm90(toeplitz_nhwc_kernel<Traits>);
+         device_limits().clusters && compiled_architecture(toeplitz_nhwc_kernel<Traits>) == 90;
 }
 
 template <class Traits>
