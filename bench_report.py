@@ -38,9 +38,9 @@ RECORD_KEYS = (*MACHINE_KEYS, "date", "copy_tbps", "matmul_tflops", "host_us", "
 # ---- cases
 @dataclass(frozen=True)
 class Case:
-    """One depthwise problem: x (n, c, h, w), weight (c, 1, kernel_h, kernel_w), the same number for both axes.
+    """One depthwise problem: x (n, c, h, w), weight (c, 1, kernel_h, kernel_w).
 
-    But that padding_w, where given, is the padding of columns.
+    Stride and dilation are the same for rows and columns, and so is the padding where padding_w is not given.
     """
 
     name: str

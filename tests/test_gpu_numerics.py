@@ -166,7 +166,7 @@ UNITS = [
     Problem((20, 20), (13, 13), padding=(6, 6), batch=90, channels=30),
 ]
 
-# Channels_last, which NCHW serves between copies.
+# Channels_last, which NCHW serves between copies: in each dtype all but one.
 COPIED = [
     Problem((40, 8), (160, 3), padding=(79, 1), batch=2, channels=8),
     Problem((56, 56), (51, 51), padding=(25, 25), batch=2, channels=16),
@@ -262,13 +262,15 @@ def test_batches(layout, dtype):
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
 def test_units_one_after_the_other(dtype):
-    assert all("toeplitz" in reference.select("forward", problem, dtype, "nhwc")[0] for problem in UNITS)
+    assert all("toeplitz_nhwc" in reference.select("forward", problem, dtype, "nhwc")[0] for problem in UNITS)
     check_all(UNITS, "nhwc", dtype)
 
 
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 def test_served_in_nchw(dtype):
+    names = [reference.select("forward", problem, dtype, "nhwc")[0] for problem in COPIED]
+    assert sum("nchw" in name for name in names) == len(COPIED) - 1
     check_all(COPIED, "nhwc", dtype)
 
 
