@@ -3,6 +3,7 @@
     python bench.py                     headline problem, then the quick cases in float32 and float16
     python bench.py --all --record      every case; writes results/bench_<gpu>.json
     python bench.py --case kb82 --dtype float16 --layout nhwc --direction forward
+    python bench.py --random 30         problems that no table lists, drawn anew or by --seed
     python bench.py --model all         training steps of whole networks
     python bench.py --variants          every kernel and tile that can serve (bench_variants.py)
     python bench.py --plot DIR          pictures of what was measured; with --from FILE, of a record
@@ -28,6 +29,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -801,6 +803,13 @@ def with_gpu(cases: dict[str, Case], chosen: Sequence[Case], args: argparse.Name
     return failures
 
 
+def positive(text: str) -> int:
+    """A number of at least 1, for the command line."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def parser(cases: Iterable[str]) -> argparse.ArgumentParser:
     """The command line; `cases` are the names that --case takes."""
     result = argparse.ArgumentParser(description="Speed of depthwise_inline beside PyTorch.")
@@ -809,6 +818,8 @@ def parser(cases: Iterable[str]) -> argparse.ArgumentParser:
     which.add_argument("--quick", action="store_true", help="the headline problem and a case a family (the default)")
     which.add_argument("--all", action="store_true", help="every case")
     which.add_argument("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}")
+    which.add_argument("--random", type=positive, metavar="COUNT", help="as many problems that no table lists")
+    add("--seed", type=int, help="of --random; default: another in every run")
     add("--dtype", nargs="+", choices=DTYPES, help=f"default: all; of a quick run {' and '.join(QUICK_DTYPES)}")
     add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="default: all")
@@ -831,10 +842,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         command_line.error("--from names the record that --plot DIR draws: give both")
     if args.variants is not None and (args.record or args.plot or args.model):
         command_line.error("--variants measures what is not selected: not with --record, --plot or --model")
+    if args.random and (args.record or args.plot or args.model):
+        command_line.error("--random measures what no table lists: not with --record, --plot or --model")
     if args.model and "all" in args.model:
         args.model = list(NETWORKS)
     args.dtype = args.dtype or list(DTYPES if args.all or args.case else QUICK_DTYPES)
-    if args.case:
+    if args.random:
+        seed = random.randrange(1 << 31) if args.seed is None else args.seed
+        drawn = report.random_cases(args.random, seed)
+        cases, chosen = cases | drawn, list(drawn.values())
+        print(f"random problems, --seed {seed}", *(f"{case.name}: {case.describe()}" for case in chosen), sep="\n  ")
+    elif args.case:
         chosen = [cases[name] for name in args.case]
     else:
         chosen = [case for case in cases.values() if args.all or case.quick]

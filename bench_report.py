@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,11 @@ class Case:
         """Multiplies and adds of every tap of every output, padding included; the same in every direction."""
         return 2 * math.prod(self.out_shape) * self.kernel_h * self.kernel_w
 
+    def describe(self) -> str:
+        """The problem in words, for a case that no file lists."""
+        sizes = f"x {self.x_shape}, kernel {self.kernel_h}x{self.kernel_w}, stride {self.stride}"
+        return f"{sizes}, padding {self.paddings}, dilation {self.dilation}"
+
     def sizes(self) -> tuple[int, ...]:
         """The problem as the selection of a kernel takes it: depth multiplier 1, tensors aligned to 16 bytes."""
         strides, dilations = 2 * (self.stride,), 2 * (self.dilation,)
@@ -109,6 +115,28 @@ def load_cases() -> dict[str, Case]:
     """The cases of bench_cases.json by name, in the order of the file."""
     content = json.loads((ROOT / "bench_cases.json").read_text())
     return {name: Case(name=name, **values) for name, values in content["cases"].items()}
+
+
+RANDOM_ELEMENTS = 1 << 25  # of the largest tensor, at most
+
+
+def random_cases(count: int, seed: int) -> dict[str, Case]:
+    """Problems whose sizes no table lists, odd ones among them: where losses hide."""
+    drawn, cases = random.Random(seed), {}
+    while len(cases) < count:
+        n, c = drawn.choice((1, 4, 16, 32, 64)), drawn.choice((1, 3, 17, 24, 58, 64, 100, 116, 125, 192, 384))
+        h = drawn.choice((7, 12, 14, 20, 28, 41, 56, 112, 128))
+        w = drawn.choice((h, h, h + 1, h + 5))
+        kernel_h = drawn.choice((1, 2, 3, 3, 4, 5, 5, 7, 9, 11, 15, 21, 31))
+        kernel_w = drawn.choice((kernel_h, kernel_h, kernel_h, 1, 3, 11))
+        stride, dilation = drawn.choice((1, 1, 1, 2, 2, 3)), drawn.choice((1, 1, 1, 2, 5))
+        padding_h, padding_w = (dilation * (kernel - 1) // 2 for kernel in (kernel_h, kernel_w))
+        if n * c * h * w > RANDOM_ELEMENTS or padding_h > h // 2 or padding_w > w // 2:
+            continue
+        name = f"random_{len(cases)}"
+        shape = n, c, h, w, kernel_h, kernel_w, stride, padding_h, dilation, padding_w
+        cases[name] = Case(name, f"seed {seed}", "random", False, *shape)
+    return cases
 
 
 # ---- means

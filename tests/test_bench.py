@@ -133,6 +133,21 @@ def test_no_compiler_is_told_and_a_failed_build_is_a_failure(monkeypatch, capsys
     assert "The kernels were not compiled: " in capsys.readouterr().out
 
 
+def test_random_problems_are_those_of_their_seed():
+    drawn = report.random_cases(40, seed=7)
+    assert drawn == report.random_cases(40, seed=7) != report.random_cases(40, seed=8)
+    for case in drawn.values():
+        assert min(case.out_shape) > 0 and math.prod(case.x_shape) <= report.RANDOM_ELEMENTS
+    assert {case.c % 2 for case in drawn.values()} == {0, 1}
+
+    done = run_bench("--random", "2", "--seed", "7", "--no-compile")
+    assert done.returncode == 0, done.stderr
+    for case in list(drawn.values())[:2]:
+        assert f"  {case.name}: x {case.x_shape}, kernel {case.kernel_h}x{case.kernel_w}, " in done.stdout
+    for refused in (("--random", "0"), ("--random", "2", "--record"), ("--random", "2", "--all")):
+        assert run_bench(*refused).returncode == 2
+
+
 def test_unknown_case_is_refused_with_the_list_of_cases():
     done = run_bench("--case", "kb99")
     assert done.returncode == 2
