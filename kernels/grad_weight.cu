@@ -13,21 +13,14 @@ template <class T>
 void launch_general(const Problem& p, int splits, const void* grad_output, const void* input, accumulator_t<T>* partial,
                     accumulator_t<T>* partial_bias, cudaStream_t stream) {
   const int64_t channels = p.layout == Layout::kNhwc ? divide_up(p.out_c, 32) : p.out_c;
-  const int64_t taps = p.kernel_h * divide_up(p.kernel_w, general_taps(p));
+  const int64_t taps = p.kernel_h * divide_up(p.kernel_w, kGeneralTapsPerBlock);
   if (taps > 65535) throw std::runtime_error("depthwise_inline: kernel too large");
   const auto launch = [&](auto kernel) {
     kernel<<<dim3(channels, taps, splits), dim3(32, kGeneralThreads / 32), 0, stream>>>(
         general_args(p), static_cast<const T*>(grad_output), static_cast<const T*>(input), partial, partial_bias);
   };
-  const auto launch_layout = [&](auto count) {
-    constexpr int kTaps = count.value;
-    p.layout == Layout::kNhwc ? launch(general_grad_weight_kernel<T, true, kTaps>)
-                              : launch(general_grad_weight_kernel<T, false, kTaps>);
-  };
-  if (general_taps(p) == 8)
-    launch_layout(std::integral_constant<int, 8>{});
-  else if constexpr (sizeof(T) < sizeof(double))
-    launch_layout(std::integral_constant<int, 16>{});
+  p.layout == Layout::kNhwc ? launch(general_grad_weight_kernel<T, true>)
+                            : launch(general_grad_weight_kernel<T, false>);
   check_launch(cudaGetLastError());
 }
 

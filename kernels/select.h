@@ -299,21 +299,6 @@ inline Config select_stream_nhwc(const Problem& p) {
   return first_that_serves(p, Kernel::kStreamNhwc);
 }
 
-// direct_nhwc: dilated kernels of few taps, and what is not aligned. One channel a thread, of four by four pixels, which read
-// about half as much for an output as two by two (3x3, 32x125x56x56, fp16, H100: 0.036, two by two 0.057; two channels a
-// thread, 126x56x56: 0.049), where that makes threads enough.
-inline Config select_direct_nhwc(const Problem& p) {
-  constexpr int64_t kFewestThreads = 512 * kMultiprocessors;
-  const DirectArgs args = direct_args(p);
-  for (int tile = 0; tile < TileTable(kDirectNhwcTiles).size; ++tile) {
-    const Tile& t = kDirectNhwcTiles[tile];
-    const int64_t threads = p.n * divide_up(args.out_h, t.rows) * divide_up(args.out_w, t.columns) * (p.c / t.vector);
-    if (t.vector == 1 && t.rows > 2 && threads < kFewestThreads) continue;
-    if (can_serve(p, Kernel::kDirectNhwc, tile)) return {Kernel::kDirectNhwc, tile};
-  }
-  return {};
-}
-
 inline Config select_nhwc(const Problem& p) {
   // fp32 3x3 at stride 2: a channel a thread, without shared memory (96x112x112: 0.053, stream 0.057).
   if (p.dtype == DType::kFloat32 && p.stride_w == 2 && p.kernel_h == 3 && p.kernel_w == 3)
@@ -322,13 +307,12 @@ inline Config select_nhwc(const Problem& p) {
         return {Kernel::kDirectNhwc, tile};
   const Config stream = select_stream_nhwc(p);
   if (stream.kernel != Kernel::kGeneral) return stream;
-  const Config direct = select_direct_nhwc(p);
-  if (direct.kernel != Kernel::kGeneral && p.kernel_h * p.kernel_w <= k3x3) return direct;
+  // Dilated kernels of few taps, and what is not aligned.
+  const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
+  if (direct.kernel != Kernel::kGeneral) return direct;
   const int tiled = tiled_nhwc_tile(p.c);
   if (can_serve(p, Kernel::kTiledNhwc, tiled)) return {Kernel::kTiledNhwc, tiled};
-  // What is not aligned, of more taps, in 16 bits (fp16, H100: 5x5 at stride 2, 32x126x56x56: 0.036, toeplitz 0.062; 5x5,
-  // 16x17x14x14: 0.0062, 0.0100). In fp32 blocked was not compared.
-  return p.dtype != DType::kFloat32 ? direct : Config{};
+  return {};
 }
 
 // `frugal`: without the kernels that some GPUs refuse.
