@@ -820,7 +820,12 @@ def parser(cases: Iterable[str]) -> argparse.ArgumentParser:
     which.add_argument("--case", nargs="+", choices=cases, metavar="NAME", help=f"of {', '.join(cases)}")
     which.add_argument("--random", type=positive, metavar="COUNT", help="as many problems that no table lists")
     add("--seed", type=int, help="of --random; default: another in every run")
-    add("--dtype", nargs="+", choices=DTYPES, help=f"default: all; of a quick run {' and '.join(QUICK_DTYPES)}")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        help=f"default: all; of a quick or random run {' and '.join(QUICK_DTYPES)}",
+    )
     add("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     add("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="default: all")
     add("--model", nargs="+", choices=[*NETWORKS, "all"], help="training steps of these networks, not the table")
@@ -842,6 +847,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command_line.error("--from names the record that --plot DIR draws: give both")
     if args.variants is not None and (args.record or args.plot or args.model):
         command_line.error("--variants measures what is not selected: not with --record, --plot or --model")
+    if args.seed is not None and not args.random:
+        command_line.error("--seed draws the problems of --random COUNT: give both")
     if args.random and (args.record or args.plot or args.model):
         command_line.error("--random measures what no table lists: not with --record, --plot or --model")
     if args.model and "all" in args.model:

@@ -92,9 +92,12 @@ class Case:
         return 2 * math.prod(self.out_shape) * self.kernel_h * self.kernel_w
 
     def describe(self) -> str:
-        """The problem in words, for a case that no file lists."""
-        sizes = f"x {self.x_shape}, kernel {self.kernel_h}x{self.kernel_w}, stride {self.stride}"
-        return f"{sizes}, padding {self.paddings}, dilation {self.dilation}"
+        """The problem in words, but for its padding."""
+        return (
+            f"{'x'.join(map(str, self.x_shape))}, kernel {self.kernel_h}x{self.kernel_w}"
+            + (f", stride {self.stride}" if self.stride > 1 else "")
+            + (f", dilation {self.dilation}" if self.dilation > 1 else "")
+        )
 
     def sizes(self) -> tuple[int, ...]:
         """The problem as the selection of a kernel takes it: depth multiplier 1, tensors aligned to 16 bytes."""
@@ -117,11 +120,11 @@ def load_cases() -> dict[str, Case]:
     return {name: Case(name=name, **values) for name, values in content["cases"].items()}
 
 
-RANDOM_ELEMENTS = 1 << 25  # of the largest tensor, at most
+RANDOM_ELEMENTS = 1 << 25  # of x, at most
 
 
 def random_cases(count: int, seed: int) -> dict[str, Case]:
-    """Problems whose sizes no table lists, odd ones among them: where losses hide."""
+    """Problems whose sizes no table lists, odd ones among them: where losses hide. Padded by half of the kernel."""
     drawn, cases = random.Random(seed), {}
     while len(cases) < count:
         n, c = drawn.choice((1, 4, 16, 32, 64)), drawn.choice((1, 3, 17, 24, 58, 64, 100, 116, 125, 192, 384))
@@ -354,12 +357,8 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
     lines += _table_head("case", "from", "problem", *DIRECTIONS)
     for name in dict.fromkeys(row["case"] for row in rows):
         case, chosen = cases[name], [row for row in rows if row["case"] == name]
-        problem = (
-            f"{'x'.join(map(str, case.x_shape))}, kernel {case.kernel_h}x{case.kernel_w}"
-            + (f", stride {case.stride}" if case.stride > 1 else "")
-            + (f", dilation {case.dilation}" if case.dilation > 1 else "")
-        )
-        lines.append(_table_row(name, case.origin, problem, *(cell(chosen, direction) for direction in DIRECTIONS)))
+        cells = (cell(chosen, direction) for direction in DIRECTIONS)
+        lines.append(_table_row(name, case.origin, case.describe(), *cells))
     lines.append(_table_row("all", "", "", *(cell(rows, direction) for direction in DIRECTIONS)))
     lines.append(
         _table_row(
