@@ -112,8 +112,8 @@ inline bool can_serve_warps(const Problem& p, const DirectArgs& args, const Tile
              kSharedBytesEverywhere;
 }
 
-// direct_nhwc's filters are registers as well.
-constexpr int kMaxDirectNhwcTaps = 9;
+// direct_nhwc's filters are registers as well; of one channel a thread there may be more.
+constexpr int kMaxDirectNhwcTaps = 9, kMaxDirectNhwcTapsOfOne = 25;
 // tiled_nhwc: 7x7 at stride 2 spills.
 constexpr int kMaxTiledStridedTaps = 25;
 
@@ -125,9 +125,13 @@ inline bool can_serve_nhwc(const Problem& p, Kernel kernel, const Tile& tile) {
   const int stride_h = static_cast<int>(p.stride_h), stride_w = static_cast<int>(p.stride_w);
   const int dilation_h = static_cast<int>(p.dilation_h), dilation_w = static_cast<int>(p.dilation_w);
   const int taps = kernel_h * kernel_w;
-  if (kernel == Kernel::kDirectNhwc)
-    return (p.aligned || tile.vector == 1) && p.c % tile.vector == 0 && taps <= kMaxDirectNhwcTaps &&
-           window_pixels(tile.rows, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) <= kMaxWindowPixels;
+  if (kernel == Kernel::kDirectNhwc) {
+    const bool one = tile.vector == 1;
+    return (p.aligned || one) && p.c % tile.vector == 0 &&
+           taps <= (one ? kMaxDirectNhwcTapsOfOne : kMaxDirectNhwcTaps) &&
+           window_pixels(tile.rows, kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w) <=
+               (one ? kMaxWindowPixelsOfOne : kMaxWindowPixels);
+  }
   const int in_rows = window_size(4, stride_h, kernel_h, dilation_h);
   const int in_columns = window_size(4, stride_w, kernel_w, dilation_w);
   if (kernel == Kernel::kStreamNhwc) {

@@ -1,7 +1,7 @@
 // Direct depthwise convolution, channels_last: forward, and grad of input at stride 1 (filter flipped).
 //
-// Serves  compile-time kernels of up to nine taps, any stride and dilation whose windows fit registers, any padding; fp32,
-//         fp16, bf16; channels a multiple of kVector.
+// Serves  compile-time kernels of up to nine taps, of one channel a thread up to 25, any stride and dilation whose windows
+//         fit registers, any padding; fp32, fp16, bf16; channels a multiple of kVector.
 // Owns    each thread computes kColumns x kRows neighbouring pixels of kVector channels in fp32 registers. Threads of a
 //         block lie along channels first, so a warp reads and writes whole lines.
 // Reads   every row of the window before the first is used: bytes in flight are what this kernel lives on. Filters are
@@ -17,7 +17,7 @@ constexpr int kDirectNhwcThreads = 128;
 constexpr int kDirectNhwcLanes = 32;  // threads along channels, at most
 
 template <class Traits, int kColumns, int kRows, int kVector>
-__global__ void __launch_bounds__(kDirectNhwcThreads)
+__global__ void __launch_bounds__(kDirectNhwcThreads, 2)
     direct_nhwc_kernel(const DirectArgs args, const unsigned tiles_w, const unsigned tiles_h, const unsigned blocks_c) {
   using T = typename Traits::T;
   using Pixel = Vector<T, kVector>;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kDirectNhwcThreads)
 }
 
 template <class Traits, int kColumns, int kRows, int kVector>
-int launch_direct_nhwc(const DirectArgs& args, cudaStream_t stream) {
+int launch_direct_nhwc(const DirectArgs& args, int, cudaStream_t stream) {
   const int vectors = static_cast<int>(args.out_c) / kVector;
   const unsigned blocks_c = divide_up(vectors, kDirectNhwcLanes);
   const int x = divide_up(vectors, static_cast<int>(blocks_c));
@@ -115,21 +115,6 @@ int launch_direct_nhwc(const DirectArgs& args, cudaStream_t stream) {
   direct_nhwc_kernel<Traits, kColumns, kRows, kVector>
       <<<static_cast<unsigned>(blocks), dim3(x, y), 0, stream>>>(args, tiles_w, tiles_h, blocks_c);
   return cudaGetLastError();
-}
-
-// The tiles of variants.h's table, in its order.
-template <class Traits>
-int launch_direct_nhwc(const DirectArgs& args, int tile, cudaStream_t stream) {
-  constexpr int kPixels = window_pixels(4, Traits::kKernelH, Traits::kKernelW, Traits::kStrideH, Traits::kStrideW,
-                                        Traits::kDilationH, Traits::kDilationW);
-  switch (tile) {
-    case 0:
-      if constexpr (kPixels <= kMaxWindowPixels) return launch_direct_nhwc<Traits, 4, 4, 4>(args, stream);
-      break;
-    case 1: return launch_direct_nhwc<Traits, 2, 2, 4>(args, stream);
-    case 2: return launch_direct_nhwc<Traits, 2, 2, 1>(args, stream);
-  }
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace depthwise

@@ -54,7 +54,9 @@ inline GeneralArgs general_args(const Problem& p) {
           static_cast<int>(p.dilation_h),
           static_cast<int>(p.dilation_w),
           dense_tensor(p.layout, p.c, p.h, p.w),
-          dense_tensor(p.layout, p.out_c, p.out_h, p.out_w)};
+          dense_tensor(p.layout, p.out_c, p.out_h, p.out_w),
+          output_steps(p.stride_h, p.dilation_h),
+          output_steps(p.stride_w, p.dilation_w)};
 }
 
 inline unsigned general_blocks(int64_t threads) {

@@ -11,16 +11,24 @@ namespace {
 
 template <class T>
 void launch_general(const Problem& p, int splits, const void* grad_output, const void* input, accumulator_t<T>* partial,
-                    accumulator_t<T>* partial_bias, cudaStream_t stream) {
+                    accumulator_t<T>* partial_bias, const GeneralGrads& grads, cudaStream_t stream) {
   const int64_t channels = p.layout == Layout::kNhwc ? divide_up(p.out_c, 32) : p.out_c;
-  const int64_t taps = p.kernel_h * divide_up(p.kernel_w, kGeneralTapsPerBlock);
+  const int64_t taps = p.kernel_h * divide_up(p.kernel_w, general_taps(p));
   if (taps > 65535) throw std::runtime_error("depthwise_inline: kernel too large");
   const auto launch = [&](auto kernel) {
     kernel<<<dim3(channels, taps, splits), dim3(32, kGeneralThreads / 32), 0, stream>>>(
-        general_args(p), static_cast<const T*>(grad_output), static_cast<const T*>(input), partial, partial_bias);
+        general_args(p), static_cast<const T*>(grad_output), static_cast<const T*>(input), partial, partial_bias,
+        grads);
   };
-  p.layout == Layout::kNhwc ? launch(general_grad_weight_kernel<T, true>)
-                            : launch(general_grad_weight_kernel<T, false>);
+  const auto launch_layout = [&](auto count) {
+    constexpr int kTaps = count.value;
+    p.layout == Layout::kNhwc ? launch(general_grad_weight_kernel<T, true, kTaps>)
+                              : launch(general_grad_weight_kernel<T, false, kTaps>);
+  };
+  if (general_taps(p) == 8)
+    launch_layout(std::integral_constant<int, 8>{});
+  else if constexpr (sizeof(T) < sizeof(double))
+    launch_layout(std::integral_constant<int, 16>{});
   check_launch(cudaGetLastError());
 }
 
@@ -62,9 +70,9 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
     const int64_t weights = p.out_c * p.kernel_h * p.kernel_w;
     Sum* const partial = static_cast<Sum*>(workspace);
     Sum* const partial_bias = grad_bias ? partial + splits * weights : nullptr;
+    const bool stores = splits == 1;  // the kernel itself, without a second pass
     if constexpr (sizeof(T) < sizeof(double)) {
       if (launcher) {
-        const bool stores = splits == 1;
         GradWeightArgs args = grad_weight_args(p);
         args.grad_output = grad_output;
         args.input = input;
@@ -78,10 +86,14 @@ void launch_grad_weight(const Problem& p, const void* grad_output, const void* i
         args.rows = plan.rows;
         args.evict_first = evicts_first(p);
         check_launch(launcher(&args, config.tile, stream));
-        if (stores) return;
       }
     }
-    if (!launcher) launch_general<T>(p, splits, grad_output, input, partial, partial_bias, cuda_stream);
+    if (!launcher) {
+      const GeneralGrads grads =
+          stores ? GeneralGrads{grad_weight, grad_bias, p.float_weight} : GeneralGrads{nullptr, nullptr, false};
+      launch_general<T>(p, splits, grad_output, input, partial, partial_bias, grads, cuda_stream);
+    }
+    if (stores) return;
     const int64_t count = weights + (grad_bias ? p.out_c : 0);
     check_launch(launch_second_pass(add_splits_kernel<W>, general_blocks(count * kGeneralThreads / 32),
                                     dim3(32, split_shares(splits)), cuda_stream, partial, splits, weights,

@@ -13,6 +13,9 @@
 //         52 and 14 loads.
 // Memory  the block's filters and input planes; the outputs reuse the input's room on their way out.
 // Cost    no multiply-add is wasted where kRows divides the outputs' height and all lanes have images.
+// Errors  grow with the length of a chain of additions: where one would be longer than kLongestChain, the products of a
+//         kernel row are added up by themselves first. Their registers are those of the ring: a thread walks down the
+//         kernel for one output row after the other. 20x20, 13x13: 20 additions beside 218 multiply-adds.
 // Chosen  select.h.
 #pragma once
 
@@ -37,6 +40,9 @@ struct ImagesFmaTraits {
   // Taps that meet a pixel.
   static constexpr int kFirstTap = max_int(0, kPaddingW - kOutWidth + 1);
   static constexpr int kLastTap = min_int(kKernelW - 1, kWidth - 1 + kPaddingW);
+  // Products that one running sum adds up, at most.
+  static constexpr int kLongestChain = 256;
+  static constexpr bool kAddsRowsApart = min_int(kKernelW, kWidth) * kMaxHeight > kLongestChain;
 
   static constexpr int kUnits = lane_units(kWholePlane);       // of a block
   static constexpr int kWarps = divide_up(kOutHeight, kRows);  // of a unit, at most
@@ -77,8 +83,8 @@ __device__ __forceinline__ void load_filters(float* shared, const DirectArgs& ar
 
 // Adds the products of one kernel row with the input rows row_of(o) to the sums of outputs o, kFirst and on.
 template <class Traits, int kFirst, int kCount, class RowOf>
-__device__ __forceinline__ void multiply_kernel_row(float (&sum)[Traits::kRows][Traits::kOutWidth],
-                                                    const float* weights, RowOf row_of) {
+__device__ __forceinline__ void add_products(float (&sum)[Traits::kRows][Traits::kOutWidth], const float* weights,
+                                             RowOf row_of) {
 #pragma unroll
   for (int j = Traits::kFirstTap / 4 * 4; j <= Traits::kLastTap; j += 4) {
     const float4 four = *reinterpret_cast<const float4*>(weights + j);
@@ -96,23 +102,42 @@ __device__ __forceinline__ void multiply_kernel_row(float (&sum)[Traits::kRows][
   }
 }
 
+// The same, by themselves first where chains would be long.
+template <class Traits, int kFirst, int kCount, class RowOf>
+__device__ __forceinline__ void multiply_kernel_row(float (&sum)[Traits::kRows][Traits::kOutWidth],
+                                                    const float* weights, RowOf row_of) {
+  if constexpr (!Traits::kAddsRowsApart) {
+    add_products<Traits, kFirst, kCount>(sum, weights, row_of);
+  } else {
+    float part[Traits::kRows][Traits::kOutWidth] = {};
+    add_products<Traits, kFirst, kCount>(part, weights, row_of);
+#pragma unroll
+    for (int o = kFirst; o < kFirst + kCount; ++o)
+#pragma unroll
+      for (int v = 0; v < Traits::kOutWidth; ++v) sum[o][v] += part[o][v];
+  }
+}
+
 // What a thread works on.
 struct LaneWork {
   const float *plane, *filter;
   int first_row;  // of the outputs
 };
 
-// Output rows of any plane: kernel rows that meet the image in all of the thread's rows, then those that do in some.
-// `work_of()` is asked again for each part: it costs less than the registers to remember it.
+// Output rows of any plane: kernel rows that meet the image in all of the thread's rows, from the ring, then those that do
+// in some. `work_of()` is asked again for each part: it costs less than the registers to remember it.
 template <class Traits, class WorkOf>
 __device__ __forceinline__ void sum_rows(float (&sum)[Traits::kRows][Traits::kOutWidth], const DirectArgs& args,
                                          WorkOf work_of) {
   constexpr int kRows = Traits::kRows;
-  // Kernel rows [whole_begin, whole_end) meet the image in all rows; first_in_row: that the first output meets with
-  // kernel row 0.
+  // first_in_row: that the first output meets with kernel row 0. Kernel rows [whole_begin, whole_end) meet the image in
+  // all rows; none are taken from the ring where their products are added up apart.
+  const auto whole_end_of = [&](int first_in_row, int whole_begin) {
+    return Traits::kAddsRowsApart ? whole_begin : min(args.kernel_h, args.h - first_in_row - (kRows - 1));
+  };
   const LaneWork work = work_of();
   const int first_in_row = work.first_row - args.padding_h;
-  const int whole_begin = max(0, -first_in_row), whole_end = min(args.kernel_h, args.h - first_in_row - (kRows - 1));
+  const int whole_begin = max(0, -first_in_row), whole_end = whole_end_of(first_in_row, whole_begin);
 
   if (whole_begin < whole_end) {
     float ring[kRows][Traits::kWidth];
@@ -138,7 +163,7 @@ __device__ __forceinline__ void sum_rows(float (&sum)[Traits::kRows][Traits::kOu
     constexpr int kOutput = decltype(output)::value;
     const LaneWork work = work_of();
     const int first_in_row = work.first_row - args.padding_h;
-    const int whole_begin = max(0, -first_in_row), whole_end = min(args.kernel_h, args.h - first_in_row - (kRows - 1));
+    const int whole_begin = max(0, -first_in_row), whole_end = whole_end_of(first_in_row, whole_begin);
     const int end = min(args.kernel_h, args.h - first_in_row - kOutput);
 #pragma unroll 1
     for (int i = max(0, -(first_in_row + kOutput)); i < end; ++i) {

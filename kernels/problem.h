@@ -204,8 +204,9 @@ constexpr int window_size(int outputs, int stride, int kernel, int dilation) {
   return (outputs - 1) * stride + (kernel - 1) * dilation + 1;
 }
 
-// direct_nhwc holds its whole window: 4x4 outputs of a 3x3 kernel read 6x6 pixels, 144 registers in fp32.
-constexpr int kMaxWindowPixels = 36;
+// direct_nhwc holds its whole window: 4x4 outputs of a 3x3 kernel read 6x6 pixels, 144 registers in fp32; of one channel,
+// 4x4 outputs of a 5x5 kernel 8x8.
+constexpr int kMaxWindowPixels = 36, kMaxWindowPixelsOfOne = 64;
 
 // How many pixels `outputs` x `outputs` outputs read.
 constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,

@@ -35,13 +35,6 @@ __device__ __forceinline__ int thread_index() {
   return index;
 }
 
-// blockIdx.x, likewise.
-__device__ __forceinline__ int block_index() {
-  int index;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-  return index;
-}
-
 // threadIdx.x % 32 of blocks of one dimension, likewise.
 __device__ __forceinline__ int lane_index() {
   int index;

@@ -253,8 +253,10 @@ inline Config select_nchw(const Problem& p) {
   const int64_t taps = p.kernel_h * p.kernel_w;
   // Small planes, of which many are loaded at once (3x3, 384x14x14: planes 0.012 / 0.011, direct 0.014 / 0.012; 5x5,
   // 672x14x14, fp16: 0.021, 0.024). In fp32 large filters repay that detour later (5x5, 672x14x14: 0.026, direct 0.022;
-  // 7x7, 96x56x56: 0.049, 0.039; 192x28x28: 0.031, 0.026; 768x7x7: 0.015, 0.023).
-  const int64_t small = p.dtype == DType::kFloat32 && taps >= k5x5 ? 12 * 12 : 32 * 32;
+  // 7x7, 96x56x56: 0.049, 0.039; 192x28x28: 0.031, 0.026; 768x7x7: 0.015, 0.023), at stride 2 in 16 bits on images of 28x28
+  // (5x5, 240x28x28, fp16, H100: 0.0166, 0.0149).
+  const bool wide = p.dtype == DType::kFloat32, large = taps >= k5x5;
+  const int64_t small = wide && large ? 12 * 12 : large && p.stride_w > 1 ? 16 * 16 : 32 * 32;
   if (p.dilation_h == 1 && p.dilation_w == 1 && args.h * args.w <= small) {
     const Config planes = first_that_serves(p, Kernel::kPlanesNchw);
     if (planes.kernel != Kernel::kGeneral) return planes;
@@ -289,7 +291,9 @@ inline Config select_stream_nhwc(const Problem& p) {
   if (!wide && is_tall && is_dense && padded(128) <= padded(channels)) channels = 128;
   // Of 144 channels, 56x56, fp32 / fp16, H100: 0.0495 / 0.0308, blocks of 32 channels 0.0516 / 0.0323.
   if (is_dense && p.kernel_h == 3 && p.kernel_w == 3 && padded(48) < padded(channels)) channels = 48;
-  if (p.kernel_h * p.kernel_w > k5x5 || p.c <= 8)
+  // 7x7 at stride 2 in 16 bits, 96x56x56, fp16, H100: 96 channels 0.0223, 64 channels 0.0243, 8 channels 0.0310.
+  const bool is_long = p.kernel_h * p.kernel_w > k5x5 && (wide || p.stride_w == 1);
+  if (is_long || p.c <= 8)
     channels = 8;
   else if (p.c <= 16)
     channels = 16;
@@ -297,6 +301,21 @@ inline Config select_stream_nhwc(const Problem& p) {
     if (kStreamNhwcTiles[tile].vector == channels && can_serve(p, Kernel::kStreamNhwc, tile))
       return {Kernel::kStreamNhwc, tile};
   return first_that_serves(p, Kernel::kStreamNhwc);
+}
+
+// direct_nhwc: dilated kernels of few taps, and what is not aligned. One channel a thread, of four by four pixels, which read
+// about half as much for an output as two by two (3x3, 32x125x56x56, fp16, H100: 0.036, two by two 0.057; two channels a
+// thread, 126x56x56: 0.049), where that makes threads enough.
+inline Config select_direct_nhwc(const Problem& p) {
+  constexpr int64_t kFewestThreads = 512 * kMultiprocessors;
+  const DirectArgs args = direct_args(p);
+  for (int tile = 0; tile < TileTable(kDirectNhwcTiles).size; ++tile) {
+    const Tile& t = kDirectNhwcTiles[tile];
+    const int64_t threads = p.n * divide_up(args.out_h, t.rows) * divide_up(args.out_w, t.columns) * (p.c / t.vector);
+    if (t.vector == 1 && t.rows > 2 && threads < kFewestThreads) continue;
+    if (can_serve(p, Kernel::kDirectNhwc, tile)) return {Kernel::kDirectNhwc, tile};
+  }
+  return {};
 }
 
 inline Config select_nhwc(const Problem& p) {
@@ -307,12 +326,13 @@ inline Config select_nhwc(const Problem& p) {
         return {Kernel::kDirectNhwc, tile};
   const Config stream = select_stream_nhwc(p);
   if (stream.kernel != Kernel::kGeneral) return stream;
-  // Dilated kernels of few taps, and what is not aligned.
-  const Config direct = first_that_serves(p, Kernel::kDirectNhwc);
-  if (direct.kernel != Kernel::kGeneral) return direct;
+  const Config direct = select_direct_nhwc(p);
+  if (direct.kernel != Kernel::kGeneral && p.kernel_h * p.kernel_w <= k3x3) return direct;
   const int tiled = tiled_nhwc_tile(p.c);
   if (can_serve(p, Kernel::kTiledNhwc, tiled)) return {Kernel::kTiledNhwc, tiled};
-  return {};
+  // What is not aligned, of more taps, in 16 bits (fp16, H100: 5x5 at stride 2, 32x126x56x56: 0.036, toeplitz 0.062; 5x5,
+  // 16x17x14x14: 0.0062, 0.0100). In fp32 blocked was not compared.
+  return p.dtype != DType::kFloat32 ? direct : Config{};
 }
 
 // `frugal`: without the kernels that some GPUs refuse.

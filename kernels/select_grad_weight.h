@@ -81,24 +81,26 @@ inline Config select_marching_nchw(const Problem& p) {
 constexpr int64_t kQueuedTaps = k3x5;
 
 // By whole rows. H100, fp32 / fp16, beside the stream or the march: 3x3, 144x56x56: 0.0547 / 0.0340, 0.0611 / 0.0421; 3x3 at
-// stride 2, 96x112x112: 0.0810 / 0.0470, 0.0880 / 0.0515; 5x5 at stride 2, 144x56x56: 0.0418 / 0.0296, 0.0502 / 0.0363. Two
-// rows a thread of 3x3 in 16 bits (0.0340, one 0.0349), one in fp32 (0.0547, two 0.0554). Not small images (3x3, 384x14x14:
-// 0.0188, marching 0.0168), nor 5x5 on 240x28x28 (0.0358, stream 0.0332). The thresholds rest on these shapes alone: images
-// of 56x56 and no large tensors, pixels of 192 bytes a block, warps enough.
+// stride 2, 96x112x112: 0.0810 / 0.0470, 0.0880 / 0.0515; 5x5 at stride 2, 144x56x56: 0.0418 / 0.0296, 0.0502 / 0.0363; 7x7
+// at stride 2, fp16, 96x56x56: 0.0314, marching 0.0374. Two rows a thread of 3x3 in 16 bits (0.0340, one 0.0349) and of 7x7
+// (0.0314, one 0.0359), one in fp32 (0.0547, two 0.0554). Not small images (3x3, 384x14x14: 0.0188, marching 0.0168), nor 5x5
+// on 240x28x28 (0.0358, stream 0.0332). The thresholds rest on these shapes alone: images of 56x56 and no large tensors,
+// pixels of 192 bytes a block, warps enough; 7x7, of one channel a thread, has neither.
 inline Config select_rows_nhwc(const Problem& p) {
   constexpr int kFewestThreads = 168, kFewestPixels = 56 * 56, kFewestBytes = 192;
   constexpr int64_t kManyPositions = 1 << 20;
   const int64_t taps = p.kernel_h * p.kernel_w;
-  const bool strided = p.stride_h > 1;
-  const int tile = strided || p.dtype == DType::kFloat32 ? 0 : 1;
-  if (p.stride_h != p.stride_w || p.kernel_h != p.kernel_w || (taps != k3x3 && !(strided && taps == k5x5)) ||
-      p.h * p.w < kFewestPixels || p.n * p.out_h * p.out_w > kManyPositions ||
-      !can_serve(p, Kernel::kGradWeightRowsNhwc, tile))
+  const bool wide = p.dtype == DType::kFloat32, strided = p.stride_h > 1;
+  const bool is_7x7 = taps == kMaxRegisterTaps && !wide;
+  const int tile = wide || (strided && !is_7x7) ? 0 : 1;
+  if (p.stride_h != p.stride_w || p.kernel_h != p.kernel_w ||
+      (taps != k3x3 && !(strided && (taps == k5x5 || is_7x7))) || p.h * p.w < kFewestPixels ||
+      p.n * p.out_h * p.out_w > kManyPositions || !can_serve(p, Kernel::kGradWeightRowsNhwc, tile))
     return {};
   const GradWeightRowsTiling tiling = grad_weight_rows_tiling(p, kGradWeightRowsNhwcTiles[tile]);
   const int vector = grad_weight_rows_shape(p, kGradWeightRowsNhwcTiles[tile]).vector;
   const bool fills = tiling.threads >= kFewestThreads && tiling.lanes * vector * element_size(p.dtype) >= kFewestBytes;
-  return fills ? Config{Kernel::kGradWeightRowsNhwc, tile} : Config{};
+  return fills || is_7x7 ? Config{Kernel::kGradWeightRowsNhwc, tile} : Config{};
 }
 
 inline Config select_marching_nhwc(const Problem& p) {

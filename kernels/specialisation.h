@@ -354,7 +354,8 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (is_direct_nchw(s.kernel)) traits += ", " + std::to_string(tile.columns);
   if (s.kernel == Kernel::kDirectNchw) traits += ", " + std::to_string(tile.rows);
   if (is_direct_nchw(s.kernel)) traits += ", " + std::to_string(tile.vector);
-  if (s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
+  if (s.kernel == Kernel::kDirectNhwc) traits += ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.rows);
+  if (s.kernel == Kernel::kDirectNhwc || s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
   const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +
          "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +

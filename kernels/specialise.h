@@ -31,7 +31,7 @@ struct Choice {
 // where its kernel is not for this GPU; then what select_config says for such GPUs, and throws where a variant is forced.
 Choice choose(const Problem& problem, int refusal = 0);
 // Whether a channels_last problem of forward or grad of input is better served as one of NCHW, between two copies: where a
-// kernel for many taps has room for one channel, but not for eight.
+// kernel for many taps has room for one channel, but not for eight, or serves a depth multiplier.
 bool serves_in_nchw(const Problem& problem);
 
 }  // namespace depthwise

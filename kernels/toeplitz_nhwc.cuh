@@ -4,19 +4,21 @@
 //         the other. Rows are counted through all images, so that sixteen of a product are sixteen outputs; or from each
 //         image's first on, where that wastes little and reads less. A channel's tiles are dealt to two warps, or to more
 //         where there are fewer channels; where the tensor has fewer, several share a tile's kernel rows.
-// Reads   eight channels of a pixel, 16 bytes, are an asynchronous copy. While weights are laid out or a unit is multiplied,
-//         half of the warps fetch the pixels of the next to shared memory as they lie; then ldmatrix turns eight pixels of
-//         eight channels around in registers, and they are stored channel by channel. Where there is no room for both, or
-//         tensors are not aligned, pixels are loaded when the unit before is done.
+// Reads   eight channels of a pixel, 16 bytes, are an asynchronous copy; two or four where 8 or 4 of them are aligned. While
+//         weights are laid out or a unit is multiplied, half of the warps fetch the pixels of the next to shared memory as
+//         they lie; then ldmatrix turns eight pixels of eight channels around in registers, and they are stored channel by
+//         channel. Where there is no room for both, or channels are odd, pixels are loaded when the unit before is done.
 // Writes  outputs are staged channel by channel where the input was; ldmatrix turns them around into pixels. On sm_90
-//         blocks of neighbouring channels exchange halves of them, for stores of 32 bytes: toeplitz_nhwc_pairs.cuh.
+//         blocks of neighbouring channels exchange halves of them, for stores of 32 bytes: toeplitz_nhwc_pairs.cuh. What is
+//         not aligned to 16 bytes is stored piece by piece, by neighbouring threads what lies side by side.
 // Memory  weights; input rows of eight channels, planes half the banks apart, or outputs; a row of zeros; pixels to come.
 //         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 83.5 (in pairs 84.5) + 0.1 + 82.3 KB. One block a multiprocessor.
-// Times   fp16, us, H100: 31x31 on 32x128x56x56: 103, without pairs 115, with an image's rows from a new tile on 5 more, with
-//         nothing fetched ahead 10; 29x29 on 32x256x28x28: 56, 59, 11, 4; on 16x200x48x48: 64, with rows counted through
-//         all images 67, with nothing fetched ahead 74; 27x27 on 32x40x33x47: 23.3; 13x13 on 32x200x20x20: 21.6. Of the 103:
-//         products 67, stores 15, the first pixels 8, turning pixels 4, weights 2. Where all warps lay out weights, then
-//         fetch: 103, 57, 65, 24.1, 22.0.
+// Times   fp16, us, H100. 31x31 on 32x128x56x56: 103, of these products 67, stores 15, the first pixels 8, turning pixels 4,
+//         weights 2; without pairs 115; 5 more with each image's rows from a new tile on, 10 with nothing fetched ahead.
+//         29x29 on 32x256x28x28: 56; without pairs 59; 11 and 4 more. On 16x200x48x48: 64, with rows counted through all
+//         images 67, with nothing fetched ahead 74. 27x27 on 32x40x33x47: 23.3. 13x13 on 32x200x20x20: 21.6. Where all warps
+//         lay out weights, then fetch: 103, 57, 65, 24.1, 22.0. Channels that are not aligned, 13x13 on 56x56: 32x124 81,
+//         each thread with a whole pixel 153; 32x125 106, 269.
 // Lost    two groups of eight warps, each with units of its own, so that one multiplies while the other loads and stores:
 //         129 us for 103, 74 for 56, 76 for 64. Pixels one at a time between kernel rows: 101 for 104, 66.6 for 65.6, 37.3
 //         for 35.5 (31x31 on 8x40x96x96). What is left alone of two kernel rows as one product of K = 16: no gain.
@@ -195,6 +197,8 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     tiling.rest_divider = SmallDivider(rest);
   }
   const int slots = Traits::kShared ? tiling.rest_slots : Traits::kSlots, most_items = slots * Traits::kTilesH;
+  // Offsets within a unit are 32-bit numbers.
+  const int64_t most_rows = min_int64(kMostInRows, kInt32Max / (max_int64(args.w, args.out_w) * args.out_c));
   tiling.row_divider = IntDivider(args.out_h);
   tiling.in_vector = copy_width(args.input, args.out_c);
   tiling.out_vector = copy_width(args.out, args.out_c);
@@ -250,7 +254,7 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
       tiling.ahead = ahead;
       for (tiling.merged = most_items; tiling.merged > 0; --tiling.merged) {
         const int64_t in_rows = toeplitz_in_rows(args, tiling.merged * kTileRows, all);
-        if (in_rows > kMostInRows) continue;
+        if (in_rows > most_rows || tiling.merged * kTileRows > most_rows) continue;
         const int needed = shared_bytes(static_cast<int>(in_rows));
         if (needed + kUnitBytes > device.shared_bytes_block) continue;
         for (int rounds = 1; rounds <= kMostRounds; ++rounds) {

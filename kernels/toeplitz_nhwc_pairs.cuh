@@ -25,6 +25,7 @@ struct WeightOf<PairedToeplitzTraits<Traits>> : WeightOf<Traits> {};
 
 template <class Traits>
 struct ToeplitzPair {
+  static constexpr int kAtOnce = 2;  // chunks of a lane that are on their way together
   static constexpr int kInboxChunks = kTileRows / 2 * Traits::kStagePitch * kChunk;  // an item's, from the other block
 
   int rank;
@@ -37,35 +38,14 @@ struct ToeplitzPair {
     first_sent = rank == 0 ? middle : 0, end_sent = rank == 0 ? end : middle;
   }
 
-  // body(chunk, its outputs) of the chunks from `first` to `last`: lane 4 * g + t gets pixel g of the chunk t.
-  template <class Body>
-  __device__ __forceinline__ static void for_each_chunk(const typename Traits::T* staged, int stage, int first,
-                                                        int last, Body body) {
-    constexpr int kStep = Traits::kWarps * kTurned, kAtOnce = 2;
-    const int thread = ptx::thread_index(), lane = thread % 32, own = first + thread / 32 * kTurned;
-    // Row r of matrix m is channel 2 * m + r % 2 of chunk r / 2.
-    unsigned from =
-        ptx::shared_address(staged) + ((lane / 8 * 2 + lane % 2) * stage + own + lane % 8 / 2) * kChunkBytes;
-#pragma unroll 1
-    for (int k = own; k < last; k += kAtOnce * kStep, from += kAtOnce * kStep * kChunkBytes) {
-      unsigned words[kAtOnce][4];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (k + j * kStep < last) ptx::load_matrices_transposed(words[j], from + j * kStep * kChunkBytes);
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (k + j * kStep < last)
-          body(k + j * kStep + lane % 4, uint4{words[j][0], words[j][1], words[j][2], words[j][3]});
-    }
-  }
-
   // What the other block stores, to its inbox.
   __device__ __forceinline__ void send(const typename Traits::T* staged, const ToeplitzNhwcTiling& tiling,
                                        const typename Traits::T* inbox) const {
     const unsigned to = ptx::address_in_cluster(ptx::shared_address(inbox), rank ^ 1);
     const int pixel = ptx::lane_index() / 4;
-    for_each_chunk(staged, tiling.stage, first_sent, end_sent, [&](int chunk, uint4 outputs) {
-      if (chunk < end_sent) ptx::store_in_cluster(to + ((chunk - first_sent) * kChunk + pixel) * kChunkBytes, outputs);
+    for_each_chunk<Traits, kAtOnce>(staged, tiling.stage, first_sent, end_sent, [&](int chunk, const auto& outputs) {
+      if (chunk < end_sent)
+        ptx::store_in_cluster(to + ((chunk - first_sent) * kChunk + pixel) * kChunkBytes, outputs.word);
     });
   }
 
@@ -79,7 +59,7 @@ struct ToeplitzPair {
     const int own = static_cast<int>(first_channel<Traits>()), other = own ^ Traits::kChannels;
     T* const out = static_cast<T*>(args.out) +
                    ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c;
-    for_each_chunk(staged, tiling.stage, first_stored, end_stored, [&](int chunk, uint4 outputs) {
+    const auto store_two = [&](int chunk, const auto& outputs) {
       const int even_chunk = chunk - odd, other_chunk = even_chunk + 1 - odd;
       uint4 others{};
       if (other_chunk < end_stored)
@@ -91,9 +71,10 @@ struct ToeplitzPair {
         const bool mine = k == odd;
         if (stored < end_stored && column < columns)
           __stcs(reinterpret_cast<uint4*>(out + (row * args.out_w + column) * args.out_c + (mine ? own : other)),
-                 mine ? outputs : others);
+                 mine ? outputs.word : others);
       }
-    });
+    };
+    for_each_chunk<Traits, kAtOnce>(staged, tiling.stage, first_stored, end_stored, store_two);
   }
 };
 

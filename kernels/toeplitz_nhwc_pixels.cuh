@@ -90,12 +90,18 @@ struct ToeplitzUnit {
 inline __host__ __device__ int filter_chunks(const DirectArgs& args) {
   return divide_up(args.kernel_h * args.kernel_w, kChunk) + 1;
 }
+// Whether chunks are copied as they are.
+template <class Traits>
+__device__ __forceinline__ bool copies_filters(const DirectArgs& args) {
+  return sizeof(weight_t<Traits>) == sizeof(typename Traits::T) &&
+         reinterpret_cast<uintptr_t>(args.weight) % kChunkBytes == 0;
+}
 template <class Traits>
 __device__ __forceinline__ int filter_offset(const DirectArgs& args, int64_t channel) {
   const auto* const filter = filters_of<Traits>(args, channel, args.kernel_h * args.kernel_w);
-  const bool copied =
-      sizeof(*filter) == sizeof(typename Traits::T) && reinterpret_cast<uintptr_t>(args.weight) % kChunkBytes == 0;
-  return copied ? static_cast<int>(reinterpret_cast<uintptr_t>(filter) % kChunkBytes / sizeof(*filter)) : 0;
+  return copies_filters<Traits>(args)
+             ? static_cast<int>(reinterpret_cast<uintptr_t>(filter) % kChunkBytes / sizeof(*filter))
+             : 0;
 }
 // A warp fetches it.
 template <class Traits>
@@ -103,7 +109,7 @@ __device__ __forceinline__ void fetch_filter(typename Traits::T* staged, const D
   using T = typename Traits::T;
   const int taps = args.kernel_h * args.kernel_w, lane = ptx::lane_index();
   const auto* const filter = filters_of<Traits>(args, channel, taps);
-  if (sizeof(*filter) == sizeof(T) && reinterpret_cast<uintptr_t>(args.weight) % kChunkBytes == 0) {
+  if (copies_filters<Traits>(args)) {
     const int before = filter_offset<Traits>(args, channel);
     const int64_t end = before + (args.out_c - channel) * taps;  // of the tensor
     for (int k = lane * kChunk; k < before + taps; k += 32 * kChunk)
@@ -116,8 +122,8 @@ __device__ __forceinline__ void fetch_filter(typename Traits::T* staged, const D
 }
 
 // A unit's pixels as they lie, in the order of the chunks that they are to fill, with zeros outside the image; within a
-// chunk such that the eight rows of a matrix that turn_pixels reads lie in banks of their own. The calling thread is the
-// thread `worker` of so many.
+// chunk such that the eight rows of a matrix that turn_pixels reads lie in banks of their own. Neighbouring threads fetch
+// what of a pixel is aligned together. The calling thread is the thread `worker` of so many.
 template <class Traits>
 __device__ __forceinline__ void fetch_pixels(typename Traits::T* pixels, const DirectArgs& args,
                                              const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit,
@@ -127,17 +133,17 @@ __device__ __forceinline__ void fetch_pixels(typename Traits::T* pixels, const D
   const int all = unit.in_rows * kColumns, first_column = unit.first_column, channels = block_channels<Traits>(args);
   const T* const input = unit.input(args);
   with_vector(tiling.in_vector, [&](auto vector) {
-    constexpr int kVector = vector.value, kCopies = kChannelsNhwc / kVector;
+    constexpr int kVector = vector.value, kPieces = kChannelsNhwc / kVector;
     if constexpr (kVector > 1) {
-#pragma unroll max_int(1, kTogether / kCopies)
-      for (int k = worker; k < all; k += workers) {
-        const int row = k / kColumns, column = k - row * kColumns, chunk = row * Traits::kPitch + column / kChunk;
-        T* const to = pixels + (chunk * kChunk + (k % kChunk ^ chunk % kTurned * 2)) * kChunk;
-        const T* const from = input + (row * args.w + column) * args.out_c;
+#pragma unroll kTogether
+      for (int k = worker; k < all * kPieces; k += workers) {
+        const int pixel = k / kPieces, channel = k % kPieces * kVector;
+        const int row = pixel / kColumns, column = pixel - row * kColumns,
+                  chunk = row * Traits::kPitch + column / kChunk;
+        T* const to = pixels + (chunk * kChunk + (pixel % kChunk ^ chunk % kTurned * 2)) * kChunk + channel;
+        const T* const from = input + (row * args.w + column) * args.out_c + channel;
         const bool in_bounds = static_cast<unsigned>(first_column + column) < static_cast<unsigned>(args.w);
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; e += kVector)
-          copy_async<kVector * sizeof(T)>(to + e, from + e, in_bounds && (kCopies == 1 || e < channels));
+        copy_async<kVector * sizeof(T)>(to, from, in_bounds && (kPieces == 1 || channel < channels));
       }
     }
   });
@@ -170,46 +176,40 @@ __device__ __forceinline__ void turn_pixels(typename Traits::T* tile, const type
   }
 }
 
-// The same from memory: a thread turns two neighbouring pixels.
+// The same from memory: a thread turns two neighbouring pixels, or what of them is aligned together.
 template <class Traits>
 __device__ __forceinline__ void load_pixels(typename Traits::T* tile, const DirectArgs& args,
                                             const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
   using T = typename Traits::T;
-  using Pixel = Vector<T, kChannelsNhwc>;
   const int channels = block_channels<Traits>(args), rows = unit.in_rows, first_column = unit.first_column;
   const T* const input = unit.input(args);
-  constexpr int kAhead = 2;
-  Walk at(ptx::thread_index(), Traits::kThreads, Traits::kStored * kChunk / 2, max(1, rows));
-  while (at.outer == 0 && at.middle < rows) {
-    Pixel left[kAhead], right[kAhead];
-    T* target[kAhead];
+  with_vector(tiling.in_vector, [&](auto vector) {
+    constexpr int kVector = vector.value, kAhead = min_int(8, 2 * kChannelsNhwc / kVector);
+    const int pieces = kVector == kChannelsNhwc ? 1 : channels / kVector;
+    Walk at(ptx::thread_index(), Traits::kThreads, pieces, Traits::kStored * kChunk / 2);
+    while (at.outer < rows) {
+      Vector<T, kVector> left[kAhead], right[kAhead];
+      T* target[kAhead];
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k, at.advance()) {
-      const T* const from = input + (static_cast<int64_t>(at.middle) * args.w + 2 * at.inner) * args.out_c;
-      const int column = first_column + 2 * at.inner;
-      const bool exists = at.outer == 0 && at.middle < rows;
-      const bool has_left = exists && static_cast<unsigned>(column) < static_cast<unsigned>(args.w);
-      const bool has_right = exists && static_cast<unsigned>(column + 1) < static_cast<unsigned>(args.w);
-      target[k] = exists ? tile + at.middle * Traits::kPitch * kChunk + 2 * at.inner : nullptr;
-      with_vector(tiling.in_vector, [&](auto vector) {
-        constexpr int kVector = vector.value;
+      for (int k = 0; k < kAhead; ++k, at.advance()) {
+        const int channel = at.inner * kVector, column = first_column + 2 * at.middle;
+        const T* const from = input + (at.outer * args.w + 2 * at.middle) * args.out_c + channel;
+        const bool exists = at.outer < rows;
+        left[k] = load_or_zero<kVector>(from, exists && static_cast<unsigned>(column) < static_cast<unsigned>(args.w));
+        right[k] = load_or_zero<kVector>(from + args.out_c,
+                                         exists && static_cast<unsigned>(column + 1) < static_cast<unsigned>(args.w));
+        target[k] =
+            exists ? tile + (channel * tiling.plane + at.outer * Traits::kPitch) * kChunk + 2 * at.middle : nullptr;
+      }
 #pragma unroll
-        for (int e = 0; e < kChannelsNhwc; e += kVector) {
-          const auto some = load_or_zero<kVector>(from + e, has_left && e < channels);
-          const auto next = load_or_zero<kVector>(from + args.out_c + e, has_right && e < channels);
+      for (int k = 0; k < kAhead; ++k)
+        if (target[k] != nullptr)
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) left[k].value[e + i] = some.value[i], right[k].value[e + i] = next.value[i];
-        }
-      });
+          for (int e = 0; e < kVector; ++e)
+            *reinterpret_cast<unsigned*>(target[k] + e * tiling.plane * kChunk) =
+                left[k].value[e].bits | static_cast<unsigned>(right[k].value[e].bits) << 16;
     }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k)
-      if (target[k] != nullptr)
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e)
-          *reinterpret_cast<unsigned*>(target[k] + e * tiling.plane * kChunk) =
-              left[k].value[e].bits | static_cast<unsigned>(right[k].value[e].bits) << 16;
-  }
+  });
 }
 
 // Staged outputs that are NaN, computed again.
@@ -228,52 +228,65 @@ __device__ __noinline__ void mend_outputs(typename Traits::T* staged, const Dire
   }
 }
 
-// Lane 4 * g + t gets pixel g of chunk t.
+// body(chunk, its outputs) of the staged chunks from `first` to `last`, and of some behind: lane 4 * g + t gets pixel g of
+// the chunk t. kAtOnce loads before the first use.
+template <class Traits, int kAtOnce, class Body>
+__device__ __forceinline__ void for_each_chunk(const typename Traits::T* staged, int stage, int first, int last,
+                                               Body body) {
+  constexpr int kStep = Traits::kWarps * kTurned;
+  const int thread = ptx::thread_index(), lane = thread % 32, own = first + thread / 32 * kTurned;
+  // Row r of matrix m is channel 2 * m + r % 2 of chunk r / 2.
+  unsigned from = ptx::shared_address(staged) + ((lane / 8 * 2 + lane % 2) * stage + own + lane % 8 / 2) * kChunkBytes;
+#pragma unroll 1
+  for (int k = own; k < last; k += kAtOnce * kStep, from += kAtOnce * kStep * kChunkBytes) {
+    unsigned words[kAtOnce][4];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (k + j * kStep < last) ptx::load_matrices_transposed(words[j], from + j * kStep * kChunkBytes);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (k + j * kStep >= last) continue;
+      VectorWord<typename Traits::T, kChannelsNhwc> outputs;
+      outputs.word = uint4{words[j][0], words[j][1], words[j][2], words[j][3]};
+      body(k + j * kStep + lane % 4, outputs);
+    }
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, const DirectArgs& args,
                                              const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
   using T = typename Traits::T;
-  constexpr int kStep = Traits::kWarps * kTurned;
-  const int thread = ptx::thread_index(), lane = thread % 32, first = thread / 32 * kTurned;
-  const int chunks = unit.rows * Traits::kStagePitch, columns = args.out_w - unit.column;
-  const int channels = block_channels<Traits>(args);
-  // Row r of matrix m is channel 2 * m + r % 2 of chunk r / 2.
-  unsigned from =
-      ptx::shared_address(staged) + ((lane / 8 * 2 + lane % 2) * tiling.stage + first + lane % 8 / 2) * kChunkBytes;
+  const int channels = block_channels<Traits>(args), columns = min(Traits::kColumns, args.out_w - unit.column);
   T* const out = static_cast<T*>(args.out) +
                  ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c +
                  first_channel<Traits>();
-  // Several loads before the first use, several stores before registers are used again.
-#pragma unroll 1
-  for (int first_chunk = first; first_chunk < chunks; first_chunk += kTogether * kStep) {
-    union {
-      unsigned word[4];
-      Vector<T, kChannelsNhwc> vector;
-    } values[kTogether];
+  with_vector(tiling.out_vector, [&](auto vector) {
+    constexpr int kVector = vector.value;
+    if constexpr (kVector == kChannelsNhwc) {
+      const int chunks = unit.rows * Traits::kStagePitch;
+      for_each_chunk<Traits, kTogether>(staged, tiling.stage, 0, chunks, [&](int chunk, const auto& outputs) {
+        const int row = chunk / Traits::kStagePitch;  // of all images
+        const int column = (chunk - row * Traits::kStagePitch) * kChunk + ptx::lane_index() / 4;
+        if (chunk < chunks && column < columns)
+          store_streaming(out + (row * args.out_w + column) * args.out_c, outputs.vector);
+      });
+    } else {
+      // Neighbouring threads store what lies side by side. Not streaming: the rest of a sector is still to come.
+      Walk at(ptx::thread_index(), Traits::kThreads, channels / kVector, Traits::kColumns);
+#pragma unroll kTogether
+      for (; at.outer < unit.rows; at.advance()) {
+        if (at.middle >= columns) continue;
+        const int channel = at.inner * kVector;
+        const T* const from = staged + (channel * tiling.stage + at.outer * Traits::kStagePitch) * kChunk + at.middle;
+        Vector<T, kVector> piece;
 #pragma unroll
-    for (int j = 0; j < kTogether; ++j)
-      if (first_chunk + j * kStep < chunks)
-        ptx::load_matrices_transposed(values[j].word, from + j * kStep * kChunkBytes);
-    from += kTogether * kStep * kChunkBytes;
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int chunk = first_chunk + j * kStep + lane % 4, row = chunk / Traits::kStagePitch;  // of all images
-      const int column = (chunk - row * Traits::kStagePitch) * kChunk + lane / 4;
-      if (chunk >= chunks || column >= min(Traits::kColumns, columns)) continue;
-      T* const to = out + (row * args.out_w + column) * args.out_c;
-      if (tiling.out_vector == kChunk) {
-        store_streaming(to, values[j].vector);
-      } else if (tiling.out_vector > 1) {
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; e += 2)
-          if (e < channels) *reinterpret_cast<unsigned*>(to + e) = values[j].word[e / 2];
-      } else {
-#pragma unroll
-        for (int e = 0; e < kChannelsNhwc; ++e)
-          if (e < channels) to[e] = values[j].vector.value[e];
+        for (int e = 0; e < kVector; ++e) piece.value[e] = from[e * tiling.stage * kChunk];
+        *reinterpret_cast<Vector<T, kVector>*>(out + (at.outer * args.out_w + at.middle) * args.out_c + channel) =
+            piece;
       }
     }
-  }
+  });
 }
 
 }  // namespace depthwise

@@ -106,12 +106,13 @@ inline bool is_images(Kernel kernel) { return kernel == Kernel::kImagesNchw || k
 inline bool is_strips(Kernel kernel) { return kernel == Kernel::kStripsNchw || kernel == Kernel::kStripsNhwc; }
 // Kernels of which each tile is a specialisation of its own: together they would be seconds of compilation.
 inline bool is_compiled_by_tile(Kernel kernel) {
-  return is_direct_nchw(kernel) || kernel == Kernel::kStreamNhwc || is_marching_grad_weight(kernel) ||
-         kernel == Kernel::kGradWeightPlanesNchw || kernel == Kernel::kToeplitzGradWeight || is_images(kernel) ||
-         is_images_grad_weight(kernel) || is_images_fma(kernel) || kernel == Kernel::kBandImages ||
-         kernel == Kernel::kBlocked || kernel == Kernel::kGradWeightStreamNhwc ||
-         kernel == Kernel::kGradWeightRowsNhwc || is_strips_grad_weight(kernel) || is_strips(kernel) ||
-         kernel == Kernel::kImageRowsGradWeight || kernel == Kernel::kWarpsNchw;
+  return is_direct_nchw(kernel) || kernel == Kernel::kDirectNhwc || kernel == Kernel::kStreamNhwc ||
+         is_marching_grad_weight(kernel) || kernel == Kernel::kGradWeightPlanesNchw ||
+         kernel == Kernel::kToeplitzGradWeight || is_images(kernel) || is_images_grad_weight(kernel) ||
+         is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
+         kernel == Kernel::kGradWeightStreamNhwc || kernel == Kernel::kGradWeightRowsNhwc ||
+         is_strips_grad_weight(kernel) || is_strips(kernel) || kernel == Kernel::kImageRowsGradWeight ||
+         kernel == Kernel::kWarpsNchw;
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -129,7 +130,8 @@ constexpr Tile kDirectNchwTiles32[] = {
     {"v4r16", 4, 16, 4}, {"v4r8", 4, 8, 4}, {"v4r4", 4, 4, 4}, {"v4r4_unaligned", 4, 4, 1}};
 constexpr Tile kDirectNchwTiles16[] = {
     {"v8r8", 8, 8, 8}, {"v8r4", 8, 4, 8}, {"v4r8", 4, 8, 4}, {"v4r4_unaligned", 4, 4, 1}};
-constexpr Tile kDirectNhwcTiles[] = {{"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q2r2_unaligned", 2, 2, 1}};
+constexpr Tile kDirectNhwcTiles[] = {
+    {"q4r4", 4, 4, 4}, {"q2r2", 2, 2, 4}, {"q4r4_unaligned", 4, 4, 1}, {"q2r2_unaligned", 2, 2, 1}};
 constexpr Tile kTiledNhwcTiles[] = {{"lanes12", 4, 0, 12}, {"lanes16", 4, 0, 16}, {"lanes8", 4, 0, 8}};
 constexpr Tile kStreamNchwTiles32[] = {{"stream_v4", 4, 0, 4}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};
 constexpr Tile kStreamNchwTiles16[] = {{"stream_v8", 8, 0, 8}, {"stream_v2", 4, 0, 2}, {"stream_v1", 4, 0, 1}};

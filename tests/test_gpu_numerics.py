@@ -332,6 +332,7 @@ LARGE = {  # float16; all beyond 2^31 elements on both sides
     "many_planes-nchw": ("nchw", Problem((176, 176), (3, 3), padding=(1, 1), batch=35_010, channels=2, bias=False)),
     "one_plane-nchw": ("nchw", Problem((46_400, 46_400), (3, 3), batch=1, channels=1, bias=False)),
     "channels-nhwc": ("nhwc", Problem((176, 176), (3, 3), padding=(1, 1), batch=1_095, channels=64, bias=False)),
+    "large_rows-nhwc": ("nhwc", Problem((66, 512), (9, 9), padding=(4, 4), batch=1, channels=65_536, bias=False)),
 }
 
 
@@ -364,7 +365,7 @@ def test_more_than_2_31_elements(name):
     if torch.cuda.mem_get_info()[1] < 40 * 2**30:
         pytest.skip("needs a GPU with 40 GiB of memory")
     generator, failures = reference.fresh_generator(), Failures()
-    pad = problem.padding[0]
+    pad, reach = problem.padding[0], problem.kernel[0] - 1
 
     def draw(shape):
         result = torch.empty(shape, dtype=F16, device=reference.DEVICE, memory_format=reference.memory_format(layout))
@@ -389,14 +390,14 @@ def test_more_than_2_31_elements(name):
                 (result,) = reference.run(direction, problem, tensors, layout).values()
                 failures.add("unwritten or NaN" if result.isnan().any() else None, *where)
                 for batch, channel, rows, columns in large_windows(problem, shape, layout):
-                    window = padded_window(source[batch, channel], rows, columns, before, before, 2)
+                    window = padded_window(source[batch, channel], rows, columns, before, before, reach)
                     expected = correlate(window, taps[channel, 0].double())
                     got = result[batch, channel, rows, columns]
                     failures.add(reference.mismatch(got, expected), *where, (batch, channel, rows, columns))
                 del result
 
     check_images("forward", tensors.x, problem.out_shape, weight, pad)
-    check_images("grad_input", tensors.grad_out, problem.x_shape, weight.flip(-1, -2), 2 - pad)
+    check_images("grad_input", tensors.grad_out, problem.x_shape, weight.flip(-1, -2), reach - pad)
 
     # Zero gradients outside the windows make the exact weight gradient cheap, and any misread pixel visible.
     windows = list(large_windows(problem, problem.out_shape, layout))
@@ -406,7 +407,7 @@ def test_more_than_2_31_elements(name):
     magnitude = torch.zeros_like(value)
     for (batch, channel, rows, columns), grad in zip(windows, kept, strict=True):
         tensors.grad_out[batch, channel, rows, columns] = grad
-        part = correlate(padded_window(tensors.x[batch, channel], rows, columns, pad, pad, 2), grad.double())
+        part = correlate(padded_window(tensors.x[batch, channel], rows, columns, pad, pad, reach), grad.double())
         value[channel, 0] += part.value
         magnitude[channel, 0] += part.magnitude
     for variant in reference.all_variants("grad_weight", problem, F16, layout):

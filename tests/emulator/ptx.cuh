@@ -16,7 +16,6 @@ inline unsigned opaque(unsigned value) { return value; }
 inline int opaque(int value) { return value; }
 inline int64_t opaque(int64_t value) { return value; }
 inline int thread_index() { return static_cast<int>(threadIdx.x); }
-inline int block_index() { return static_cast<int>(blockIdx.x); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
 inline float from_float16(unsigned short bits) { return static_cast<float>(emulated_bit_cast<_Float16>(bits)); }
