@@ -185,7 +185,22 @@ def check_all(problems, layout, dtype, **options):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """Of this run: under pytest-xdist of all its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture
+def alone(shared_folder):
+    """One such test at a time holds the GPU's memory, and leaves none of it in PyTorch's cache."""
+    with depthwise_inline._exclusive(shared_folder / "memory.lock"):
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def compiled(shared_folder):
     """All specialisations that the grids need, built in parallel instead of one by one at first use.
 
     Under pytest-xdist by the first worker that comes; the others wait.
@@ -204,12 +219,10 @@ def compiled(tmp_path_factory):
         sources |= reference.specialisations(UNITS, dtype, "nhwc")
     for dtype in HALF_AND_SINGLE:
         sources |= reference.specialisations(COPIED, dtype, "nhwc")
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    with depthwise_inline._exclusive(shared / "compile_ahead.lock"):
-        if not (shared / "compiled_ahead").exists():
+    with depthwise_inline._exclusive(shared_folder / "compile_ahead.lock"):
+        if not (shared_folder / "compiled_ahead").exists():
             depthwise_inline._obtain_all(sources)
-            (shared / "compiled_ahead").touch()
+            (shared_folder / "compiled_ahead").touch()
 
 
 # ---- Shapes ---------------------------------------------------------------------------------------------------------
@@ -359,6 +372,7 @@ def padded_window(plane, rows, columns, top, left, extra):
     return F.pad(plane[row_part, column_part].double(), (before, after, above, below))
 
 
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", LARGE)
 def test_more_than_2_31_elements(name):
     layout, problem = LARGE[name]
