@@ -465,6 +465,15 @@ def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
         check_one(emulator, direction, "band", problem, dtype, "nhwc", device=(multiprocessors, *shared))
 
 
+@pytest.mark.parametrize("channels", (12, 10, 9))
+@pytest.mark.parametrize("kernel", ((9, 21), (50, 40)), ids=str)
+def test_grad_weight_of_pixels_on_few_bytes(emulator, kernel, channels):
+    """Channels_last: pixels on 8, 4 and 2 bytes, of blocks that take eight channels and four; not all exist."""
+    padding = kernel[0] // 2, kernel[1] // 2
+    problem = Problem((20, 50), kernel, padding=padding, batch=2, channels=channels)
+    check_one(emulator, "grad_weight", "weight_band_nhwc", problem, F16, "nhwc")
+
+
 COPIED = [  # channels_last, which NCHW serves between copies: weights of one channel find room, of eight they do not
     (F16, Problem((40, 8), (160, 3), padding=(79, 1), batch=2, channels=8)),
     (F32, Problem((12, 12), (41, 41), padding=(20, 20), batch=2, channels=3)),
