@@ -35,8 +35,7 @@ struct ToeplitzSlot {
   int channel, slots, slot, part = 0;
 
   __device__ __forceinline__ ToeplitzSlot(const DirectArgs& args, const ToeplitzNhwcTiling& tiling) {
-    const int channels = Traits::kPaired ? ptx::opaque(Traits::kChannels) : block_channels<Traits>(args);
-    const int warp = ptx::thread_index() / 32;
+    const int channels = ptx::opaque(block_channels<Traits>(args)), warp = ptx::thread_index() / 32;
     const bool all = Traits::kPaired || channels == Traits::kChannels;
     slots = all ? Traits::kSlots : tiling.rest_slots;
     slot = all ? warp / Traits::kChannels : tiling.rest_divider.quotient(warp);
