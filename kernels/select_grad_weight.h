@@ -11,6 +11,9 @@ inline Config select_images_grad_weight(const Problem& p) {
   const bool nchw = p.layout == Layout::kNchw;
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.n < kImagesBatch) return {};
+  // 16 bits, channels that make no whole pixels of 16 bytes: 27x27, 126x14x14 (H100): 0.0466, toeplitz 0.0238; 7x7: 0.0347,
+  // 0.0139; 13x13, 124x7x7: 0.0151, 0.0120; 5x5, 124x14x14: 0.0339, marching 0.0138; 3x3, 126x7x7: 0.0148, 0.0091.
+  if (p.dtype != DType::kFloat32 && !nchw && p.c % 8 != 0) return {};
   if (p.dtype != DType::kFloat32) {
     // NCHW, fp16: 3x3, 960x7x7: 0.0098, staged 0.0136; 384x14x14: 0.0115, 0.0116; 7x7, 384x14x14: 0.012, 0.016; 27x27,
     // 512x14x14: 0.017, toeplitz 0.087; 29x29, 256x32x32: 0.042, 0.081; not 7x7, 192x28x28: 0.022, strips 0.018.
@@ -139,6 +142,9 @@ inline Config select_marching_nhwc(const Problem& p) {
   // and fewer in large ones, of which more warps are read at once (3x3, 16x64x512x512: 0.509 / 0.279, four 0.536 /
   // 0.350). In fp32 one also where four do not fit (3x7, 128x128x256: 0.339, two 0.394).
   Config config = small || (large && wide) ? tile_of(1) : large ? tile_of(2) : tile_of(4);
+  // Channels that are even and no more: 16 bits queue their rows (5x5, H100: 126x56x56: 0.0418, in registers 0.0553;
+  // 126x28x28: 0.0198, 0.0250; 18x112x112: 0.0277, 0.0301; 62x20x20: 0.0168, 0.0202, one channel a thread 0.0153).
+  if (config.kernel == Kernel::kGeneral && !wide && p.stride_w == 1 && !dilated) config = tile_of(2, true);
   if (config.kernel == Kernel::kGeneral && wide) config = tile_of(1);
   return config.kernel != Kernel::kGeneral ? config : first_that_serves(p, Kernel::kGradWeightNhwc);
 }
@@ -173,10 +179,12 @@ inline Config select_grad_weight(const Problem& p) {
                                select_images_grad_weight(p), select_strips_grad_weight(p)})
     if (config.kernel != Kernel::kGeneral) return config;
   const Config marching = channels_last ? select_marching_nhwc(p) : select_marching_nchw(p);
-  // 16 bits beyond 9x9, or 8x8 of channels_last: 9x9, 768x32x32: 0.147, marching 0.201.
+  // 16 bits beyond 9x9, or from 7x7 on in channels_last: 9x9, 768x32x32: 0.147, marching 0.201; what strips do not serve,
+  // H100: 7x7, 124x56x56: 0.0766, marching 0.0929; 126x28x28: 0.0265, 0.0302; 125x56x56: 0.0928, 0.0920; 62x112x112, eight
+  // images: 0.0488, 0.0593.
   const Config large = select_large_grad_weight(p);
   const bool prefers_large =
-      channels_last && p.kernel_h * p.kernel_w > kMaxRegisterTaps && large.kernel != Kernel::kGeneral;
+      channels_last && p.kernel_h * p.kernel_w >= kMaxRegisterTaps && large.kernel != Kernel::kGeneral;
   if (marching.kernel != Kernel::kGeneral && !prefers_large) return marching;
   if (large.kernel != Kernel::kGeneral) return large;
   if (can_serve(p, Kernel::kBlockedGradWeight, channels_last)) return {Kernel::kBlockedGradWeight, channels_last};

@@ -379,20 +379,39 @@ __device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArg
       column[k][half] = exists ? sign * j : 0;
       mask[k][half] = exists ? 0xffff : 0;
     }
-  // No branches around the loads: all of an unrolled step are on their way together.
-#pragma unroll kTogether
-  for (int i = first_row; i < args.kernel_h; i += row_step) {
-    const int row = (args.flip ? last_tap : 0) + sign * i * args.kernel_w;
+  // All loads of some rows before their first store, which a load from shared memory may not pass.
+#pragma unroll 1
+  for (int first = first_row; first < args.kernel_h; first += kTogether * row_step) {
+    unsigned words[kTogether][kRounds];
 #pragma unroll
-    for (int k = 0; k < kRounds; ++k) {
-      const int y = k * 32 + threadIdx.x % 32;
-      const unsigned low = read(row + column[k][0]) & mask[k][0], high = read(row + column[k][1]) & mask[k][1];
-      if (y < Traits::kBand) pairs[i * Traits::kBand + y] = low | high << 16;
+    for (int t = 0; t < kTogether; ++t) {
+      const int i = min(first + t * row_step, args.kernel_h - 1);
+      const int row = (args.flip ? last_tap : 0) + sign * i * args.kernel_w;
+#pragma unroll
+      for (int k = 0; k < kRounds; ++k) {
+        const unsigned low = read(row + column[k][0]) & mask[k][0], high = read(row + column[k][1]) & mask[k][1];
+        words[t][k] = low | high << 16;
+      }
     }
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t)
+#pragma unroll
+      for (int k = 0; k < kRounds; ++k) {
+        const int i = first + t * row_step, y = k * 32 + threadIdx.x % 32;
+        if (i < args.kernel_h && y < Traits::kBand) pairs[i * Traits::kBand + y] = words[t][k];
+      }
   }
 }
 
-// Of an NCHW block's channel.
+// Of an NCHW block's channel: to the L2 cache, from where load_weights reads them soon.
+template <class Traits, class Block>
+__device__ __forceinline__ void prefetch_weights(const DirectArgs& args, const Block& block) {
+  constexpr int kLine = 128 / sizeof(weight_t<Traits>);
+  const int taps = args.kernel_h * args.kernel_w;
+  const auto* const filter = filters_of<Traits>(args, block.channel, taps);
+  for (int k = threadIdx.x * kLine; k < taps + kLine - 1; k += Traits::kThreads * kLine)
+    ptx::prefetch(filter + min(k, taps - 1));
+}
 template <class Traits, class Block>
 __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
   const auto* const filter = filters_of<Traits>(args, block.channel, args.kernel_h * args.kernel_w);

@@ -20,8 +20,8 @@
 //         end; the warps' are added in a fixed order, and the splits by add_splits_kernel: no atomics.
 // Memory  NCHW: two stages, copied asynchronously. channels_last: planes of the channels, of a ring of input rows and a
 //         step's rows of grad_output, or of a whole image where that fits; the pixels of the next step, copied
-//         asynchronously while one is multiplied, and put planar by transposing ldmatrix. As much as lets two blocks share a
-//         multiprocessor.
+//         asynchronously, by 4 to 16 bytes as aligned, while one is multiplied, and put planar by transposing ldmatrix (odd
+//         channels: loaded when that is done). As much as lets two blocks share a multiprocessor.
 // Zeros   stand for the padding in both matrices, and zero times infinity would poison a sum. But whatever is not finite
 //         reaches a sum then: a block whose sums are not all finite takes them again, term by term within bounds.
 // Chosen  select_grad_weight.h.
@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
     const int step_rows = tiling.step_rows, first_step = tiling.first_step;
     T* const pixels = planes + Traits::kChannels * tiling.plane_elements;
     T* const grad_pixels = pixels + tiling.step_input_rows * Traits::kTileColumns * kPixelElements;
-    const bool whole_input = tiling.input_vector == Traits::kChannels;
-    const bool whole_grad = tiling.grad_vector == Traits::kChannels;
+    const bool copies_input = tiling.input_vector > 1, copies_grad = tiling.grad_vector > 1;  // asynchronously
     const int last = static_cast<int>(args.out_c);
     const auto input_rows_added = [&](int step) { return step < 0 ? tiling.fill_step_rows : tiling.step_input_rows; };
     const auto input_rows_of = [&](const ToeplitzStage& stage, int step) {
@@ -194,31 +193,30 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
     };
     const auto threads = [](int lane_bits) { return CopyThreads{Traits::kThreads, ptx::thread_index(), lane_bits}; };
     const auto copy_step = [&](const ToeplitzStage& stage, int step) {
-      if (whole_input) {
+      if (copies_input) {
         Rectangle<T, T> in = input_rows_of(stage, step);
         in.global += first_channel;
         in.shared = pixels;
         in.pitch = Traits::kTileColumns * kPixelElements;
         in.high = Traits::kTileColumns;  // zeros behind the last column
-        copy_pixels<Traits::kChannels>(in, threads(tiling.input_lane_bits), tiling.in_channels);
+        copy_pixels<Traits::kChannels>(in, tiling.input_vector, threads(tiling.input_lane_bits), last,
+                                       last - first_channel);
       }
-      if (whole_grad && step >= 0) {
+      if (copies_grad && step >= 0) {
         Rectangle<T, T> out = grad_rows_of(stage, step);
         out.global += first_channel;
         out.shared = grad_pixels;
         out.pitch = tiling.grad_columns * kPixelElements;
         out.high = out.low + tiling.grad_columns;
-        copy_pixels<Traits::kChannels>(out, threads(tiling.grad_lane_bits), last);
+        copy_pixels<Traits::kChannels>(out, tiling.grad_vector, threads(tiling.grad_lane_bits), last,
+                                       last - first_channel);
       }
       commit_copies();
     };
     const auto transpose_step = [&](const ToeplitzStage& stage, int step, int ring_row) {
-      const auto out_channel = [&](int k) { return first_channel + k < last ? first_channel + k : -1; };
-      const auto in_channel = [&](int k) {
-        return first_channel + k < last ? (first_channel + k) / args.multiplier : -1;
-      };
+      const int existing = min(Traits::kChannels, last - first_channel);
       T* const ring = planes + ring_row * Traits::kInputPitch;
-      if (whole_input) {
+      if (copies_input) {
         transpose_pixels<Traits::kChannels>(pixels, Traits::kTileColumns * kPixelElements, ring, Traits::kInputPitch,
                                             tiling.plane_elements, input_rows_added(step), Traits::kEights,
                                             [](int k) { return k / Traits::kEights; });
@@ -226,21 +224,21 @@ __global__ void __launch_bounds__(Traits::kThreads, kLeastBlocks<Traits>)
         Rectangle<T, T> in = input_rows_of(stage, step);
         in.shared = ring;
         in.pitch = Traits::kInputPitch;
-        transpose_rectangle<Traits::kChannels>(in, threads(tiling.input_lane_bits), tiling.in_channels,
-                                               tiling.plane_elements, in_channel);
+        transpose_rectangle(in, threads(tiling.input_lane_bits), tiling.in_channels, tiling.plane_elements, existing,
+                            [&](int k) { return (first_channel + k) / args.multiplier; });
       }
       if (step < 0) return;
       Rectangle<T, T> out = grad_rows_of(stage, step);
       out.shared = planes + input_elements;
       out.pitch = Traits::kGradPitch;
-      if (whole_grad)
+      if (copies_grad)
         transpose_pixels<Traits::kChannels>(grad_pixels, tiling.grad_columns * kPixelElements, out.shared + out.low,
                                             Traits::kGradPitch, tiling.plane_elements, (step_rows + 3) / 4 * 4,
                                             tiling.grad_columns / 8,
                                             [&](int k) { return tiling.grad_eights.quotient(k); });
       else
-        transpose_rectangle<Traits::kChannels>(out, threads(tiling.grad_lane_bits), last, tiling.plane_elements,
-                                               out_channel);
+        transpose_rectangle(out, threads(tiling.grad_lane_bits), last, tiling.plane_elements, existing,
+                            [&](int k) { return first_channel + k; });
     };
     const auto multiply_step = [&](const T* plane, int ring_row, int rows) {
       const unsigned ring = ptx::shared_address(plane) + partner, ring_bytes = input_elements * 2;

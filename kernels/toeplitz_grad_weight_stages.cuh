@@ -78,7 +78,7 @@ struct ToeplitzGradWeightTiling {
   int grad_columns, step_pixels;            // channels_last: that are copied; of a step
   SmallDivider grad_eights;
   int grad_start;                       // first column of a tile's gradient, from its first input column
-  int input_vector, grad_vector;        // elements a copy; channels_last: all channels or 1
+  int input_vector, grad_vector;        // elements a copy; channels_last: channels, all of them at most
   int input_lane_bits, grad_lane_bits;  // threads along a row, as powers of two
   int in_channels;
   int64_t input_image, grad_image;   // elements of an image
@@ -262,15 +262,17 @@ ToeplitzGradWeightTiling toeplitz_tiling(const GradWeightArgs& args) {
   tiling.input_image = static_cast<int64_t>(tiling.in_channels) * args.h * args.w;
   tiling.grad_image = args.out_c * args.out_h * args.out_w;
   if (Traits::kChannelsLast) {
-    const auto aligned = [&](const void* tensor) {
-      return args.multiplier == 1 && args.out_c % Traits::kChannels == 0 &&
-             reinterpret_cast<uintptr_t>(tensor) % (Traits::kChannels * sizeof(T)) == 0;
+    const auto vector = [&](const void* tensor) {
+      return args.multiplier == 1 ? copy_width(tensor, args.out_c, Traits::kChannels) : 1;
     };
-    tiling.input_vector = aligned(args.input) ? Traits::kChannels : 1;
-    tiling.grad_vector = aligned(args.grad_output) ? Traits::kChannels : 1;
-    const auto step = [](int vector) { return vector == 1 ? 2 : 1; };  // pixels at once
-    tiling.input_lane_bits = row_lane_bits(Traits::kTileColumns / step(tiling.input_vector));
-    tiling.grad_lane_bits = row_lane_bits(tiling.grad_columns / step(tiling.grad_vector));
+    tiling.input_vector = vector(args.input);
+    tiling.grad_vector = vector(args.grad_output);
+    // Two pixels at once, or pieces of one.
+    const auto lane_bits = [](int columns, int vector) {
+      return row_lane_bits(vector == 1 ? columns / 2 : columns * (Traits::kChannels / vector));
+    };
+    tiling.input_lane_bits = lane_bits(Traits::kTileColumns, tiling.input_vector);
+    tiling.grad_lane_bits = lane_bits(tiling.grad_columns, tiling.grad_vector);
   } else {
     tiling.input_vector = copy_width(args.input, args.w);
     tiling.grad_vector = copy_width(args.grad_output, args.out_w);

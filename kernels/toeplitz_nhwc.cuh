@@ -15,13 +15,15 @@
 //         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 83.5 (in pairs 84.5) + 0.1 + 82.3 KB. One block a multiprocessor.
 // Times   fp16, us, H100. 31x31 on 32x128x56x56: 103, of these products 67, stores 15, the first pixels 8, turning pixels 4,
 //         weights 2; without pairs 115; 5 more with each image's rows from a new tile on, 10 with nothing fetched ahead.
-//         29x29 on 32x256x28x28: 56; without pairs 59; 11 and 4 more. On 16x200x48x48: 64, with rows counted through all
-//         images 67, with nothing fetched ahead 74. 27x27 on 32x40x33x47: 23.3. 13x13 on 32x200x20x20: 21.6. Where all warps
+//         29x29 on 32x256x28x28: 56; without pairs 59; 11 and 4 more. On 16x200x48x48: 63, with rows counted through all
+//         images 67, with nothing fetched ahead 69. 27x27 on 32x40x33x47: 22.8. 13x13 on 32x200x20x20: 22.0. Where all warps
 //         lay out weights, then fetch: 103, 57, 65, 24.1, 22.0. Channels that are not aligned, 13x13 on 56x56: 32x124 81,
 //         each thread with a whole pixel 153; 32x125 106, 269.
 // Lost    two groups of eight warps, each with units of its own, so that one multiplies while the other loads and stores:
 //         129 us for 103, 74 for 56, 76 for 64. Pixels one at a time between kernel rows: 101 for 104, 66.6 for 65.6, 37.3
-//         for 35.5 (31x31 on 8x40x96x96). What is left alone of two kernel rows as one product of K = 16: no gain.
+//         for 35.5 (31x31 on 8x40x96x96). What is left alone of two kernel rows as one product of K = 16: no gain. Few
+//         channels: 24 warps a block, 31x31 on 64x3x56x56 14.8 for 14.6; each channel a block's as in NCHW, 14.3, but 64x4x56x56
+//         17.6 for 15.0 and 7x7 on 32x5x112x112 26 for 21.
 #pragma once
 
 #include "toeplitz_nhwc_pairs.cuh"
@@ -35,7 +37,8 @@ struct ToeplitzSlot {
   int channel, slots, slot, part = 0;
 
   __device__ __forceinline__ ToeplitzSlot(const DirectArgs& args, const ToeplitzNhwcTiling& tiling) {
-    const int channels = ptx::opaque(block_channels<Traits>(args)), warp = ptx::thread_index() / 32;
+    const int channels = Traits::kPaired ? ptx::opaque(Traits::kChannels) : block_channels<Traits>(args);
+    const int warp = ptx::thread_index() / 32;
     const bool all = Traits::kPaired || channels == Traits::kChannels;
     slots = all ? Traits::kSlots : tiling.rest_slots;
     slot = all ? warp / Traits::kChannels : tiling.rest_divider.quotient(warp);
@@ -67,7 +70,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int channel_pairs = args.kernel_h * Traits::kBand;
   unsigned* const pairs = reinterpret_cast<unsigned*>(shared_memory);
   // What is derived from these is opaque, and found anew too.
-  const auto tile = [&] { return reinterpret_cast<T*>(pairs + ptx::opaque(Traits::kChannels * channel_pairs)); };
+  const auto tile = [&] {
+    return reinterpret_cast<T*>(pairs + ptx::opaque(args.kernel_h) * (Traits::kChannels * Traits::kBand));
+  };
   const auto pixels = [&] { return tile() + (tiling.tile + Traits::kPitch + 1) * kChunk; };
   const auto zeros = [&] { return shared_memory + Traits::kChannels * channel_pairs * 4 + tiling.tile * kChunkBytes; };
   // The filters as they lie; kShared: in a room of their own, later that of the sums of shared tiles.

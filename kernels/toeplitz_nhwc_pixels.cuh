@@ -32,15 +32,22 @@ struct ToeplitzNhwcTiling {
 // Planes half the banks apart.
 constexpr int plane_chunks(int chunks) { return divide_up(chunks, 8) * 8 + 4; }
 
-// Of the calling block.
+// Of the calling block. Found anew where they are asked for: kept in registers, they make the widest tiles spill on sm_100
+// and sm_120. Of blocks in pairs they are kept, as those spill otherwise (sm_90).
 template <class Traits>
 __device__ __forceinline__ unsigned first_channel() {
-  return blockIdx.x * Traits::kChannels;
+  return (Traits::kPaired ? blockIdx.x : ptx::opaque(blockIdx.x)) * Traits::kChannels;
 }
 template <class Traits>
 __device__ __forceinline__ int block_channels(const DirectArgs& args) {
   if constexpr (Traits::kPaired) return Traits::kChannels;
   return min(Traits::kChannels, static_cast<int>(args.out_c - first_channel<Traits>()));
+}
+// The same, where a loop over pixels would have them kept.
+template <class Traits>
+__device__ __forceinline__ int channels_anew(const DirectArgs& args) {
+  if constexpr (Traits::kPaired) return Traits::kChannels;
+  return ptx::opaque(block_channels<Traits>(args));
 }
 
 // What is computed and read at a time: rows that lie one after the other in memory, even if of several images. Rows of
@@ -130,7 +137,7 @@ __device__ __forceinline__ void fetch_pixels(typename Traits::T* pixels, const D
                                              int worker, int workers) {
   using T = typename Traits::T;
   constexpr int kColumns = Traits::kStored * kChunk;
-  const int all = unit.in_rows * kColumns, first_column = unit.first_column, channels = block_channels<Traits>(args);
+  const int all = unit.in_rows * kColumns, first_column = unit.first_column, channels = channels_anew<Traits>(args);
   const T* const input = unit.input(args);
   with_vector(tiling.in_vector, [&](auto vector) {
     constexpr int kVector = vector.value, kPieces = kChannelsNhwc / kVector;
@@ -181,7 +188,7 @@ template <class Traits>
 __device__ __forceinline__ void load_pixels(typename Traits::T* tile, const DirectArgs& args,
                                             const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
   using T = typename Traits::T;
-  const int channels = block_channels<Traits>(args), rows = unit.in_rows, first_column = unit.first_column;
+  const int channels = channels_anew<Traits>(args), rows = unit.in_rows, first_column = unit.first_column;
   const T* const input = unit.input(args);
   with_vector(tiling.in_vector, [&](auto vector) {
     constexpr int kVector = vector.value, kAhead = min_int(8, 2 * kChannelsNhwc / kVector);
@@ -189,7 +196,7 @@ __device__ __forceinline__ void load_pixels(typename Traits::T* tile, const Dire
     Walk at(ptx::thread_index(), Traits::kThreads, pieces, Traits::kStored * kChunk / 2);
     while (at.outer < rows) {
       Vector<T, kVector> left[kAhead], right[kAhead];
-      T* target[kAhead];
+      int target[kAhead];  // in the tile, or -1
 #pragma unroll
       for (int k = 0; k < kAhead; ++k, at.advance()) {
         const int channel = at.inner * kVector, column = first_column + 2 * at.middle;
@@ -198,15 +205,14 @@ __device__ __forceinline__ void load_pixels(typename Traits::T* tile, const Dire
         left[k] = load_or_zero<kVector>(from, exists && static_cast<unsigned>(column) < static_cast<unsigned>(args.w));
         right[k] = load_or_zero<kVector>(from + args.out_c,
                                          exists && static_cast<unsigned>(column + 1) < static_cast<unsigned>(args.w));
-        target[k] =
-            exists ? tile + (channel * tiling.plane + at.outer * Traits::kPitch) * kChunk + 2 * at.middle : nullptr;
+        target[k] = exists ? (channel * tiling.plane + at.outer * Traits::kPitch) * kChunk + 2 * at.middle : -1;
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k)
-        if (target[k] != nullptr)
+        if (target[k] >= 0)
 #pragma unroll
           for (int e = 0; e < kVector; ++e)
-            *reinterpret_cast<unsigned*>(target[k] + e * tiling.plane * kChunk) =
+            *reinterpret_cast<unsigned*>(tile + target[k] + e * tiling.plane * kChunk) =
                 left[k].value[e].bits | static_cast<unsigned>(right[k].value[e].bits) << 16;
     }
   });
@@ -217,7 +223,7 @@ template <class Traits>
 __device__ __noinline__ void mend_outputs(typename Traits::T* staged, const DirectArgs& args,
                                           const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
   const int rows = unit.rows, columns = min(Traits::kColumns, args.out_w - unit.column);
-  const int channels = block_channels<Traits>(args), channel = first_channel<Traits>();
+  const int channels = channels_anew<Traits>(args), channel = first_channel<Traits>();
   for (Walk at(ptx::thread_index(), Traits::kThreads, columns, rows); at.outer < channels; at.advance()) {
     auto& value = staged[(at.outer * tiling.stage + at.middle * Traits::kStagePitch) * kChunk + at.inner];
     const int image = (unit.row + at.middle) / args.out_h;
@@ -257,7 +263,7 @@ template <class Traits>
 __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, const DirectArgs& args,
                                              const ToeplitzNhwcTiling& tiling, const ToeplitzUnit<Traits>& unit) {
   using T = typename Traits::T;
-  const int channels = block_channels<Traits>(args), columns = min(Traits::kColumns, args.out_w - unit.column);
+  const int channels = channels_anew<Traits>(args), columns = min(Traits::kColumns, args.out_w - unit.column);
   T* const out = static_cast<T*>(args.out) +
                  ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c +
                  first_channel<Traits>();
