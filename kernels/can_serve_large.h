@@ -19,7 +19,7 @@ struct Band {
   int tiles_h;       // rows of a warp, in sixteens
   // channels_last, else 0.
   int slots;       // warps that a channel's rows are dealt to
-  int shared;      // there are few tiles, or fewer than eight channels: warps share the kernel rows of a tile
+  int shared;      // there are fewer than eight channels: warps share the kernel rows of a tile
   int since_sm80;  // has more registers than there are before sm_80, where products of bfloat16 are calls
 
   int chunks_in(int stride_w) const { return (tiles_w - 1) * stride_w + chunks; }
@@ -53,7 +53,7 @@ inline void deal_nhwc(const Problem& p, Band& band) {
   const bool wide = w > 7 || (w == 7 && (band.image_chunks == 0 || band.chunks > 6)) ||
                     (w > 5 && (band.chunks > 7 || band.chunks < 4));
   band.tiles_h = wide ? 1 : w > 4 || w == 3 ? 2 : 4;
-  band.shared = p.out_c < 8 || w > 8;
+  band.shared = p.out_c < 8;
   if (band.shared) band.tiles_h = 1;
   const int tiles = w * band.tiles_h;
   const bool many = p.stride_w == 2 ? tiles >= 8 : tiles >= 16 && (band.chunks > 6 || band.chunks < 4);

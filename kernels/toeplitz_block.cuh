@@ -23,8 +23,7 @@ constexpr int power_of_two(int least) {
 // kOrigin: chunk of the input that the first chunk of a block's band lies in, for the block of output column 0.
 // kImageChunks: chunks of an image row, where one block spans it and what lies outside is left out at compile time; 0:
 // any width. kTilesW: a block's columns, in eights. kSlots: channels_last, warps that a channel's tiles are dealt to; 0:
-// NCHW. kShared: channels_last with fewer channels than a block takes, or so wide that a unit has few tiles: warps share
-// the kernel rows of tiles.
+// NCHW. kShared: channels_last with fewer channels than a block takes, whose warps share the kernel rows of tiles.
 // kSinceSm80: has more registers than there are before.
 template <class T_, int kChunks_, int kStrideW_, int kOrigin_, int kImageChunks_, int kTilesW_, int kTilesH_,
           int kSlots_, bool kShared_, bool kSinceSm80_>

@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   };
   const auto pixels = [&] { return tile() + (tiling.tile + Traits::kPitch + 1) * kChunk; };
   const auto zeros = [&] { return shared_memory + Traits::kChannels * channel_pairs * 4 + tiling.tile * kChunkBytes; };
-  // The filters as they lie; kShared, where pixels come to the tile meanwhile: behind it.
-  const auto filters = [&] { return Traits::kShared && !tiling.ahead ? pixels() : tile(); };
+  // The filters as they lie; kShared: in a room of their own, later that of the sums of shared tiles.
+  const auto filters = [&] { return Traits::kShared ? pixels() + tiling.pixels * kChunk : tile(); };
 
   // Threads from here on fetch pixels: those of the first eight warps, where there are more, lay out weights at first, and
   // later have more tiles, if any have.
@@ -91,11 +91,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     };
     if (warp < channels) fetch_filter<Traits>(filter(warp), args, first_channel<Traits>() + warp);
     commit_copies();
-    const int first_now = Traits::kShared && !tiling.ahead ? 0 : kFirst;
-    if (const int worker = static_cast<int>(threadIdx.x) - first_now; worker >= 0) {
+    constexpr int kFirstNow = Traits::kShared ? 0 : kFirst;
+    if (const int worker = static_cast<int>(threadIdx.x) - kFirstNow; worker >= 0) {
       Unit unit;
       unit.find(args, tiling, tiling.first_item(blockIdx.y));
-      if (tiling.ahead) fetch_pixels<Traits>(pixels(), args, tiling, unit, worker, Traits::kThreads - first_now);
+      if (tiling.ahead) fetch_pixels<Traits>(pixels(), args, tiling, unit, worker, Traits::kThreads - kFirstNow);
       if (Traits::kShared && !tiling.ahead) load_pixels<Traits>(tile(), args, tiling, unit);
       if (worker <= Traits::kPitch) reinterpret_cast<uint4*>(zeros())[worker] = uint4{};
       if (worker == 0) {
@@ -142,11 +142,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
       start_sums(sum, first);
       multiply_rows<Traits>(sum, rows, args, pairs + at.channel * channel_pairs);
       if constexpr (Traits::kShared) {
-        if (tiling.parts > 1) {
-          __syncthreads();  // all have read the tile
-          add_parts<Traits>(sum, reinterpret_cast<float4*>(tile()), rows.tiles, at.channel * at.slots + at.slot,
+        if (tiling.parts > 1)
+          add_parts<Traits>(sum, reinterpret_cast<float4*>(filters()), rows.tiles, at.channel * at.slots + at.slot,
                             at.part, tiling.parts, /*held_tiles=*/1);
-        }
       }
     }
 
@@ -203,8 +201,7 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     tiling.rest_slots = Traits::kWarps / rest;
     tiling.rest_divider = SmallDivider(rest);
   }
-  const bool few = args.out_c < Traits::kChannels;
-  const int slots = few ? tiling.rest_slots : Traits::kSlots, most_items = slots * Traits::kTilesH;
+  const int slots = Traits::kShared ? tiling.rest_slots : Traits::kSlots, most_items = slots * Traits::kTilesH;
   // Offsets within a unit are 32-bit numbers.
   const int64_t most_rows = min_int64(kMostInRows, kInt32Max / (max_int64(args.w, args.out_w) * args.out_c));
   tiling.row_divider = IntDivider(args.out_h);
@@ -216,13 +213,15 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     tiling.plane = plane_chunks(in_chunks);
     tiling.stage = plane_chunks(tiling.merged * kTileRows * Traits::kStagePitch);
     const int inbox = Traits::kPaired ? tiling.merged * ToeplitzPair<Traits>::kInboxChunks : 0;  // behind the outputs
-    tiling.parts = Traits::kShared ? max_int(1, slots / tiling.merged) : 1;
-    const int sums = Traits::kWarps / tiling.parts * (tiling.parts - 1) * Traits::kTilesW * 32;
-    const bool apart = Traits::kShared && !tiling.ahead;  // the filters from the tile
-    tiling.tile = max_int(max_int(apart ? 0 : filters, sums),
-                          max_int(Traits::kChannels * tiling.plane, Traits::kChannels * tiling.stage + inbox));
+    tiling.tile = max_int(filters, max_int(Traits::kChannels * tiling.plane, Traits::kChannels * tiling.stage + inbox));
     tiling.pixels = tiling.ahead ? divide_up(in_chunks, kTurned) * kTurned * kChunk : 0;
-    return pair_bytes + (tiling.tile + Traits::kPitch + 1 + tiling.pixels + (apart ? filters : 0)) * kChunkBytes;
+    int room = 0;
+    if constexpr (Traits::kShared) {
+      tiling.parts = max_int(1, slots / tiling.merged);
+      const int tiles = static_cast<int>(args.out_c) * (slots / tiling.parts);
+      room = max_int(filters, tiles * (tiling.parts - 1) * Traits::kTilesW * 32);
+    }
+    return pair_bytes + (tiling.tile + Traits::kPitch + 1 + tiling.pixels + room) * kChunkBytes;
   };
   // Cycles of the block that takes longest.
   const auto cost = [&](int in_rows, int rounds) {
@@ -231,9 +230,10 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     constexpr float kItemCycles = Traits::kTilesW * Traits::kChunks * 2.7f, kBusy = 0.8f, kAlone = 0.4f;
     constexpr float kBlockCycles = 6000, kUnitCycles = 1500, kWaitCycles = 2000, kChunkCycles = 6, kLoadedCycles = 14;
     const int channels = min_int(Traits::kChannels, static_cast<int>(args.out_c));
+    const int parts = Traits::kShared ? tiling.parts : 1;
     const auto products = [&](int items) {
       const float all = items * channels / (kPartitions * kBusy);
-      const float one = divide_up(items, slots / tiling.parts) / (kAlone * tiling.parts);
+      const float one = divide_up(items, slots / parts) / (kAlone * parts);
       return args.kernel_h * kItemCycles * (all > one ? all : one);
     };
     const int items = tiling.share + (tiling.longer > 0 ? 1 : 0);
@@ -302,7 +302,7 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
 
 template <class Traits>
 int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
-  if constexpr (!Traits::kShared || Traits::kTilesW > 8) {  // eight channels or more
+  if constexpr (!Traits::kShared) {
     using Paired = PairedToeplitzTraits<Traits>;
     const int answer = stores_in_pairs<Paired>(args) ? launch_units<Paired>(args, stream) : kTooLittleSharedMemory;
     if (!is_refusal(answer)) return answer;
