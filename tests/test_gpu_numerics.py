@@ -155,7 +155,7 @@ BATCHES = [  # kernels that take several images at once: batches that fill their
 ]
 
 # Of channels_last products with bands: blocks of an odd number, and in pairs; more than 64 columns; few channels;
-# pixels on 8 and 4 bytes.
+# pixels on 8 and 4 bytes; narrow kernels in two blocks a multiprocessor.
 UNITS = [
     Problem((20, 20), (13, 13), padding=(6, 6), batch=230, channels=200),
     Problem((33, 47), (9, 27), padding=(4, 13), batch=130, channels=16),
@@ -164,6 +164,9 @@ UNITS = [
     Problem((31, 40), (13, 13), padding=(3, 9), batch=90, channels=5),
     Problem((56, 56), (51, 5), padding=(25, 2), batch=50, channels=28),
     Problem((20, 20), (13, 13), padding=(6, 6), batch=90, channels=30),
+    Problem((56, 56), (13, 13), padding=(6, 6), batch=20, channels=48),
+    Problem((28, 30), (11, 11), padding=(5, 5), batch=40, channels=56),
+    Problem((14, 13), (13, 13), padding=(6, 6), batch=33, channels=128),
 ]
 
 # Channels_last, which NCHW serves between copies: in each dtype all but one.
