@@ -91,6 +91,30 @@ def specialisations(shipped):
     return json.loads(shipped.run(code)[0])
 
 
+def compiled_apart(architecture, sources):
+    """Reports of specialisations, compiled as one file; where some spill, which alone may not, as two, and so on."""
+    report = compiler_report.compile_for(architecture, sources)
+    if sources is None or len(sources) == 1 or not any(kernel.spill_bytes for kernel in report.kernels):
+        return [report]
+    middle = len(sources) // 2
+    return [*compiled_apart(architecture, sources[:middle]), *compiled_apart(architecture, sources[middle:])]
+
+
+def test_what_spills_in_company_is_compiled_apart(monkeypatch):
+    """By a compiler that spills what is called so, and four of anything."""
+
+    def compile_for(architecture, sources):
+        spill_bytes = 8 * (len(sources) > 3 or "spills" in sources)
+        kernels = [compiler_report.Kernel(source, 128, 0, 0, spill_bytes) for source in sources]
+        return compiler_report.Report(architecture, 0.0, tuple(kernels), ())
+
+    monkeypatch.setattr(compiler_report, "compile_for", compile_for)
+    reports = compiled_apart("sm_90", ["a", "b", "c", "spills", "d", "e"])
+    kernels = [kernel for report in reports for kernel in report.kernels]
+    assert [kernel.name for kernel in kernels] == ["a", "b", "c", "spills", "d", "e"]
+    assert [kernel.name for kernel in kernels if kernel.spill_bytes] == ["spills"]
+
+
 @needs_compiler
 @pytest.mark.parametrize("architecture", (75, 80, 90, 100, 120))
 def test_no_shipped_kernel_spills(architecture, specialisations, request):
@@ -105,7 +129,8 @@ def test_no_shipped_kernel_spills(architecture, specialisations, request):
     assert sources
     parts = [None, *(sources[i :: os.cpu_count()] for i in range(min(os.cpu_count(), len(sources))))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(lambda part: compiler_report.compile_for(f"sm_{architecture}", part), parts))
+        found = list(pool.map(lambda part: compiled_apart(f"sm_{architecture}", part), parts))
+    reports = [report for of_part in found for report in of_part]
     assert all(report.kernels for report in reports)
     kernels = [kernel for report in reports for kernel in report.kernels]
     print(f"sm_{architecture}: {len(sources)} of {len(specialisations)} specialisations, {len(kernels)} kernels")
