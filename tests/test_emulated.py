@@ -440,7 +440,7 @@ def test_selected_where_sums_need_more_registers(emulator):
 
 # Of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block; of pairs
 # of blocks, and of an odd number of them; of more than 64 columns; of fewer channels than eight; of pixels on
-# 8 and 4 bytes; of narrow kernels in two blocks a multiprocessor.
+# 8 and 4 bytes; of narrow kernels, many units.
 UNITS = [
     (2, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
