@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   unsigned* pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* tile = reinterpret_cast<T*>(pairs + divide_up(args.kernel_h * Traits::kBand, 4) * 4);
   const LoadedRows loaded{0, args.h, block.in_row, block.in_rows};
-  const int taps = args.kernel_h * args.kernel_w;
-  prefetch_rows(filters_of<Traits>(args, block.channel, taps), 0, 1, taps);
+  prefetch_weights<Traits>(args, block);
   with_vector(tiling.in_vector, [&](auto vector) { load_nchw<vector.value, Traits>(tile, args, block, loaded, 0); });
   zero_beside(tile, block, block.in_rows, tiling.in_vector == 1);
 

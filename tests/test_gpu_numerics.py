@@ -155,7 +155,7 @@ BATCHES = [  # kernels that take several images at once: batches that fill their
 ]
 
 # Of channels_last products with bands: blocks of an odd number, and in pairs; more than 64 columns; few channels;
-# pixels on 8 and 4 bytes; narrow kernels in two blocks a multiprocessor.
+# pixels on 8 and 4 bytes; narrow kernels, many units.
 UNITS = [
     Problem((20, 20), (13, 13), padding=(6, 6), batch=230, channels=200),
     Problem((33, 47), (9, 27), padding=(4, 13), batch=130, channels=16),
