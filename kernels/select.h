@@ -305,9 +305,9 @@ inline Config select_stream_nhwc(const Problem& p) {
 
 // direct_nhwc: dilated kernels of few taps, and what is not aligned. One channel a thread, of four by four pixels, which read
 // about half as much for an output as two by two (3x3, 32x125x56x56, fp16, H100: 0.036, two by two 0.057; two channels a
-// thread, 126x56x56: 0.049; 5x5, 32x124x14x14: 0.0093, 0.0117), where that makes threads enough.
+// thread, 126x56x56: 0.049), where that makes threads enough.
 inline Config select_direct_nhwc(const Problem& p) {
-  constexpr int64_t kFewestThreads = 256 * kMultiprocessors;
+  constexpr int64_t kFewestThreads = 512 * kMultiprocessors;
   const DirectArgs args = direct_args(p);
   for (int tile = 0; tile < TileTable(kDirectNhwcTiles).size; ++tile) {
     const Tile& t = kDirectNhwcTiles[tile];
