@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace depthwise {
 
@@ -88,6 +89,19 @@ inline DirectArgs direct_args(const Problem& p) {
   args.stride_h = static_cast<int>(p.stride_h);
   args.dilation_h = static_cast<int>(p.dilation_h);
   args.dilation_w = static_cast<int>(p.dilation_w);
+  return args;
+}
+
+// Rows taken for columns, and columns for rows.
+inline Problem turned(Problem p) {
+  std::swap(p.h, p.w), std::swap(p.out_h, p.out_w), std::swap(p.kernel_h, p.kernel_w);
+  std::swap(p.stride_h, p.stride_w), std::swap(p.padding_h, p.padding_w), std::swap(p.dilation_h, p.dilation_w);
+  return p;
+}
+// The same; at stride 1.
+inline DirectArgs turned(DirectArgs args) {
+  std::swap(args.h, args.w), std::swap(args.out_h, args.out_w), std::swap(args.kernel_h, args.kernel_w);
+  std::swap(args.padding_h, args.padding_w), std::swap(args.dilation_h, args.dilation_w);
   return args;
 }
 

@@ -165,7 +165,8 @@ inline std::string name_beside_weights(const Specialisation& s) {
                   dtype_name(s.dtype), s.band.chunks, s.stride_w, s.band.origin < 0 ? "m" : "",
                   s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w,
                   s.band.tiles_h);
-    return s.channels_last ? name + ("x" + std::to_string(s.band.slots)) + (s.band.shared ? "_shared" : "") : name;
+    return name + (s.channels_last ? "x" + std::to_string(s.band.slots) : "") + (s.band.shared ? "_shared" : "") +
+           (s.band.tall ? "_tall" : "") + (s.band.turned ? "_turned" : "");
   }
   if (s.kernel == Kernel::kBandImages) {
     std::snprintf(name, sizeof(name), "band_images_%s_b%d_o%s%d_i%d_t%d_%s", dtype_name(s.dtype), s.band.chunks,
@@ -292,9 +293,10 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits += tile.queued ? ", true" : ", false";
   }
   if (s.kernel == Kernel::kToeplitz) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %s, %s",
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %s, %s, %s, %s",
                   kTypes[static_cast<int>(s.dtype)], s.band.chunks, s.stride_w, s.band.origin, s.band.image_chunks,
                   s.band.tiles_w, s.band.tiles_h, s.band.slots, s.band.shared ? "true" : "false",
+                  s.band.tall ? "true" : "false", s.band.turned ? "true" : "false",
                   s.band.since_sm80 ? "true" : "false");
     traits = std::string("ToeplitzTraits<") + arguments;
   }

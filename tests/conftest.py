@@ -10,6 +10,7 @@ from stand_in import built, project, shipped, warm  # noqa: F401  fixtures
 
 import bench
 import bench_report as report
+import depthwise_inline
 
 RECORD = report.RESULTS / "gpu_tests.json"
 FUZZ_RECORD = report.RESULTS / "gpu_fuzz.json"
@@ -84,6 +85,26 @@ def pytest_runtest_makereport(item, call):
 def pytest_runtest_setup(item):
     if _lost_in and item.get_closest_marker("gpu"):
         pytest.fail(f"not run: the GPU was lost in {_lost_in}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """Of this run: under pytest-xdist of all its workers."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder):
+    """once(name, work) works once a run: under pytest-xdist in the first worker that comes, while the others wait."""
+
+    def run(name, work):
+        with depthwise_inline._exclusive(shared_folder / f"{name}.lock"):
+            if not (shared_folder / f"{name}.done").exists():
+                work()
+                (shared_folder / f"{name}.done").touch()
+
+    return run
 
 
 def pytest_sessionstart(session):

@@ -444,10 +444,10 @@ def all_variants(direction, problem, dtype, layout, aligned=True):
     return variants
 
 
-def specialisations(problems, dtype, layout, variants=None):
+def specialisations(problems, dtype, layout, variants=None, directions=DIRECTIONS):
     """What `check` has compiled for these problems, aligned or not: the sources by name. `variants` as there."""
     sources = {}
-    for problem, direction, aligned in itertools.product(problems, DIRECTIONS, (True, False)):
+    for problem, direction, aligned in itertools.product(problems, directions, (True, False)):
         for variant in variants or all_variants(direction, problem, dtype, layout, aligned):
             with forced(variant):
                 for float_weight in (False, True):

@@ -12,7 +12,6 @@ Grids, and what each would catch:
 """
 
 import itertools
-import os
 import random
 from dataclasses import replace
 
@@ -72,11 +71,12 @@ SHAPES = [  # kernel, stride, dilation, combinations for the specialised variant
     ((13, 13), (1, 1), (1, 1), "nchw"),
     ((31, 31), (1, 1), (1, 1), "nchw"),
     ((5, 51), (1, 1), (1, 1), "c"),
+    ((51, 5), (1, 1), (1, 1), "c"),
 ]
 FORCED = {  # kernel, stride, dilation that are run in every variant; the others of SHAPES as they are selected
     *(((1, 1), (s, s), (1, 1)) for s in (1, 2)),
     *(((3, 3), (s, s), (d, d)) for s in (1, 2) for d in (1, 2)),
-    *((k, (1, 1), (1, 1)) for k in ((3, 7), (1, 11), (5, 5), (7, 7), (9, 9), (13, 13), (31, 31), (5, 51))),
+    *((k, (1, 1), (1, 1)) for k in ((3, 7), (1, 11), (5, 5), (7, 7), (9, 9), (13, 13), (31, 31), (5, 51), (51, 5))),
     *((k, (2, 2), (1, 1)) for k in ((4, 4), (5, 5))),
     ((2, 2), (3, 3), (1, 1)),
 }
@@ -155,7 +155,7 @@ BATCHES = [  # kernels that take several images at once: batches that fill their
 ]
 
 # Of channels_last products with bands: blocks of an odd number, and in pairs; more than 64 columns; few channels;
-# pixels on 8 and 4 bytes; narrow kernels, many units.
+# pixels on 8 and 4 bytes; narrow kernels in two blocks a multiprocessor.
 UNITS = [
     Problem((20, 20), (13, 13), padding=(6, 6), batch=230, channels=200),
     Problem((33, 47), (9, 27), padding=(4, 13), batch=130, channels=16),
@@ -167,6 +167,17 @@ UNITS = [
     Problem((56, 56), (13, 13), padding=(6, 6), batch=20, channels=48),
     Problem((28, 30), (11, 11), padding=(5, 5), batch=40, channels=56),
     Problem((14, 13), (13, 13), padding=(6, 6), batch=33, channels=128),
+]
+
+# Tall kernels, whose rows are taken for columns: rows of images on 16, 8, 4 and 2 bytes, blocks of several images and
+# of a part of one; dilation; sizes at which warps share the kernel rows of a tile, and at which they do not.
+TURNED = [
+    Problem((56, 56), (51, 5), padding=(25, 2), batch=32, channels=40),
+    Problem((96, 300), (25, 5), padding=(12, 2), batch=3, channels=24),
+    Problem((28, 28), (27, 3), padding=(13, 1), batch=40, channels=16, bias=False),
+    Problem((33, 47), (41, 6), padding=(20, 3), batch=20, channels=10),
+    Problem((31, 18), (9, 3), padding=(12, 3), dilation=(3, 2), batch=50, channels=8),
+    Problem((64, 9), (63, 1), padding=(31, 0), batch=2, channels=3),
 ]
 
 # Channels_last, which NCHW serves between copies: in each dtype all but one.
@@ -187,13 +198,6 @@ def check_all(problems, layout, dtype, **options):
     failures.report()
 
 
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory):
-    """Of this run: under pytest-xdist of all its workers."""
-    own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
 @pytest.fixture
 def alone(shared_folder):
     """One such test at a time holds the GPU's memory, and leaves none of it in PyTorch's cache."""
@@ -203,11 +207,8 @@ def alone(shared_folder):
 
 
 @pytest.fixture(scope="session")
-def compiled(shared_folder):
-    """All specialisations that the grids need, built in parallel instead of one by one at first use.
-
-    Under pytest-xdist by the first worker that comes; the others wait.
-    """
+def compiled(once):
+    """All specialisations that the grids need, built in parallel instead of one by one at first use."""
     sources = {}
     for case in specialised_cases():
         *shape, layout, dtype = case.values
@@ -220,12 +221,11 @@ def compiled(shared_folder):
         sources |= reference.specialisations(problems, dtype, layout)
     for dtype in (F16, BF16):
         sources |= reference.specialisations(UNITS, dtype, "nhwc")
+        for layout in LAYOUTS:
+            sources |= reference.specialisations(TURNED, dtype, layout, ["band"], ("forward", "grad_input"))
     for dtype in HALF_AND_SINGLE:
         sources |= reference.specialisations(COPIED, dtype, "nhwc")
-    with depthwise_inline._exclusive(shared_folder / "compile_ahead.lock"):
-        if not (shared_folder / "compiled_ahead").exists():
-            depthwise_inline._obtain_all(sources)
-            (shared_folder / "compiled_ahead").touch()
+    once("compiled", lambda: depthwise_inline._obtain_all(sources))
 
 
 # ---- Shapes ---------------------------------------------------------------------------------------------------------
@@ -280,6 +280,17 @@ def test_batches(layout, dtype):
 def test_units_one_after_the_other(dtype):
     assert all("toeplitz_nhwc" in reference.select("forward", problem, dtype, "nhwc")[0] for problem in UNITS)
     check_all(UNITS, "nhwc", dtype)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_tall_kernels_are_turned(dtype, layout):
+    directions = ("forward", "grad_input")
+    for problem, direction in itertools.product(TURNED, directions):
+        with reference.forced("band"):
+            assert "_turned" in reference.select(direction, problem, dtype, layout)[0], (problem, direction)
+    check_all(TURNED, layout, dtype, directions=directions, variants=["band"])
 
 
 @pytest.mark.usefixtures("compiled")
@@ -524,6 +535,7 @@ SPECIAL = [  # kernel, stride, dilation out of SHAPES
     ((3, 3), (1, 1), (2, 2)),
     ((13, 13), (1, 1), (1, 1)),
     ((31, 31), (1, 1), (1, 1)),
+    ((51, 5), (1, 1), (1, 1)),
 ]
 SPECIAL_CASES = [case for case in specialised_cases() if case.values[:3] in SPECIAL]
 

@@ -31,18 +31,26 @@ def sanitize(tool, command):
     return int(checked[1]), ours
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("tool", TOOLS)
-def test_nothing_is_reported(tool, part, request, record_property):
+COMMAND = sys.executable, "tests/sanitized.py"
+
+
+@pytest.fixture
+def prepared(request, once):
+    """What is to be watched is compiled, where it will be."""
     if not request.config.getoption("--sanitize"):
         pytest.skip("minutes: only with --sanitize")
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer of the CUDA toolkit is not on PATH")
-    command = [sys.executable, "tests/sanitized.py"]
     env = {**os.environ, "PYTHONPATH": "tests:."}
-    subprocess.run([*command, "prepare"], cwd=reference.ROOT, env=env, check=True)
-    checked, ours = sanitize(tool, [*command, str(part), str(PARTS)])
+    once("sanitizer", lambda: subprocess.run([*COMMAND, "prepare"], cwd=reference.ROOT, env=env, check=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("prepared")
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("tool", TOOLS)
+def test_nothing_is_reported(tool, part, record_property):
+    checked, ours = sanitize(tool, [*COMMAND, str(part), str(PARTS)])
     record_property("sanitizer", {tool: {"parts": 1, "checked": checked, "reported": len(ours)}})
     assert not ours, "\n".join(ours[:20])
 
