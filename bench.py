@@ -482,13 +482,10 @@ def specialisations(network: Network) -> dict[str, str]:
     with torch.device("meta"):
         model = depthwise_inline.replace_depthwise(network.build())
     problems = depthwise_inline._problems(model, (network.batch, 3, IMAGE_SIZE, IMAGE_SIZE))
-    selected = [
-        depthwise_inline._select(direction, DTYPES[precision], layout == "nhwc", sizes)
-        for precision, layout, direction, sizes in itertools.product(
-            network.precisions, LAYOUTS, DIRECTIONS, sorted(set(problems))
-        )
-    ]
-    return {name.rpartition("/")[0]: source for name, source in selected if source}
+    variants = {}
+    for precision, layout, problem in itertools.product(network.precisions, LAYOUTS, sorted(set(problems))):
+        variants |= depthwise_inline._wanted(*problem, DTYPES[precision], layout == "nhwc")
+    return {name.rpartition("/")[0]: source for name, source in variants.items() if source}
 
 
 def difference(before: nn.Module, after: nn.Module, images: Tensor) -> float:

@@ -8,7 +8,7 @@
 
 namespace depthwise {
 
-enum class Direction : int { kForward, kGradInput, kGradWeight };
+enum class Direction : int { kForward, kGradInput, kGradWeight, kGradients };  // the last: both at once
 enum class DType : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
 enum class Layout : int { kNchw, kNhwc };
 
@@ -174,6 +174,13 @@ struct GradWeightArgs {
   int kernel_h, kernel_w;  // for kernels that are not compiled for theirs
   bool evict_first;        // a CachePolicy
   bool float_weight;       // grad_weight and grad_bias are float32, whatever the other tensors are
+};
+
+// Both gradients at once: what the grad of weight is given, and this.
+struct GradientsArgs : GradWeightArgs {
+  const void* weight;
+  void* grad_input;
+  int64_t most_splits;  // for which the workspace has room
 };
 
 // The sizes of a problem; the rest is left to the launch.
@@ -354,8 +361,8 @@ constexpr int grad_input_registers(int columns, int rows, int channels, int kern
 constexpr int kTooLittleSharedMemory = -1, kBeforeSm80 = -2;
 constexpr bool is_refusal(int answer) { return answer < 0; }
 
-// Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs or GradWeightArgs, as
-// its kernel takes.
+// Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs, GradWeightArgs or
+// GradientsArgs, as its kernel takes.
 using Launcher = int (*)(const void* args, int tile_index, void* stream);
 
 }  // namespace depthwise

@@ -1,11 +1,12 @@
 // Which kernel and which tile serve a problem, and why: the one place that decides. Pure C++: no launch, no device.
 // select_config, at the end, decides top to bottom; the functions before it, and for the grad of weight those of
-// select_grad_weight.h, choose among kernels and tiles of one kind.
+// select_grad_weight.h, for both gradients at once those of select_gradients.h, choose among kernels and tiles of one kind.
 #pragma once
 
 #include <string>
 
 #include "select_grad_weight.h"
+#include "select_gradients.h"
 
 namespace depthwise {
 
@@ -343,6 +344,7 @@ inline Config select_nhwc(const Problem& p) {
 inline Config select_config(const Problem& p, bool frugal = false) {
   const bool nchw = p.layout == Layout::kNchw;
   if (p.direction == Direction::kGradWeight) return select_grad_weight(p);
+  if (p.direction == Direction::kGradients) return select_gradients(p);
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
     return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
   const Config columns = select_columns(p);

@@ -125,7 +125,7 @@ def test_the_sample_has_every_tile(emulator):
         variant
         for shape, places in SAMPLE.items()
         for (layout, dtype), problem in itertools.product(places, shape_problems(*shape, everything=False))
-        for direction in reference.DIRECTIONS
+        for direction in reference.ALL_DIRECTIONS
         for variant in reference.all_variants(direction, problem, dtype, layout)
     }
     assert len(tiles) > 40 and tiles | {"general"} == found
@@ -568,6 +568,8 @@ OTHER_WAYS = [
     ("grad_input", "stream_channels8", WIDE, BF16, "nhwc"),
     ("grad_weight", "weight_stream32", WIDE, F16, "nhwc"),
     ("grad_weight", "weight_strips", ODD, F16, "nchw"),
+    ("gradients", "gradients_lanes8", MANY, BF16, "nhwc"),
+    ("gradients", "gradients", replace(STRAIGHT, image=(9, 280), padding=(1, 1)), F16, "nchw"),
 ]
 
 
@@ -609,6 +611,9 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("grad_weight", "weight_columns", SMALL, F16, "nchw"),
     ("grad_weight", "weight_planes_x4g4", SMALL, F32, "nchw"),
     ("grad_weight", "weight_rows1", SMALL, BF16, "nhwc"),
+    ("gradients", "gradients", SMALL, F32, "nchw"),
+    ("gradients", "gradients_planes", ODD, BF16, "nchw"),
+    ("gradients", "gradients_lanes16", SMALL, F16, "nhwc"),
 ]
 
 

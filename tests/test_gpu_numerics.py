@@ -518,7 +518,7 @@ def test_inputs_are_left_alone():
         tensors = reference.make_tensors(problem, F32, layout, reference.fresh_generator())
         storages = [t.new_empty(0).set_(t.untyped_storage()) for t in tensors]
         before = [(storage.clone(), t._version) for storage, t in zip(storages, tensors, strict=True)]
-        for direction in reference.DIRECTIONS:
+        for direction in reference.ALL_DIRECTIONS:
             reference.run(direction, problem, tensors, layout)
         for name, t, storage, (values, version) in zip(
             ("x", "weight", "bias", "grad_out"), tensors, storages, before, strict=True
@@ -606,7 +606,7 @@ def test_repeat_runs_agree_bit_for_bit(kernel, stride, dilation, layout, dtype):
     failures = Failures()
     problem = special_problem((57, 61), kernel, stride, dilation, batch=16, channels=24)
     tensors = reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
-    for direction in reference.DIRECTIONS:
+    for direction in reference.ALL_DIRECTIONS:
         kernel_layout = reference.forward_layout(tensors.x, tensors.weight) if direction == "forward" else layout
         for variant in reference.all_variants(direction, problem, dtype, kernel_layout):
             where = (problem, reference.short(dtype), layout, direction, variant)
