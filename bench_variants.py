@@ -74,18 +74,19 @@ def measure(problem: bench.Problem, layout: str, names: dict[str, str], watch: b
     """A row for each variant, the fastest first; one that failed holds 'failed' and comes last."""
     selected = names[""]
     rows, calls = [], []
-    allowed = bench.allowed_error(problem, *problem.errors([bench.pytorch_result(problem, layout, watch)]))
+    theirs = bench.pytorch_result(problem, layout, watch)
+    allowed = bench.allowed_error(problem, *problem.errors(theirs, problem.direction))
     for variant, name in names.items():
         if variant and name == selected:
             continue
 
-        def run(variant: str = variant) -> torch.Tensor:
+        def run(variant: str = variant) -> tuple[torch.Tensor, ...]:
             force(variant)
             return problem.ours(layout)
 
         row = {"variant": name, "selected": name == selected, "call": bench.Call(run)}
         try:
-            (row["error"],) = problem.errors([watch.once(row["call"])])
+            (row["error"],) = problem.errors(watch.once(row["call"]), problem.direction)
             if not row["error"] <= allowed:
                 raise RuntimeError(f"wrong result: error {row['error']:.2e} against float64, allowed {allowed:.2e}")
             calls.append(row["call"])
