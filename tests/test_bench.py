@@ -409,7 +409,11 @@ def test_variants_are_forced_checked_and_timed(on_the_cpu, monkeypatch, capsys, 
     monkeypatch.setattr(bench_variants.depthwise_inline, "_load_library", lambda: library)
     monkeypatch.setattr(bench_variants.depthwise_inline, "_select", library.select)
     monkeypatch.setattr(bench_variants.depthwise_inline, "_obtain_all", built.append)
-    monkeypatch.setattr(bench.Problem.func, "ours", lambda *a: true(*a) * (2 if library.forced == "wrong" else 1))
+
+    def ours(*arguments):
+        return tuple(result * (2 if library.forced == "wrong" else 1) for result in true(*arguments))
+
+    monkeypatch.setattr(bench.Problem.func, "ours", ours)
     arguments = ["--dtype", "float16", "--layout", "nhwc", "--direction", "forward", "--variants", *names]
     args = bench.parser(CASES).parse_args([*arguments, "--json", str(tmp_path / "out.json")])
     assert bench.with_gpu({**CASES, "small": SMALL}, [SMALL], args) == ("wrong" in expected)
