@@ -1035,18 +1035,26 @@ def _private_root() -> Path:
     return Path(folder)
 
 
-def _cache_key(compiler: _Compiler, arch_flags: Sequence[str], texts: Sequence[str]) -> str:
-    """A hash of all that a library depends on: headers and sources, flags, versions, architectures."""
+def _cache_entries(compiler: _Compiler, arch_flags: Sequence[str]) -> Callable[[str, Sequence[str]], str]:
+    """Names the cache's entry for a library's name and texts: a hash of these, and of all else that it depends on,
+    headers, flags, versions and architectures, which are read once."""
     folder = _kernels_folder()
     facts = [
         *(f"{path.name}\n{path.read_text()}" for path in sorted(folder.iterdir()) if path.is_file()),
-        *(text.replace(str(folder), "kernels") for text in texts),
         *(*_NVCC_FLAGS, *_CXX_FLAGS, *arch_flags),
         *(torch.__version__, str(torch.version.git_version), str(torch.version.cuda), compiler.version),
         *(_output([*_cxx_command(), "--version"]), os.environ.get("CC", "")),
         *(sys.version, str(sysconfig.get_config_var("SOABI")), platform.machine()),
     ]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
+    shared = hashlib.sha256("\0".join(facts).encode())
+
+    def entry(name: str, texts: Sequence[str]) -> str:
+        digest = shared.copy()
+        for text in texts:
+            digest.update(b"\0" + text.replace(str(folder), "kernels").encode())
+        return f"{re.sub('[^A-Za-z0-9]+', '_', name)}-{digest.hexdigest()[:20]}"
+
+    return entry
 
 
 class _CacheUnusable(OSError):
@@ -1198,7 +1206,7 @@ def _obtain(name: str, what: str, cpp: Sequence[str], cuda: Sequence[str]) -> Pa
         )
     compiler = _find_compiler()
     flags = compiler.arch_flags(architectures)
-    entry = f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}-{_cache_key(compiler, flags, (*cpp, *cuda))}"
+    entry = _cache_entries(compiler, flags)(name, (*cpp, *cuda))
     what = f"{what} for {', '.join('sm_' + name.replace('.', '') for name in architectures)}"
 
     def build(folder: Path) -> None:
@@ -1378,6 +1386,18 @@ def precompile(
     return list(variants)
 
 
+def _not_cached(sources: dict[str, str]) -> dict[str, str]:
+    """Those of some specialisations that would have to be compiled."""
+    try:
+        compiler = _find_compiler()
+        entry, root = _cache_entries(compiler, compiler.arch_flags(_architectures())), _cache_root()
+        return {
+            name: text for name, text in sources.items() if not (root / entry(name, (text,)) / "library.so").is_file()
+        }
+    except (BuildError, OSError):
+        return sources
+
+
 def _obtain_all(sources: dict[str, str]) -> None:
     """Compile specialisations into the cache on disk, a process a core. What fails here fails again, and tells, when it
     is loaded."""
@@ -1391,15 +1411,13 @@ def _obtain_all(sources: dict[str, str]) -> None:
             with contextlib.suppress(Exception):
                 module._obtain(name, name, (), (source,))
     """
-    items = sorted(sources.items())
+    items = sorted(_not_cached(sources).items())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(len(items), cores)
     if count < 2 or _own_file() is None:
         return
     what = f"{len(items)} specialisations in {count} processes"
-    print(
-        f"depthwise_inline: compiling {what}, where they are not cached in {_cache_root()}", file=sys.stderr, flush=True
-    )
+    print(f"depthwise_inline: compiling {what}, once; cached in {_cache_root()}", file=sys.stderr, flush=True)
     workers = [
         subprocess.Popen([sys.executable, "-c", build], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for _ in range(count)

@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     const int pixel = copy_pixel + k * copy_step, column = first_column - kPadding + pixel;
     if (channel_exists && static_cast<unsigned>(column) < static_cast<unsigned>(args.w)) grad_exists |= 1u << k;
     if (channel_exists && first_column + pixel < args.w) in_exists |= 1u << k;
-    to[k] = Traits::pixel_at(pixel) + place % Traits::kCopies * 16;
+    to[k] = Traits::pixel_at(pixel);
   }
   const CachePolicy policy(args);
-  const auto target = policy.target(shared_memory);
+  const auto target = policy.target(shared_memory + place % Traits::kCopies * 16);
   // Of the rows of grad_output; those of the input are kPadding behind.
   const VirtualRow first(begin - kPadding, period, args.h, pitch);
   const T* grad = static_cast<const T*>(args.grad_output) + (walk_offset + first.offset) +
@@ -105,9 +105,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   const int in_to = kKernel * tiling.images * ring.grad_row + walker * ring.in_row;
   const int grad_step = tiling.images * ring.grad_row, in_step = tiling.images * ring.in_row;
   const int grad_steps = min(end + kPadding, walk_rows) - (begin - kPadding), in_steps = max(0, end - begin);
-  int next_slot = ptx::opaque(0), next_y = first.y, next_step = 0;  // opaque: see CachePolicy::target
+  int next_slot = 0, next_y = first.y, next_step = 0;
   const auto request = [&](bool exists) {
     if (exists && active) {
+      // Opaque, lest they are uniform: see CachePolicy::target.
+      int grad_row_to = ptx::opaque(next_slot + grad_to), in_row_to = ptx::opaque(next_slot + in_to);
 #pragma unroll
       for (int r = 0; r < kKernel; ++r) {
         const bool grad_row = next_y < args.h && next_step + r < grad_steps;
@@ -116,15 +118,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 #pragma unroll
         for (int k = 0; k < Traits::kGradCopies; ++k)
           if (copy_pixel + k * copy_step < grad_pixels)
-            policy.template copy_async<16>(target, next_slot + grad_to + r * grad_step + to[k],
+            policy.template copy_async<16>(target, grad_row_to + to[k],
                                            grad + static_cast<int64_t>(k) * copy_step * channels,
                                            grad_row && (grad_exists >> k & 1));
 #pragma unroll
         for (int k = 0; k < Traits::kInCopies; ++k)
           if (Traits::kTilePixels <= kColumns || copy_pixel + k * copy_step < in_pixels)
-            policy.template copy_async<16>(target, next_slot + in_to + r * in_step + to[k],
+            policy.template copy_async<16>(target, in_row_to + to[k],
                                            in + static_cast<int64_t>(k) * copy_step * channels,
                                            in_row && (in_exists >> k & 1));
+        grad_row_to = ptx::opaque(grad_row_to + grad_step), in_row_to = ptx::opaque(in_row_to + in_step);
         const bool ends = ++next_y == period;
         const int step = ends ? (1 - kPadding) * pitch : pitch;
         grad += step, in += step;

@@ -10,7 +10,7 @@ namespace depthwise {
 // (59 / 50), 128x240x28x28 90 / 54 (128 / 84), 16x64x512x512 818 / 391 (1040 / 522), 32x960x7x7 13 / 12 (20 / 18). 5x5,
 // 128x240x28x28: 114 / 106 (140 / 109).
 // Lanes: the widest pixels that waste little (144 channels, fp32: 24 lanes 206, 32 lanes 214). 5x5: few lanes, of many strips
-// (16 lanes 114 / 106, 48 lanes 118 / 116).
+// (16 lanes 114, 48 lanes 118).
 inline Config select_gradients_nhwc(const Problem& p) {
   const int vector = gradients_vector(static_cast<int>(p.kernel_h), element_size(p.dtype));
   const auto padded = [&](int lanes) { return divide_up<int64_t>(p.c, lanes * vector) * lanes * vector; };
@@ -28,15 +28,19 @@ inline Config select_gradients_nhwc(const Problem& p) {
 
 // NCHW, 3x3: 32x144x56x56 55 / 38 (77 / 48), 128x96x112x112 474 / 256 (681 / 348), 16x64x512x512 819 / 425 (1129 / 525);
 // planes: 128x384x14x14 39 / 27 (57 / 36), 128x240x28x28 83 / 52 (107 / 74), 32x960x7x7 13 / 12 (17 / 16),
-// 128x144x56x56 186 / 113 (269 / 139). 5x5, planes, 128x240x28x28: 113 / 96 (135 / 80), so not in 16 bits.
-inline Config select_gradients(const Problem& p) {
-  if (p.layout == Layout::kNhwc) return select_gradients_nhwc(p);
-  if (p.kernel_h > 3 && p.dtype != DType::kFloat32) return {};
+// 128x144x56x56 186 / 113 (269 / 139). 5x5, planes, 128x240x28x28: 113 / 96 (135 / 80).
+inline Config select_gradients_nchw(const Problem& p) {
   constexpr int64_t kSmallPlane = 32 * 32;
   const Config planes = first_that_serves(p, Kernel::kGradientsPlanesNchw);
   if (p.h * p.w <= kSmallPlane && planes.kernel != Kernel::kGeneral) return planes;
   const Config rows = first_that_serves(p, Kernel::kGradientsNchw);
   return rows.kernel != Kernel::kGeneral ? rows : planes;
+}
+
+// 5x5 in 16 bits takes as long as both apart, or longer: what it computes for a position costs more than what it saves.
+inline Config select_gradients(const Problem& p) {
+  if (p.kernel_h > 3 && p.dtype != DType::kFloat32) return {};
+  return p.layout == Layout::kNhwc ? select_gradients_nhwc(p) : select_gradients_nchw(p);
 }
 
 }  // namespace depthwise

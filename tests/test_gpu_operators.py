@@ -166,6 +166,7 @@ def test_opcheck(problem, layout, dtype):
         operators.grad_weight.default,
         (grad_out, x, *problem.kernel, *problem.geometry, last, bias is not None),
     )
+    torch.library.opcheck(operators.gradients.default, (grad_out, x, weight, *problem.geometry, last))
 
 
 def test_the_two_forward_operators_agree():
@@ -696,6 +697,8 @@ def test_operators_reject_bad_gradients(name):
             torch.ops.depthwise_inline.grad_input(grad_out, filters(), 8, 8, *geometry, False)
     with pytest.raises(RuntimeError):
         torch.ops.depthwise_inline.grad_weight(grad_out, image(), 3, 3, *geometry, False, True)
+    with pytest.raises(RuntimeError):
+        torch.ops.depthwise_inline.gradients(grad_out, image(), filters(), *geometry, False)
     torch.cuda.synchronize()
 
 
