@@ -180,6 +180,19 @@ TURNED = [
     Problem((64, 9), (63, 1), padding=(31, 0), batch=2, channels=3),
 ]
 
+# Both gradients at once: rows within a warp and wider, ragged strips and planes, many images one below the other,
+# blocks of whole images and of a part of one, groups of channels that are not full.
+AT_ONCE = [
+    Problem((112, 112), (3, 3), padding=(1, 1), batch=20, channels=48),
+    Problem((130, 520), (3, 3), padding=(1, 1), batch=3, channels=24),
+    Problem((7, 7), (3, 3), padding=(1, 1), batch=40, channels=960),
+    Problem((14, 14), (3, 3), padding=(1, 1), batch=150, channels=200),
+    Problem((33, 51), (3, 3), padding=(1, 1), batch=17, channels=72),
+    Problem((3, 1000), (3, 3), padding=(1, 1), batch=5, channels=16),
+    Problem((28, 28), (5, 5), padding=(2, 2), batch=33, channels=40),
+    Problem((19, 50), (5, 5), padding=(2, 2), batch=70, channels=88),
+]
+
 # Channels_last, which NCHW serves between copies: in each dtype all but one.
 COPIED = [
     Problem((40, 8), (160, 3), padding=(79, 1), batch=2, channels=8),
@@ -225,6 +238,8 @@ def compiled(once):
             sources |= reference.specialisations(TURNED, dtype, layout, ["band"], ("forward", "grad_input"))
     for dtype in HALF_AND_SINGLE:
         sources |= reference.specialisations(COPIED, dtype, "nhwc")
+        for layout in LAYOUTS:
+            sources |= reference.specialisations(AT_ONCE, dtype, layout, directions=(reference.GRADIENTS,))
     once("compiled", lambda: depthwise_inline._obtain_all(sources))
 
 
@@ -291,6 +306,18 @@ def test_tall_kernels_are_turned(dtype, layout):
         with reference.forced("band"):
             assert "_turned" in reference.select(direction, problem, dtype, layout)[0], (problem, direction)
     check_all(TURNED, layout, dtype, directions=directions, variants=["band"])
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("layout", "dtype"), ALL_IDS)
+def test_both_gradients_at_once(layout, dtype):
+    """By every kernel that computes them so; the automatic choice leaves 5x5 in 16 bits to two of them."""
+    direction = reference.GRADIENTS
+    assert all(len(reference.all_variants(direction, problem, dtype, layout)) > 1 for problem in AT_ONCE)
+    check_all(AT_ONCE, layout, dtype, directions=[direction])
+    for problem in AT_ONCE:
+        at_once = reference.select(direction, problem, dtype, layout)[0] != "general"
+        assert at_once == (problem.kernel == (3, 3) or dtype is F32)
 
 
 @pytest.mark.usefixtures("compiled")
