@@ -322,9 +322,15 @@ def _gradients_fake(grad_output: Tensor, input: Tensor, weight: Tensor, *rest: i
     return grad_input, weight.new_empty(weight.shape)
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func or forward mode may want more of an operator than its results."""
+    return _is_functorch_active() or forward_ad._current_level >= 0
+
+
 def _gradients_autograd(*arguments: Tensor | int | bool) -> tuple[Tensor, Tensor]:
     """Two operators where somebody differentiates; one elsewhere, as in the backward pass of a training step."""
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+    wants_gradients = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if wants_gradients or _is_transformed():
         return _gradients_apart(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return _OPS.gradients.default(*arguments)
@@ -345,8 +351,7 @@ def _forward_backward(ctx, grad_output):
     input, weight = ctx.saved_tensors
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = grad_bias = None
-    differentiated = torch.is_grad_enabled() or _is_functorch_active()
-    if need_input and need_weight and not need_bias and not differentiated:
+    if need_input and need_weight and not (need_bias or torch.is_grad_enabled() or _is_transformed()):
         grad_input, grad_weight = _OPS.gradients.default(grad_output, input, weight, *ctx.geometry, ctx.channels_last)
         return grad_input, grad_weight, *(None,) * 7
     if need_input:
