@@ -16,7 +16,7 @@ struct BandImagesTraits {
   using T = T_;
   static constexpr int kChunks = kChunks_, kOrigin = kOrigin_, kImageChunks = kImageChunks_, kTiles = kTiles_;
   static constexpr int kRows = kRows_, kStrideW = 1;
-  static constexpr bool kChannelsLast = false, kTurned = false;
+  static constexpr bool kChannelsLast = false;
   static constexpr int kWarps = kBandImagesWarps, kThreads = 32 * kWarps;
   static constexpr int kPitch = kImageChunks, kStored = kPitch;  // chunks of a row in shared memory
   static constexpr int kPairs = (kImageChunks + 1) / 2;

@@ -70,37 +70,6 @@ __device__ __forceinline__ void for_each_row(const ToeplitzSums<Traits>& sum, in
     }
 }
 
-// kTall: kernel rows whose products are added up in registers of their own. Tensor cores truncate, and sums of many drift.
-constexpr int kRowsTogether = 16;
-template <int kTiles, class Traits>
-struct ToeplitzTotal {
-  float value[kTiles][Traits::kTilesW][4] = {};
-  int until = kRowsTogether;
-
-  __device__ __forceinline__ void add(ToeplitzSums<Traits>& sum) {
-#pragma unroll
-    for (int a = 0; a < kTiles; ++a)
-#pragma unroll
-      for (int n = 0; n < Traits::kTilesW; ++n)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) value[a][n][k] += sum[a][n][k], sum[a][n][k] = 0;
-  }
-  __device__ __forceinline__ void add_row(ToeplitzSums<Traits>& sum) {
-    if (--until > 0) return;
-    add(sum);
-    until = kRowsTogether;
-  }
-  __device__ __forceinline__ void finish(ToeplitzSums<Traits>& sum) {
-    add(sum);
-#pragma unroll
-    for (int a = 0; a < kTiles; ++a)
-#pragma unroll
-      for (int n = 0; n < Traits::kTilesW; ++n)
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sum[a][n][k] = value[a][n][k];
-  }
-};
-
 // Of the first kTiles tiles. `pairs`: the channel's weights.
 template <int kTiles, class Traits>
 __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const ToeplitzRows<Traits>& rows,
@@ -117,7 +86,6 @@ __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const T
     in_row[a] = rows.in_row[a] + rows.first_tap * args.dilation_h;
     address[a] = rows.address[a] + rows.first_tap * args.dilation_h * rows.kRowBytes;
   }
-  std::conditional_t<Traits::kTall, ToeplitzTotal<kTiles, Traits>, int> total{};
 #pragma unroll 1
   for (int left = rows.end_tap - rows.first_tap; left > 0; --left, row += Traits::kBand) {
     unsigned band[Traits::kChunks];
@@ -147,9 +115,7 @@ __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const T
             multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
         }
     }
-    if constexpr (Traits::kTall) total.add_row(sum);
   }
-  if constexpr (Traits::kTall) total.finish(sum);
 }
 
 // The sums of the warps that share tiles, added up by the first of them. `slot`: which of the block's sharing groups; all
