@@ -113,6 +113,16 @@ def test_record_of_sanitizers(tmp_path):
     assert record["racecheck"] == {"parts": 1, "checked": 5, "reported": 0}
 
 
+def test_once_a_run(once):
+    """What failed is tried again; what was done is not."""
+    calls = []
+    with pytest.raises(ZeroDivisionError):
+        once("test_once_a_run", lambda: 1 / 0)
+    for _ in range(2):
+        once("test_once_a_run", lambda: calls.append(1))
+    assert calls == [1]
+
+
 def test_a_lost_gpu_is_said_once(tmp_path):
     (tmp_path / "test_lost.py").write_text(LOST)
     code = RUN.replace("# before", "sys.path.insert(0, 'tests')")

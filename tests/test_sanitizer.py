@@ -12,6 +12,7 @@ import reference
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 PARTS = 5  # of the problems, which pytest-xdist runs side by side
+COMMAND = sys.executable, "tests/sanitized.py"
 SUMMARY = re.compile(r"(?m)^========= (?:RACECHECK SUMMARY: (\d+) hazards?|ERROR SUMMARY: (\d+) errors?)")
 
 
@@ -31,12 +32,9 @@ def sanitize(tool, command):
     return int(checked[1]), ours
 
 
-COMMAND = sys.executable, "tests/sanitized.py"
-
-
 @pytest.fixture
 def prepared(request, once):
-    """What is to be watched is compiled, where it will be."""
+    """Compiles what the tools watch; without --sanitize, or without the tools, skips."""
     if not request.config.getoption("--sanitize"):
         pytest.skip("minutes: only with --sanitize")
     if shutil.which("compute-sanitizer") is None:
