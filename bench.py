@@ -49,7 +49,7 @@ import bench_report as report
 import compiler_report
 import depthwise_inline
 from bench_models import NETWORKS, Network
-from bench_report import DIRECTIONS, LOSS, Case
+from bench_report import DIRECTIONS, GRADIENTS, LOSS, Case
 
 DTYPES = {name: getattr(torch, name) for name in report.DTYPES}
 LAYOUTS = dict(zip(report.LAYOUTS, (torch.contiguous_format, torch.channels_last), strict=True))
@@ -102,24 +102,41 @@ class Problem:
             for t in (x, weight, grad)
         )
 
-    def pytorch(self, layout: str) -> Tensor:
-        """PyTorch's own operator, in the modes its backend flags select."""
-        return _convolution(self.case, self.direction, self.x[layout], self.weight[layout], self.grad[layout])
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The directions that are computed."""
+        return DIRECTIONS[1:] if self.direction == GRADIENTS else (self.direction,)
 
-    def ours(self, layout: str) -> Tensor:
-        """The same result from this project's operators."""
+    def pytorch(self, layout: str) -> tuple[Tensor, ...]:
+        """The parts, by PyTorch's own operator, in the modes its backend flags select."""
+        return _convolution(self.case, self.parts, self.x[layout], self.weight[layout], self.grad[layout])
+
+    def apart(self, layout: str) -> tuple[Tensor, ...]:
+        """The parts, by this project's operators for each of them."""
+        return tuple(self._ours(part, layout) for part in self.parts)
+
+    def ours(self, layout: str) -> tuple[Tensor, ...]:
+        """The same from this project's operator for the direction."""
+        if self.direction != GRADIENTS:
+            return (self._ours(self.direction, layout),)
+        case, s, d = self.case, self.case.stride, self.case.dilation
+        tensors = self.grad[layout], self.x[layout], self.weight[layout]
+        last = case.is_channels_last(layout)
+        return torch.ops.depthwise_inline.gradients.default(*tensors, s, s, *case.paddings, d, d, last)
+
+    def _ours(self, direction: str, layout: str) -> Tensor:
         case, x, weight, grad = self.case, self.x[layout], self.weight[layout], self.grad[layout]
         s, p, d = case.stride, case.paddings, case.dilation
-        if self.direction == "forward":
+        if direction == "forward":
             return depthwise_inline.depthwise_conv2d(x, weight, None, (s, s), p, (d, d))
         last = case.is_channels_last(layout)
         ops = torch.ops.depthwise_inline
-        if self.direction == "grad_input":
+        if direction == "grad_input":
             return ops.grad_input.default(grad, weight, case.h, case.w, s, s, *p, d, d, last)
         return ops.grad_weight.default(grad, x, case.kernel_h, case.kernel_w, s, s, *p, d, d, last, False)[0]
 
-    def errors(self, results: Sequence[Tensor]) -> list[float]:
-        """Largest error of each result against float64, relative to the largest reference value.
+    def errors(self, results: Sequence[Tensor], direction: str) -> list[float]:
+        """Largest error of each result of a direction against float64, relative to the largest reference value.
 
         NaN where a result holds NaN or has the wrong shape. In pieces of the batch, to bound the memory.
         """
@@ -129,7 +146,7 @@ class Problem:
         worst = torch.zeros(len(results), dtype=torch.float64, device=weight.device)
         total = torch.zeros_like(weight)
         shapes = {"forward": case.out_shape, "grad_input": case.x_shape, "grad_weight": case.weight_shape}
-        shape = shapes[self.direction]
+        shape = shapes[direction]
         wrong = [i for i, result in enumerate(results) if tuple(result.shape) != shape]
 
         def compare(reference: Tensor, pieces: Iterable[Tensor]) -> None:
@@ -143,23 +160,27 @@ class Problem:
         for begin in range(0, case.n, step):
             part = slice(begin, begin + step)
             part_grad = None if grad is None else grad[part].double()
-            reference = _convolution(case, self.direction, x[part].double(), weight, part_grad)
-            if self.direction == "grad_weight":
+            (reference,) = _convolution(case, (direction,), x[part].double(), weight, part_grad)
+            if direction == "grad_weight":
                 total += reference
             else:
                 compare(reference, (result[part] for result in results))
-        if self.direction == "grad_weight":
+        if direction == "grad_weight":
             compare(total, results)
         worst[wrong] = math.nan
         return (worst / largest).tolist()
 
 
-def _convolution(case: Case, direction: str, x: Tensor, weight: Tensor, grad: Tensor | None) -> Tensor:
-    if direction == "forward":
-        return torch.ops.aten.convolution.default(x, weight, None, *case.convolution_arguments())
-    mask = [direction == "grad_input", direction == "grad_weight", False]
+def _convolution(
+    case: Case, directions: Sequence[str], x: Tensor, weight: Tensor, grad: Tensor | None
+) -> tuple[Tensor, ...]:
+    """PyTorch's results: of forward, or of one gradient or both."""
+    if directions == ("forward",):
+        return (torch.ops.aten.convolution.default(x, weight, None, *case.convolution_arguments()),)
+    mask = [direction in directions for direction in DIRECTIONS[1:]]
     backward = torch.ops.aten.convolution_backward.default
-    return backward(grad, x, weight, None, *case.convolution_arguments(), mask)[mask.index(True)]
+    grads = backward(grad, x, weight, None, *case.convolution_arguments(), [*mask, False])
+    return tuple(result for result, is_wanted in zip(grads, [*mask, False], strict=True) if is_wanted)
 
 
 def selected(case: Case, dtype: torch.dtype, layout: str, direction: str) -> tuple[str, str]:
@@ -316,8 +337,8 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
             "dtype": str(dtype).removeprefix("torch."),
             "layout": layout,
             "direction": problem.direction,
-            "bytes": case.bytes(dtype.itemsize),
-            "flops": case.flops(),
+            "bytes": case.bytes(dtype.itemsize, at_once=len(problem.parts) > 1),
+            "flops": case.flops() * len(problem.parts),
         }
         for layout in layouts
     ]
@@ -327,6 +348,7 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
         for benchmark in (False, True)
     }
     ours = {layout: Call(lambda layout=layout: problem.ours(layout)) for layout in layouts}
+    apart = {layout: Call(lambda layout=layout: problem.apart(layout)) for layout in layouts if len(problem.parts) > 1}
 
     for key, call in list(pytorch.items()):
         try:
@@ -344,46 +366,52 @@ def measure(problem: Problem, layouts: Sequence[str], watch: Stopwatch) -> list[
             results[layout] = results_of(problem, layout, watch)
         except Exception as error:  # whatever it is, the other rows are still measured
             row["failed"] = first_line(error)
-    # Together, as the reference takes longer than all of them.
-    errors = problem.errors([result for pair in results.values() for result in pair]) if results else []
-    checked = dict(zip(results, zip(errors[::2], errors[1::2], strict=True), strict=True))
-    results.clear()
-    for row in rows:
-        if "failed" not in row:
+    for index, part in enumerate(problem.parts if results else ()):
+        # Together, as the reference takes longer than all of them.
+        errors = problem.errors([result[index] for pair in results.values() for result in pair], part)
+        checked = dict(zip(results, zip(errors[::2], errors[1::2], strict=True), strict=True))
+        for row in (row for row in rows if "failed" not in row):
             row["error"], row["pytorch_error"] = checked[row["layout"]]
             if not row["error"] <= allowed_error(problem, row["pytorch_error"]):
                 row["failed"] = (
                     f"RuntimeError: wrong result: error {row['error']:.2e} against float64, "
                     f"PyTorch's {row['pytorch_error']:.2e}"
                 )
+    results.clear()
+    for row in rows:
         if "failed" in row:
             del ours[row["layout"]]
+            apart.pop(row["layout"], None)
 
     if ours:
         torch.cuda.empty_cache()
-        copy = copy_of(case.bytes(dtype.itemsize), problem.x["nchw"].device)
-        watch.once(copy)
-        watch.time([*ours.values(), *pytorch.values(), copy])
+        copy = copy_of(rows[0]["bytes"], problem.x["nchw"].device)
+        for call in (copy, *apart.values()):
+            watch.once(call)
+        watch.time([*ours.values(), *apart.values(), *pytorch.values(), copy])
     for row in rows:
         if "failed" not in row:
             call = ours[row["layout"]]
             row["copy_ms"] = copy.median
             row["ours_ms"], row["ours_spread"] = call.median, call.spread
+            if apart:
+                row["apart_ms"] = apart[row["layout"]].median
             row["pytorch_ms"] = min(other.median for key, other in pytorch.items() if key[0] == row["layout"])
             row["pytorch_any_layout_ms"] = min(other.median for other in pytorch.values())
     return rows
 
 
-def results_of(problem: Problem, layout: str, watch: Stopwatch) -> tuple[Tensor, Tensor]:
-    """Our result and PyTorch's; raises where ours lies in memory as it should not."""
+def results_of(problem: Problem, layout: str, watch: Stopwatch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Our results and PyTorch's; raises where one of ours lies in memory as it should not."""
     ours = watch.once(Call(lambda: problem.ours(layout)))
-    if problem.direction != "grad_weight" and not ours.is_contiguous(memory_format=LAYOUTS[layout]):
-        raise RuntimeError(f"wrong layout: the result's strides are {ours.stride()}")
+    for part, result in zip(problem.parts, ours, strict=True):
+        if part != "grad_weight" and not result.is_contiguous(memory_format=LAYOUTS[layout]):
+            raise RuntimeError(f"wrong layout: the result's strides are {result.stride()}")
     return ours, pytorch_result(problem, layout, watch)
 
 
-def pytorch_result(problem: Problem, layout: str, watch: Stopwatch) -> Tensor:
-    """PyTorch's own result without TF32, which its convolutions may use by default."""
+def pytorch_result(problem: Problem, layout: str, watch: Stopwatch) -> tuple[Tensor, ...]:
+    """PyTorch's own results without TF32, which its convolutions may use by default."""
     allow_tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -482,13 +510,10 @@ def specialisations(network: Network) -> dict[str, str]:
     with torch.device("meta"):
         model = depthwise_inline.replace_depthwise(network.build())
     problems = depthwise_inline._problems(model, (network.batch, 3, IMAGE_SIZE, IMAGE_SIZE))
-    selected = [
-        depthwise_inline._select(direction, DTYPES[precision], layout == "nhwc", sizes)
-        for precision, layout, direction, sizes in itertools.product(
-            network.precisions, LAYOUTS, DIRECTIONS, sorted(set(problems))
-        )
-    ]
-    return {name.rpartition("/")[0]: source for name, source in selected if source}
+    variants = {}
+    for precision, layout, problem in itertools.product(network.precisions, LAYOUTS, sorted(set(problems))):
+        variants |= depthwise_inline._wanted(*problem, DTYPES[precision], layout == "nhwc")
+    return {name.rpartition("/")[0]: source for name, source in variants.items() if source}
 
 
 def difference(before: nn.Module, after: nn.Module, images: Tensor) -> float:
@@ -658,7 +683,7 @@ def print_compiler_report(cases: Sequence[Case], args: argparse.Namespace) -> in
         depthwise_inline.precompile()
         print(f"\noperator library for {wanted} ready in {time.perf_counter() - begin:.1f} s")
         sources: dict[str, str | None] = {"operators": None}
-        for case, direction in itertools.product(cases, args.direction):
+        for case, direction in itertools.product(cases, directions_of(args)):
             for dtype, layout in itertools.product(args.dtype, args.layout):
                 name, source = selected(case, DTYPES[dtype], layout, direction)
                 if source:
@@ -700,6 +725,11 @@ def without_gpu(headline: Case, chosen: Sequence[Case], args: argparse.Namespace
     return failures
 
 
+def directions_of(args: argparse.Namespace) -> list[str]:
+    """What is asked for; with both gradients, both at once too."""
+    return [*args.direction, *([GRADIENTS] if set(DIRECTIONS[1:]) <= set(args.direction) else [])]
+
+
 def groups_that_fit(cases: Sequence[Case], args: argparse.Namespace) -> list[tuple[Case, str, str]]:
     """Case, dtype and direction of what is asked for; says what is left out, as the GPU's memory cannot hold it."""
     memory = torch.cuda.get_device_properties(0).total_memory
@@ -707,16 +737,26 @@ def groups_that_fit(cases: Sequence[Case], args: argparse.Namespace) -> list[tup
     for case, dtype in itertools.product(cases, args.dtype):
         needed = memory_needed(case, DTYPES[dtype])
         if needed < 0.9 * memory:
-            groups += [(case, dtype, direction) for direction in args.direction]
+            of_case = [(case, dtype, direction) for direction in directions_of(args)]
+            groups += [group for group in of_case if layouts_of(group, args.layout)]
         else:
             print(f"{case.name} {dtype} is left out: it needs about {needed / 2**30:.0f} GiB of GPU memory")
     return groups
 
 
+def layouts_of(group: tuple[Case, str, str], layouts: Sequence[str]) -> list[str]:
+    """The layouts in which a group is measured: both gradients at once where a kernel computes them so."""
+    case, dtype, direction = group
+    if direction != GRADIENTS:
+        return list(layouts)
+    return [layout for layout in layouts if selected(case, DTYPES[dtype], layout, direction)[0] != "general"]
+
+
 def compile_all(groups: Sequence[tuple[Case, str, str]], layouts: Sequence[str], headline: Case) -> None:
     """What the groups need, a process a core; with it what the headline problem and the host's times need."""
     others = [(headline, "float32", "forward"), *((HOST_PROBLEM, "float32", direction) for direction in DIRECTIONS)]
-    wanted = [*itertools.product(groups, layouts), *((other, "nchw") for other in others)]
+    wanted = [(group, layout) for group in groups for layout in layouts_of(group, layouts)]
+    wanted += [(other, "nchw") for other in others]
     found = [selected(case, DTYPES[dtype], layout, direction) for (case, dtype, direction), layout in wanted]
     depthwise_inline._obtain_all({name.rpartition("/")[0]: source for name, source in found if source})
 
@@ -731,17 +771,18 @@ def run_table(
     """Measures and prints the rows, each as soon as it is known; saves as it goes."""
     print(f"\n{'':>9}{HEADER}")
     rows: list[dict[str, Any]] = []
-    for case, dtype, direction in groups:
+    layouts = [layouts_of(group, args.layout) for group in groups]
+    for (case, dtype, direction), of_group in zip(groups, layouts, strict=True):
         try:
             torch.cuda.empty_cache()
             with torch.no_grad():
-                new = measure(Problem(case, DTYPES[dtype], direction), args.layout, watch)
+                new = measure(Problem(case, DTYPES[dtype], direction), of_group, watch)
         except Exception as error:  # whatever it is, the other rows are still measured
             identity = {"case": case.name, "dtype": dtype, "direction": direction}
-            new = [{**identity, "layout": layout, "failed": first_line(error)} for layout in args.layout]
+            new = [{**identity, "layout": layout, "failed": first_line(error)} for layout in of_group]
         for row in new:
             rows.append(row)
-            print(f"{len(rows):>4}/{len(groups) * len(args.layout):<4}{format_row(row, copy_tbps)}", flush=True)
+            print(f"{len(rows):>4}/{sum(map(len, layouts)):<4}{format_row(row, copy_tbps)}", flush=True)
         save(rows)
     return rows
 

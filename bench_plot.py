@@ -33,15 +33,15 @@ WIDTH = 9.0  # inches; shown at the README's width
 
 def draw(record: dict[str, Any], folder: Path) -> list[Path]:
     """Draws every picture of a record into the folder; returns their paths."""
-    if not record["rows"]:
+    if not report.rows_of(record["rows"]):
         raise RuntimeError("there is no row to draw: the record holds no measured case")
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"Date": None, "Creator": None, "Description": f"record {report.digest(record)}"}
-    paths = []
+    paths, shown = [], {**record, "rows": report.rows_of(record["rows"])}
     for name, figure_of in zip(PICTURES, (speedup, share, roofline), strict=True):
         paths.append(report.picture_path(record, name, folder))
         with matplotlib.rc_context(STYLE):
-            figure_of(record).savefig(paths[-1], metadata=metadata)
+            figure_of(shown).savefig(paths[-1], metadata=metadata)
     return paths
 
 

@@ -21,6 +21,9 @@ HEADLINE = "kb82"
 DTYPES = ("float32", "float16", "bfloat16")
 LAYOUTS = ("nchw", "nhwc")
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
+GRADIENTS = (
+    "gradients"  # grad_input and grad_weight at once, where a kernel of ours computes them so; in rows of their own
+)
 LOSS = 1.0  # a speedup below this is a loss
 
 PICTURES = {
@@ -80,12 +83,14 @@ class Case:
         padding_h, padding_w = self.paddings
         return self.n, self.c, size(self.h, self.kernel_h, padding_h), size(self.w, self.kernel_w, padding_w)
 
-    def bytes(self, itemsize: int) -> int:
+    def bytes(self, itemsize: int, at_once: bool = False) -> int:
         """Least traffic: the input-sized tensor, the output-sized tensor and the weights, once each.
 
-        The same in every direction, since a gradient has the shape of what it belongs to.
+        The same in every direction, since a gradient has the shape of what it belongs to. Both gradients at once read
+        the output-sized one for both.
         """
-        return sum(math.prod(shape) for shape in (self.x_shape, self.out_shape, self.weight_shape)) * itemsize
+        shapes = (self.x_shape, self.out_shape, self.weight_shape, *((self.x_shape, self.weight_shape) * at_once))
+        return sum(map(math.prod, shapes)) * itemsize
 
     def flops(self) -> int:
         """Multiplies and adds of every tap of every output, padding included; the same in every direction."""
@@ -161,6 +166,16 @@ def limits_ms(row: dict[str, Any], record: dict[str, Any]) -> tuple[float, float
     return row["bytes"] / record["copy_tbps"] / 1e9, flops
 
 
+def rows_of(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of one direction each."""
+    return [row for row in rows if row["direction"] in DIRECTIONS]
+
+
+def rows_at_once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of both gradients at once."""
+    return [row for row in rows if row["direction"] == GRADIENTS]
+
+
 def by_family(rows: Iterable[dict[str, Any]], cases: dict[str, Case]) -> dict[str, list[dict[str, Any]]]:
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -170,9 +185,10 @@ def by_family(rows: Iterable[dict[str, Any]], cases: dict[str, Case]) -> dict[st
 
 def format_means(rows: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
     """Geometric means of the speedup, by family of cases and direction; the losses by name; over all."""
-    rows = [row for row in rows if "failed" not in row]
-    if not rows:
+    measured = [row for row in rows if "failed" not in row]
+    if not measured:
         return "No row was measured."
+    rows, at_once = rows_of(measured), rows_at_once(measured)
     directions = [name for name in DIRECTIONS if any(row["direction"] == name for row in rows)]
     lines = [f"{'geometric mean of the speedup':<42}" + "".join(f"{name:>13}" for name in [*directions, "all"])]
 
@@ -185,10 +201,13 @@ def format_means(rows: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
         add("    a copy of as many bytes", chosen, of="copy_ms")
     add("PyTorch's best in any layout", rows, "pytorch_any_layout_ms")
     add("PyTorch's best in the same layout", rows)
-    slower = [row for row in rows if row["pytorch_ms"] < LOSS * row["ours_ms"]]
+    if at_once:
+        theirs, apart = (geometric_mean(speedups(at_once, against=key)) for key in ("pytorch_ms", "apart_ms"))
+        lines.append(f"both gradients at once: {theirs:.2f}x PyTorch's, {apart:.2f}x ours one after the other")
+    slower = [row for row in measured if row["pytorch_ms"] < LOSS * row["ours_ms"]]
     lines.insert(
         0,
-        f"Slower than PyTorch in the same layout: {len(slower)} of {len(rows)} rows"
+        f"Slower than PyTorch in the same layout: {len(slower)} of {len(measured)} rows"
         + "".join(
             f"\n  {' '.join(row[key] for key in ROW_IDENTITY)}: {row['pytorch_ms'] / row['ours_ms']:.2f}x"
             for row in slower
@@ -231,7 +250,9 @@ def make_record(
         **info,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **speeds,
-        "rows": [{key: row[key] for key in ROW_KEYS} for row in entries if "failed" not in row],
+        "rows": [
+            {key: row[key] for key in (*ROW_KEYS, "apart_ms") if key in row} for row in entries if "failed" not in row
+        ],
         "models": models,
     }
     return record | ({"failed": failed} if failed else {})
@@ -303,7 +324,7 @@ def readme_headline(records: Sequence[dict[str, Any]]) -> str:
     """The measured benefit in one or two sentences for each recorded GPU."""
     paragraphs = []
     for record in records:
-        rows = record["rows"]
+        rows = rows_of(record["rows"])
         if not rows:
             continue
         means = [
@@ -320,7 +341,7 @@ def readme_headline(records: Sequence[dict[str, Any]]) -> str:
                 f"{row['pytorch_ms']:.3f} ms ({row['pytorch_ms'] / row['ours_ms']:.2f}x; {share:.0%} of the copy "
                 "bandwidth). "
             )
-        slower = sum(speed < LOSS for speed in speedups(rows))
+        slower = sum(speed < LOSS for speed in speedups(record["rows"]))
         paragraphs.append(
             text
             + f"Geometric mean over {len(rows)} measured rows against PyTorch's best mode in the "
@@ -337,7 +358,8 @@ def readme_speed(records: Sequence[dict[str, Any]], cases: dict[str, Case]) -> s
 
 
 def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
-    rows, models, host = record["rows"], record["models"], record["host_us"]
+    rows, models, host = rows_of(record["rows"]), record["models"], record["host_us"]
+    at_once = rows_at_once(record["rows"])
     lines = [
         f"### {record['gpu']}",
         "",
@@ -384,8 +406,21 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
         ]
         lines.append(_table_row(family, *("not measured" if math.isnan(mean) else f"{mean:.2f}" for mean in means)))
 
-    slower = [row for row in rows if row["pytorch_ms"] < LOSS * row["ours_ms"]]
-    lines += ["", f"Slower than PyTorch in the same layout: {len(slower)} of {len(rows)} rows."]
+    if at_once:
+        lines += [
+            "",
+            "Grad of input and grad of weight from one read of grad_output, where a kernel computes both, as training "
+            "wants them: speedup over PyTorch's backward, and over our two kernels one after the other.",
+            "",
+            *_table_head("case", "problem", "over PyTorch's", "over ours, one after the other"),
+        ]
+        for name in (*dict.fromkeys(row["case"] for row in at_once), None):
+            chosen = [row for row in at_once if name in (row["case"], None)]
+            cells = cell(chosen, None), cell(chosen, None, "apart_ms")
+            lines.append(_table_row(name or "all", cases[name].describe() if name else "", *cells))
+
+    slower = [row for row in (*rows, *at_once) if row["pytorch_ms"] < LOSS * row["ours_ms"]]
+    lines += ["", f"Slower than PyTorch in the same layout: {len(slower)} of {len(rows) + len(at_once)} rows."]
     lines += [
         f"- {' '.join(row[key] for key in ROW_IDENTITY)}: {row['pytorch_ms'] / row['ours_ms']:.2f}x" for row in slower
     ]
@@ -420,7 +455,7 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
             for m in models
         ]
     return "\n".join(
-        [*lines, "", f"[All {len(rows)} rows]({table_path(record, RESULTS).relative_to(ROOT).as_posix()})"]
+        [*lines, "", f"[All {len(record['rows'])} rows]({table_path(record, RESULTS).relative_to(ROOT).as_posix()})"]
     )
 
 

@@ -19,7 +19,7 @@ import torch
 
 import bench
 import depthwise_inline
-from bench_report import DIRECTIONS, ROW_IDENTITY, Case, geometric_mean
+from bench_report import DIRECTIONS, GRADIENTS, ROW_IDENTITY, Case, geometric_mean
 
 NOISE = 1.03  # a selected variant slower than the fastest by less than this is as good
 
@@ -31,7 +31,11 @@ HEADER = (
 def serving(case: Case, dtype: torch.dtype, layout: str, direction: str) -> list[str]:
     """The names of all tiles that can serve a problem, and 'general'."""
     names = ctypes.create_string_buffer(1 << 16)
-    where = DIRECTIONS.index(direction), depthwise_inline._DTYPES.index(dtype), int(case.is_channels_last(layout))
+    where = (
+        (*DIRECTIONS, GRADIENTS).index(direction),
+        depthwise_inline._DTYPES.index(dtype),
+        int(case.is_channels_last(layout)),
+    )
     sizes = depthwise_inline._SIZES(*case.sizes())
     if depthwise_inline._load_library().depthwise_inline_tiles(*where, sizes, names, len(names)) != 0:
         raise RuntimeError("the library does not list the variants of this problem")
@@ -74,20 +78,25 @@ def measure(problem: bench.Problem, layout: str, names: dict[str, str], watch: b
     """A row for each variant, the fastest first; one that failed holds 'failed' and comes last."""
     selected = names[""]
     rows, calls = [], []
-    allowed = bench.allowed_error(problem, *problem.errors([bench.pytorch_result(problem, layout, watch)]))
+    theirs = bench.pytorch_result(problem, layout, watch)
+    allowed = [
+        bench.allowed_error(problem, *problem.errors([result], part))
+        for part, result in zip(problem.parts, theirs, strict=True)
+    ]
     for variant, name in names.items():
         if variant and name == selected:
             continue
 
-        def run(variant: str = variant) -> torch.Tensor:
+        def run(variant: str = variant) -> tuple[torch.Tensor, ...]:
             force(variant)
             return problem.ours(layout)
 
         row = {"variant": name, "selected": name == selected, "call": bench.Call(run)}
         try:
-            (row["error"],) = problem.errors([watch.once(row["call"])])
-            if not row["error"] <= allowed:
-                raise RuntimeError(f"wrong result: error {row['error']:.2e} against float64, allowed {allowed:.2e}")
+            for part, result, most in zip(problem.parts, watch.once(row["call"]), allowed, strict=True):
+                (row["error"],) = problem.errors([result], part)
+                if not row["error"] <= most:
+                    raise RuntimeError(f"wrong result: error {row['error']:.2e} against float64, allowed {most:.2e}")
             calls.append(row["call"])
         except Exception as error:  # whatever it is, the other variants are still measured
             row["failed"] = bench.first_line(error)
@@ -126,7 +135,12 @@ def run(
             for layout in new:
                 for row in new[layout]:
                     rows.append({"case": case.name, "dtype": dtype, "layout": layout, "direction": direction} | row)
-                    print(format_row(rows[-1], case.bytes(bench.DTYPES[dtype].itemsize), copy_tbps), flush=True)
+                    print(
+                        format_row(
+                            rows[-1], case.bytes(bench.DTYPES[dtype].itemsize, direction == GRADIENTS), copy_tbps
+                        ),
+                        flush=True,
+                    )
             save(rows)
     finally:
         force("")

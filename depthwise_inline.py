@@ -180,6 +180,7 @@ _SCHEMAS = (
     "int multiplier=1) -> Tensor",
     f"grad_weight(Tensor grad_output, Tensor input, SymInt kernel_h, SymInt kernel_w, {_GEOMETRY}, "
     "bool channels_last, bool bias) -> (Tensor, Tensor)",
+    f"gradients(Tensor grad_output, Tensor input, Tensor weight, {_GEOMETRY}, bool channels_last) -> (Tensor, Tensor)",
 )
 _OPS = torch.ops.depthwise_inline
 # What torch or the library refers to, kept where neither a reload of this module nor its removal loses it.
@@ -262,6 +263,21 @@ def _grad_weight_composite(
     return grad.contiguous(), grad_bias
 
 
+def _gradients_composite(
+    grad_output: Tensor, input: Tensor, weight: Tensor, *rest: int | bool
+) -> tuple[Tensor, Tensor]:
+    if _lazy_cuda("gradients", grad_output):
+        return _OPS.gradients.default(grad_output, input, weight, *rest)
+    return _gradients_apart(grad_output, input, weight, *rest)
+
+
+def _gradients_apart(grad_output: Tensor, input: Tensor, weight: Tensor, *rest: int | bool) -> tuple[Tensor, Tensor]:
+    """Grad of input and grad of weight, each by its own operator."""
+    multiplier = weight.size(0) // input.size(1)
+    grad_input = _OPS.grad_input.default(grad_output, weight, *input.shape[2:], *rest, multiplier)
+    return grad_input, _OPS.grad_weight.default(grad_output, input, *weight.shape[2:], *rest, False)[0]
+
+
 def _input_size(
     grad_output: Tensor, weight: Tensor, height: int, width: int, *rest: int | bool
 ) -> tuple[tuple[int, int, int, int], bool]:
@@ -299,6 +315,27 @@ def _grad_weight_fake(
     return grad, grad_output.new_empty(grad_output.size(1) if bias else 0)
 
 
+def _gradients_fake(grad_output: Tensor, input: Tensor, weight: Tensor, *rest: int | bool) -> tuple[Tensor, Tensor]:
+    geometry, channels_last = rest[:6], rest[6]
+    _check_gradient(grad_output, input.shape, weight.shape[2:], geometry)
+    grad_input = input.new_empty(input.shape).contiguous(memory_format=_memory_format(bool(channels_last)))
+    return grad_input, weight.new_empty(weight.shape)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward mode may want more of an operator than its results."""
+    return _is_functorch_active() or forward_ad._current_level >= 0
+
+
+def _gradients_autograd(*arguments: Tensor | int | bool) -> tuple[Tensor, Tensor]:
+    """Two operators where somebody differentiates; one elsewhere, as in the backward pass of a training step."""
+    wants_gradients = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if wants_gradients or _is_transformed():
+        return _gradients_apart(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.gradients.default(*arguments)
+
+
 def _forward_setup(ctx, inputs, output) -> None:
     input, weight, _, *geometry = inputs
     need_input, need_weight = ctx.needs_input_grad[:2]
@@ -314,6 +351,9 @@ def _forward_backward(ctx, grad_output):
     input, weight = ctx.saved_tensors
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_input = grad_weight = grad_bias = None
+    if need_input and need_weight and not (need_bias or torch.is_grad_enabled() or _is_transformed()):
+        grad_input, grad_weight = _OPS.gradients.default(grad_output, input, weight, *ctx.geometry, ctx.channels_last)
+        return grad_input, grad_weight, *(None,) * 7
     if need_input:
         grad_input = _OPS.grad_input.default(
             grad_output, weight, *ctx.image, *ctx.geometry, ctx.channels_last, ctx.multiplier
@@ -438,7 +478,7 @@ def _forward_autocast(device_type: str, key: str, *arguments):
 
 def _register_operators() -> None:
     """Define the operators once a process, also when this module is reloaded or imported under a second name."""
-    if hasattr(_OPS, "grad_weight"):
+    if hasattr(_OPS, "gradients"):
         return
     library = torch.library.Library("depthwise_inline", "FRAGMENT")
     for schema in _SCHEMAS:
@@ -448,6 +488,7 @@ def _register_operators() -> None:
         "forward_no_autograd": (_forward_composite, _forward_fake),
         "grad_input": (_grad_input_composite, _grad_input_fake),
         "grad_weight": (_grad_weight_composite, _grad_weight_fake),
+        "gradients": (_gradients_composite, _gradients_fake),
     }
     for name, (composite, fake) in kernels.items():
         library.impl(name, composite, "CompositeExplicitAutograd")
@@ -455,6 +496,7 @@ def _register_operators() -> None:
     _register_autograd(library, "forward", _forward_setup, _forward_backward, _forward_tangent)
     _register_autograd(library, "grad_input", _grad_input_setup, _grad_input_backward, _grad_input_tangent)
     _register_autograd(library, "grad_weight", _grad_weight_setup, _grad_weight_backward, _grad_weight_tangent)
+    library.impl("gradients", _gradients_autograd, "Autograd")
     for device_type, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
         library.impl("forward", functools.partial(_forward_autocast, device_type, key), key)
     _keep_alive.append(library)
@@ -998,18 +1040,26 @@ def _private_root() -> Path:
     return Path(folder)
 
 
-def _cache_key(compiler: _Compiler, arch_flags: Sequence[str], texts: Sequence[str]) -> str:
-    """A hash of all that a library depends on: headers and sources, flags, versions, architectures."""
+def _cache_entries(compiler: _Compiler, arch_flags: Sequence[str]) -> Callable[[str, Sequence[str]], str]:
+    """Names the cache's entry for a library's name and texts: a hash of these, and of all else that it depends on,
+    headers, flags, versions and architectures, which are read once."""
     folder = _kernels_folder()
     facts = [
         *(f"{path.name}\n{path.read_text()}" for path in sorted(folder.iterdir()) if path.is_file()),
-        *(text.replace(str(folder), "kernels") for text in texts),
         *(*_NVCC_FLAGS, *_CXX_FLAGS, *arch_flags),
         *(torch.__version__, str(torch.version.git_version), str(torch.version.cuda), compiler.version),
         *(_output([*_cxx_command(), "--version"]), os.environ.get("CC", "")),
         *(sys.version, str(sysconfig.get_config_var("SOABI")), platform.machine()),
     ]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:20]
+    shared = hashlib.sha256("\0".join(facts).encode())
+
+    def entry(name: str, texts: Sequence[str]) -> str:
+        digest = shared.copy()
+        for text in texts:
+            digest.update(b"\0" + text.replace(str(folder), "kernels").encode())
+        return f"{re.sub('[^A-Za-z0-9]+', '_', name)}-{digest.hexdigest()[:20]}"
+
+    return entry
 
 
 class _CacheUnusable(OSError):
@@ -1161,7 +1211,7 @@ def _obtain(name: str, what: str, cpp: Sequence[str], cuda: Sequence[str]) -> Pa
         )
     compiler = _find_compiler()
     flags = compiler.arch_flags(architectures)
-    entry = f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}-{_cache_key(compiler, flags, (*cpp, *cuda))}"
+    entry = _cache_entries(compiler, flags)(name, (*cpp, *cuda))
     what = f"{what} for {', '.join('sm_' + name.replace('.', '') for name in architectures)}"
 
     def build(folder: Path) -> None:
@@ -1191,7 +1241,7 @@ _library_error: Exception | None = None
 _specialisations: dict[str, Path] = {}  # stage 2
 _specialisation_errors: dict[str, str] = {}
 
-_DIRECTIONS = ("forward", "grad_input", "grad_weight")
+_DIRECTIONS = ("forward", "grad_input", "grad_weight", "gradients")  # the last: both gradients at once
 _BUILDER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int)
 _SIZES = ctypes.c_int64 * 15
 
@@ -1314,7 +1364,8 @@ def precompile(
         input_shape: shape of the model's one input, such as (N, C, H, W).
         dtype: of the tensors that the convolutions will see; under autocast, autocast's. Weights keep the model's.
         channels_last: whether they will be in channels_last.
-        backward: also what the gradients want.
+        backward: also what the gradients want, of inputs and weights both. Where one kernel computes both, what one of
+            them alone takes (frozen weights, a first layer) is built at first use.
 
     Returns:
         The names of the variants that will serve.
@@ -1332,15 +1383,25 @@ def precompile(
     if input_shape is None:
         raise TypeError("expected input_shape, such as (1, 3, 224, 224), beside a model")
     variants = {}
-    for sizes in _problems(model, input_shape):
-        for direction in _DIRECTIONS if backward else _DIRECTIONS[:1]:
-            name, source = _select(direction, dtype, channels_last, sizes)
-            variants[name] = source
+    for problem in _problems(model, input_shape):
+        variants |= _wanted(*problem, dtype, channels_last, backward)
     sources = {name.rpartition("/")[0]: source for name, source in variants.items() if source}
     _obtain_all(sources)
     for name, source in sources.items():
         _load_specialisation(name, source)
     return list(variants)
+
+
+def _not_cached(sources: dict[str, str]) -> dict[str, str]:
+    """Those of some specialisations that would have to be compiled."""
+    try:
+        compiler = _find_compiler()
+        entry, root = _cache_entries(compiler, compiler.arch_flags(_architectures())), _cache_root()
+        return {
+            name: text for name, text in sources.items() if not (root / entry(name, (text,)) / "library.so").is_file()
+        }
+    except (BuildError, OSError):
+        return sources
 
 
 def _obtain_all(sources: dict[str, str]) -> None:
@@ -1356,15 +1417,13 @@ def _obtain_all(sources: dict[str, str]) -> None:
             with contextlib.suppress(Exception):
                 module._obtain(name, name, (), (source,))
     """
-    items = sorted(sources.items())
+    items = sorted(_not_cached(sources).items())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(len(items), cores)
     if count < 2 or _own_file() is None:
         return
     what = f"{len(items)} specialisations in {count} processes"
-    print(
-        f"depthwise_inline: compiling {what}, where they are not cached in {_cache_root()}", file=sys.stderr, flush=True
-    )
+    print(f"depthwise_inline: compiling {what}, once; cached in {_cache_root()}", file=sys.stderr, flush=True)
     workers = [
         subprocess.Popen([sys.executable, "-c", build], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         for _ in range(count)
@@ -1376,8 +1435,22 @@ def _obtain_all(sources: dict[str, str]) -> None:
         worker.wait()
 
 
-def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The sizes of every depthwise convolution in a run of the model."""
+def _wanted(
+    sizes: Sequence[int], bias: bool, dtype: torch.dtype, channels_last: bool, backward: bool = True
+) -> dict[str, str]:
+    """The variants that serve a convolution, with the sources of their specialisations: in training, if `backward`."""
+    found = [_select("forward", dtype, channels_last, sizes)]
+    if backward:
+        at_once = _select("gradients", dtype, channels_last, sizes)
+        if bias or at_once[0] == "general":
+            found += [_select(name, dtype, channels_last, sizes) for name in ("grad_input", "grad_weight")]
+        else:
+            found.append(at_once)
+    return dict(found)
+
+
+def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[tuple[int, ...], bool]]:
+    """The sizes of every depthwise convolution in a run of the model, and whether it has a bias."""
     problems = []
 
     def record(module: DepthwiseConv2d, inputs: tuple[Tensor]) -> None:
@@ -1391,7 +1464,8 @@ def _problems(model: nn.Module, input_shape: Sequence[int]) -> list[tuple[int, .
         multiplier = module.out_channels // module.in_channels
         geometry = (*kernel, *module.stride, *padding, *module.dilation)
         weights = int(module.weight.dtype is torch.float32)
-        problems.append((batch, module.in_channels, multiplier, height, width, *geometry, 1, weights))
+        sizes = (batch, module.in_channels, multiplier, height, width, *geometry, 1, weights)
+        problems.append((sizes, module.bias is not None))
 
     meta = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), torch.float32)

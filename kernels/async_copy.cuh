@@ -97,4 +97,16 @@ __device__ __forceinline__ void wait_for_stage(int ahead) {
     wait_for_copies<0>();
 }
 
+// What lies side by side, of some images each, to the L2 cache, from where it is read soon. All threads of a block.
+template <class T>
+__device__ __forceinline__ void prefetch_rows(const T* first, int64_t image_stride, int images, int elements) {
+  constexpr int kLine = 128 / sizeof(T);
+  if (elements <= 0) return;
+#pragma unroll 1
+  for (int image = 0; image < images; ++image, first += image_stride)
+#pragma unroll 1
+    for (int k = threadIdx.x * kLine; k < elements + kLine - 1; k += blockDim.x * kLine)
+      ptx::prefetch(first + min(k, elements - 1));  // the last line, if the first begins off a line
+}
+
 }  // namespace depthwise

@@ -13,6 +13,8 @@
 //         kRows, of which a step fetches one. (31x31 on 56x56, kRows = 4: 36 products on average for 3.5 ldmatrix and 5
 //         words of the band; toeplitz.cuh: 18 for 4 and 2.5.) At both ends of the walk, where some of the unit's rows are
 //         not met, the band is fetched for each that is.
+//         kApart: rounds of the ring come in turn from the lower and the upper half of the walk, for which the ring is fetched
+//         anew: so sums stay small where the kernel's halves have different signs, and truncated ones drift less.
 //         The tiles of a unit are an even number apart, so that all fetch the band's chunks in the same pairs, which are
 //         register pairs to a product; pairs of input chunks are even everywhere.
 // Serves  stride and dilation 1, any kernel height, number of images and padding of rows at run time; compile-time are the
@@ -160,14 +162,20 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
       }
     }
     if (pass > 0 || full >= full_end) continue;
-    // Between them. Kernel row i is in place (i - full + first) % kRows of the ring.
+    // Between them. Kernel row i of a round from r on is in place (i - r + first) % kRows of the ring.
     unsigned band[kRows][Traits::kChunks];
-    const unsigned* row = band_rows + (full - first - kRows + 1) * Traits::kBand;
-#pragma unroll
-    for (int q = 1; q < kRows; ++q, row += Traits::kBand) fetch_band<kGroup, Traits>(band[q], row);
-    unsigned address = tile + full * kRowBytes;
+    const int rounds = divide_up(full_end - full, kRows);
+    int r = full;
 #pragma unroll 1
-    for (int r = full; r < full_end; r += kRows)
+    for (int round = 0; round < rounds; ++round, r += kRows) {
+      if constexpr (Traits::kApart) r = full + kRows * (round / 2 + (round % 2 == 0 ? rounds / 2 : 0));
+      const unsigned* row = band_rows + (r - first - kRows + 1) * Traits::kBand;
+      if (Traits::kApart || round == 0) {
+#pragma unroll
+        for (int q = 1; q < kRows; ++q) fetch_band<kGroup, Traits>(band[q], row + (q - 1) * Traits::kBand);
+      }
+      row += (kRows - 1) * Traits::kBand;
+      unsigned address = tile + r * kRowBytes;
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         if (r + j >= full_end) break;
@@ -184,6 +192,7 @@ __device__ __forceinline__ void compute_unit(const DirectArgs& args, const BandI
         row += Traits::kBand;
         address += kRowBytes;
       }
+    }
   }
 
   const bool poisoned = has_nan(sum);

@@ -10,13 +10,13 @@ constexpr int kBandImages = kTileRows;  // of a product
 constexpr int kBandImagesWarps = 8;
 
 // kOrigin: chunk of the image in which the band of output column 0 begins. kImageChunks: of an image row. kTiles: of an
-// output row, in eights. kRows: of a unit.
-template <class T_, int kChunks_, int kOrigin_, int kImageChunks_, int kTiles_, int kRows_>
+// output row, in eights. kRows: of a unit. kApart: rounds of the ring are taken in turn from the upper and the lower half.
+template <class T_, int kChunks_, int kOrigin_, int kImageChunks_, int kTiles_, int kRows_, bool kApart_>
 struct BandImagesTraits {
   using T = T_;
   static constexpr int kChunks = kChunks_, kOrigin = kOrigin_, kImageChunks = kImageChunks_, kTiles = kTiles_;
   static constexpr int kRows = kRows_, kStrideW = 1;
-  static constexpr bool kChannelsLast = false;
+  static constexpr bool kApart = kApart_, kChannelsLast = false, kTurned = false;
   static constexpr int kWarps = kBandImagesWarps, kThreads = 32 * kWarps;
   static constexpr int kPitch = kImageChunks, kStored = kPitch;  // chunks of a row in shared memory
   static constexpr int kPairs = (kImageChunks + 1) / 2;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "can_serve_direct.h"
+#include "can_serve_gradients.h"
 #include "can_serve_images.h"
 #include "can_serve_large.h"
 #include "can_serve_strips.h"
@@ -12,7 +13,8 @@ namespace depthwise {
 inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
   if (kernel == Kernel::kGeneral) return true;
   if (p.n == 0) return false;  // nothing is launched
-  if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight))
+  if (p.dtype == DType::kFloat64 || is_grad_weight_kernel(kernel) != (p.direction == Direction::kGradWeight) ||
+      is_gradients_kernel(kernel) != (p.direction == Direction::kGradients))
     return false;
   const bool grad_input_kernel = is_grad_input_kernel(kernel);
   if (grad_input_kernel && p.direction != Direction::kGradInput) return false;
@@ -47,6 +49,9 @@ inline bool can_serve(const Problem& p, Kernel kernel, int tile) {
     case Kernel::kGradWeightPlanesNchw: return can_serve_grad_weight_planes(p, t);
     case Kernel::kGradWeightStreamNhwc: return can_serve_grad_weight_stream(p, t);
     case Kernel::kGradWeightRowsNhwc: return can_serve_grad_weight_rows(p, t);
+    case Kernel::kGradientsNchw:
+    case Kernel::kGradientsPlanesNchw:
+    case Kernel::kGradientsNhwc: return can_serve_gradients(p, kernel);
     default: return can_serve_direct(p, kernel, t);
   }
 }

@@ -4,6 +4,7 @@
 
 #include "blocked_grad_weight_tiling.h"
 #include "columns_tiling.h"
+#include "gradients_tiling.h"
 #include "select.h"
 #include "toeplitz_grad_weight_tiling.h"
 
@@ -405,8 +406,25 @@ inline GradWeightPlan strips_nhwc_grad_weight_plan(const Problem& p) {
   return {bounded_splits(p, best < most ? best : most > fewest ? most : fewest), 0};
 }
 
+// Both gradients at once: as many splits as the workspace has room for.
+inline int64_t most_gradients_splits(const Problem& p) { return bounded_splits(p, kInt32Max); }
+inline GradWeightPlan gradients_plan(const Problem& p, const Config& config) {
+  const GradWeightArgs args = grad_weight_args(p);
+  const int element_bytes = element_size(p.dtype);
+  const int64_t most = most_gradients_splits(p);
+  switch (config.kernel) {
+    case Kernel::kGradientsNhwc:
+      return {gradients_nhwc_tiling(args, kGradientsNhwcTiles[config.tile].vector, element_bytes, most).splits, 0};
+    case Kernel::kGradientsNchw: return {gradients_nchw_tiling(args, element_bytes, most).splits, 0};
+    default: return {gradients_planes_tiling(args, element_bytes, most).splits, 0};
+  }
+}
+
 inline GradWeightPlan grad_weight_plan(const Problem& p, const Config& config) {
   switch (config.kernel) {
+    case Kernel::kGradientsNchw:
+    case Kernel::kGradientsPlanesNchw:
+    case Kernel::kGradientsNhwc: return gradients_plan(p, config);
     case Kernel::kGradWeightNchw:
     case Kernel::kGradWeightNhwc: return marching_grad_weight_plan(p, tile_table(config.kernel, p.dtype)[config.tile]);
     case Kernel::kGradWeightStreamNhwc:

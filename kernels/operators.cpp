@@ -285,6 +285,39 @@ std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tens
   return {grad_weight, grad_bias};
 }
 
+// Both gradients from one read of grad_output; nothing where that is not to be, or cannot.
+std::optional<std::tuple<Tensor, Tensor>> run_gradients(const Tensor& grad_output, const Tensor& input,
+                                                        const Tensor& weight, const Geometry& geometry,
+                                                        bool channels_last) {
+  check_tensor(grad_output, "grad_output", 4, grad_output);
+  check_tensor(input, "input", 4, grad_output);
+  check_tensor(weight, "weight", 4, grad_output, weight_dtype(weight, grad_output));
+  const auto in = input.sizes();
+  const auto filter = weight.sizes();
+  check(filter[1] == 1, "expected weight of one channel a filter, got ", filter[1]);
+  const Layout layout = layout_of(channels_last);
+  Problem problem = make_problem(Direction::kGradients, to_dtype(input), layout, in[0], in[1], filter[0], in[2], in[3],
+                                 filter[2], filter[3], geometry);
+  check_grad_output(problem, grad_output);
+  problem.float_weight = weight.scalar_type() != input.scalar_type();
+  if (!computes_gradients(problem)) return std::nullopt;
+  const int32_t device = grad_output.get_device_index();
+  const DeviceScope scope(device);
+  const Tensor g = to_dense(grad_output, layout), x = to_dense(input, layout), filters = to_contiguous(weight);
+  Tensor grad_input = empty_image(layout, problem.n, problem.c, problem.h, problem.w, grad_output);
+  problem.aligned = is_aligned(g) && is_aligned(x) && is_aligned(grad_input);
+  if (!problem.aligned && !computes_gradients(problem)) return std::nullopt;
+  Tensor grad_weight =
+      empty_strided({problem.out_c, 1, problem.kernel_h, problem.kernel_w},
+                    {problem.kernel_h * problem.kernel_w, problem.kernel_h * problem.kernel_w, problem.kernel_w, 1},
+                    dtype_code(weight), device);
+  Tensor workspace = empty_strided({gradients_workspace(problem)}, {1}, aoti_torch_dtype_uint8(), device);
+  if (!launch_gradients(problem, g.data_ptr(), x.data_ptr(), filters.data_ptr(), grad_input.data_ptr(),
+                        grad_weight.data_ptr(), workspace.data_ptr(), current_stream(device)))
+    return std::nullopt;
+  return std::tuple(grad_input, grad_weight);
+}
+
 // Boxed by TORCH_BOX for torch.ops.depthwise_inline.
 
 // Under autocast, weight and bias may be float32.
@@ -319,6 +352,18 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   return grads;
 }
 
+std::tuple<Tensor, Tensor> gradients(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                     int64_t stride_h, int64_t stride_w, int64_t padding_h, int64_t padding_w,
+                                     int64_t dilation_h, int64_t dilation_w, bool channels_last) {
+  check_tensor(weight, "weight", 4, grad_output);
+  const Geometry geometry{stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w};
+  if (auto both = run_gradients(grad_output, input, weight, geometry, channels_last)) return *both;
+  const Tensor grad_input = run_grad_input(grad_output, weight, input.size(2), input.size(3), geometry, channels_last,
+                                           weight.size(0) / input.size(1));
+  return {grad_input, std::get<0>(run_grad_weight(grad_output, input, weight.size(2), weight.size(3), geometry,
+                                                  channels_last, /*bias=*/false, /*float_weight=*/false))};
+}
+
 // ATen's extension point for backends. PyTorch gives it autograd in C++ but no CUDA kernel; these are ours. Weight and
 // bias may be float32 beside 16-bit tensors, and so are their gradients then.
 
@@ -347,6 +392,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& grad_outpu
   const Geometry geometry = depthwise_geometry(input, weight, stride, padding, dilation, transposed, groups);
   const bool channels_last = wants_channels_last(input, weight);
   Tensor grad_input, grad_weight, grad_bias;  // undefined where not asked for
+  if (output_mask[0] && output_mask[1] && !output_mask[2])
+    if (const auto both = run_gradients(grad_output, input, weight, geometry, channels_last))
+      return {std::get<0>(*both), std::get<1>(*both), grad_bias};
   if (output_mask[0])
     grad_input = run_grad_input(grad_output, weight, input.size(2), input.size(3), geometry, channels_last,
                                 weight.size(0) / input.size(1));
@@ -408,6 +456,7 @@ STABLE_TORCH_LIBRARY_IMPL(depthwise_inline, CUDA, m) {
   m.impl("forward_no_autograd", TORCH_BOX(&depthwise::forward_no_autograd));
   m.impl("grad_input", TORCH_BOX(&depthwise::grad_input));
   m.impl("grad_weight", TORCH_BOX(&depthwise::grad_weight));
+  m.impl("gradients", TORCH_BOX(&depthwise::gradients));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(aten, CUDA, m) {

@@ -4,10 +4,11 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace depthwise {
 
-enum class Direction : int { kForward, kGradInput, kGradWeight };
+enum class Direction : int { kForward, kGradInput, kGradWeight, kGradients };  // the last: both at once
 enum class DType : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
 enum class Layout : int { kNchw, kNhwc };
 
@@ -91,6 +92,19 @@ inline DirectArgs direct_args(const Problem& p) {
   return args;
 }
 
+// Rows taken for columns, and columns for rows.
+inline Problem turned(Problem p) {
+  std::swap(p.h, p.w), std::swap(p.out_h, p.out_w), std::swap(p.kernel_h, p.kernel_w);
+  std::swap(p.stride_h, p.stride_w), std::swap(p.padding_h, p.padding_w), std::swap(p.dilation_h, p.dilation_w);
+  return p;
+}
+// The same; at stride 1.
+inline DirectArgs turned(DirectArgs args) {
+  std::swap(args.h, args.w), std::swap(args.out_h, args.out_w), std::swap(args.kernel_h, args.kernel_w);
+  std::swap(args.padding_h, args.padding_w), std::swap(args.dilation_h, args.dilation_w);
+  return args;
+}
+
 // direct_nchw. Rows of `width` elements begin at the same place within a word every so many rows; a power of two.
 constexpr int row_period(int width, int word) {
   int period = 1;
@@ -160,6 +174,13 @@ struct GradWeightArgs {
   int kernel_h, kernel_w;  // for kernels that are not compiled for theirs
   bool evict_first;        // a CachePolicy
   bool float_weight;       // grad_weight and grad_bias are float32, whatever the other tensors are
+};
+
+// Both gradients at once: what the grad of weight is given, and this.
+struct GradientsArgs : GradWeightArgs {
+  const void* weight;
+  void* grad_input;
+  int64_t most_splits;  // for which the workspace has room
 };
 
 // The sizes of a problem; the rest is left to the launch.
@@ -340,8 +361,8 @@ constexpr int grad_input_registers(int columns, int rows, int channels, int kern
 constexpr int kTooLittleSharedMemory = -1, kBeforeSm80 = -2;
 constexpr bool is_refusal(int answer) { return answer < 0; }
 
-// Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs or GradWeightArgs, as
-// its kernel takes.
+// Entry point of a compiled specialisation: serves every tile of its table. `args`: DirectArgs, GradWeightArgs or
+// GradientsArgs, as its kernel takes.
 using Launcher = int (*)(const void* args, int tile_index, void* stream);
 
 }  // namespace depthwise

@@ -269,6 +269,13 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&matrix)[2], 
                : "memory");
 }
 
+// The same of a matrix that lies in registers, a lane's elements as of load_matrices.
+__device__ __forceinline__ unsigned transpose_matrix(unsigned matrix) {
+  unsigned transposed;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(matrix));
+  return transposed;
+}
+
 // d += A * B, fragments as in tensor_core.cuh; sm_80, but for float16 with K = 8.
 __device__ __forceinline__ void multiply_float16(float (&d)[4], unsigned a0, unsigned a1, unsigned b0) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"

@@ -35,16 +35,6 @@ __device__ __forceinline__ void for_each_column(const Rectangle<Shared, T>& r, i
     visit(k, threads.index >> threads.lane_bits, threads.count >> threads.lane_bits);
 }
 
-// Whole rows of contiguous planes of some images to the L2 cache, from where they are copied soon. All threads of a block.
-template <class T>
-__device__ __forceinline__ void prefetch_rows(const T* first, int64_t image_stride, int images, int elements) {
-  constexpr int kLine = 128 / sizeof(T);
-#pragma unroll 1
-  for (int image = 0; image < images; ++image, first += image_stride)
-#pragma unroll 1
-    for (int k = threadIdx.x * kLine; k < elements; k += blockDim.x * kLine) ptx::prefetch(first + k);
-}
-
 template <int kVector, class T>
 __device__ __forceinline__ void copy_rectangle(const Rectangle<T, T>& r, const CopyThreads& threads) {
   for_each_column(r, kVector, threads, [&](int k, int first_row, int step) {

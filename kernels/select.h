@@ -1,11 +1,12 @@
 // Which kernel and which tile serve a problem, and why: the one place that decides. Pure C++: no launch, no device.
 // select_config, at the end, decides top to bottom; the functions before it, and for the grad of weight those of
-// select_grad_weight.h, choose among kernels and tiles of one kind.
+// select_grad_weight.h, for both gradients at once those of select_gradients.h, choose among kernels and tiles of one kind.
 #pragma once
 
 #include <string>
 
 #include "select_grad_weight.h"
+#include "select_gradients.h"
 
 namespace depthwise {
 
@@ -188,6 +189,7 @@ inline Config select_large(const Problem& p, bool frugal) {
   const DirectArgs args = direct_args(p);
   const bool nchw = p.layout == Layout::kNchw, dilated = p.dilation_h > 1 || p.dilation_w > 1;
   const int64_t taps = p.kernel_h * p.kernel_w;
+  constexpr int64_t kFewTurnedTaps = 33;
   if (!frugal)
     for (const Config& config : {select_images(p), select_strips(p), select_band_images(p)})
       if (config.kernel != Kernel::kGeneral) return config;
@@ -196,6 +198,9 @@ inline Config select_large(const Problem& p, bool frugal) {
     // Dilation 3, 8x64x56x56, fp16, H200: NCHW 0.012, direct 0.016; channels_last 0.021.
     const bool fits = nchw ? args.out_w > 14 : args.out_w <= 16;
     if (taps == kMaxRegisterTaps && (dilated || fits)) return {Kernel::kToeplitz, 0};
+    // Tall kernels that are turned, fp16, H200, ms: 11x3, 32x128x56x56 0.040, stream_nhwc 0.054; 15x3, 32x96x56x56
+    // 0.032, tiled_nhwc 0.064.
+    if (!nchw && taps >= kFewTurnedTaps && is_turned(p)) return {Kernel::kToeplitz, 0};
   }
   const Config images = select_images_fma(p);
   if (images.kernel != Kernel::kGeneral) return images;
@@ -305,9 +310,9 @@ inline Config select_stream_nhwc(const Problem& p) {
 
 // direct_nhwc: dilated kernels of few taps, and what is not aligned. One channel a thread, of four by four pixels, which read
 // about half as much for an output as two by two (3x3, 32x125x56x56, fp16, H100: 0.036, two by two 0.057; two channels a
-// thread, 126x56x56: 0.049), where that makes threads enough.
+// thread, 126x56x56: 0.049; 5x5, 32x124x14x14: 0.0093, 0.0117), where that makes threads enough.
 inline Config select_direct_nhwc(const Problem& p) {
-  constexpr int64_t kFewestThreads = 512 * kMultiprocessors;
+  constexpr int64_t kFewestThreads = 256 * kMultiprocessors;
   const DirectArgs args = direct_args(p);
   for (int tile = 0; tile < TileTable(kDirectNhwcTiles).size; ++tile) {
     const Tile& t = kDirectNhwcTiles[tile];
@@ -339,6 +344,7 @@ inline Config select_nhwc(const Problem& p) {
 inline Config select_config(const Problem& p, bool frugal = false) {
   const bool nchw = p.layout == Layout::kNchw;
   if (p.direction == Direction::kGradWeight) return select_grad_weight(p);
+  if (p.direction == Direction::kGradients) return select_gradients(p);
   if (p.direction == Direction::kGradInput && (p.stride_h != 1 || p.stride_w != 1))
     return first_that_serves(p, nchw ? Kernel::kGradInputNchw : Kernel::kGradInputNhwc);
   const Config columns = select_columns(p);

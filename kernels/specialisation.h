@@ -21,14 +21,15 @@ struct Specialisation {
   int padding_h;         // grad of input; images_fma of whole planes; images_grad_weight of 8 columns: of the first row
                          // that meets the image
   int width, out_width;  // direct_nchw: of rows, modulo a word and modulo a thread's columns (warps_nchw: the latter);
-                         // images_grad_weight: rows; toeplitz_grad_weight: columns of a stage
-  int height;            // images_fma: of whole planes, columns; else 0
-  int tile;              // of a kernel that is compiled tile by tile, else 0
-  int channels_last;     // toeplitz, blocked, images_fma
-  int sums_parts;        // blocked
-  int float_weight;      // forward and grad of input: weight and bias are float32 beside 16-bit tensors
-  ImageShape image;      // images and image_bands, which take the kernel's width at run time
-  Band band;             // toeplitz and band_images, which take the kernel's size at run time
+  // images_grad_weight: rows; toeplitz_grad_weight: columns of a stage; gradients_nchw: 1 where rows
+  // are wider than a warp; gradients_planes_nchw: 1 where strips divide them
+  int height;         // images_fma: of whole planes, columns; else 0
+  int tile;           // of a kernel that is compiled tile by tile, else 0
+  int channels_last;  // toeplitz, blocked, images_fma
+  int sums_parts;     // blocked
+  int float_weight;   // all but the grad of weight: weight and bias are float32 beside 16-bit tensors
+  ImageShape image;   // images and image_bands, which take the kernel's width at run time
+  Band band;          // toeplitz and band_images, which take the kernel's size at run time
 
   bool operator==(const Specialisation& other) const { return std::memcmp(this, &other, sizeof(*this)) == 0; }
 };
@@ -53,6 +54,14 @@ inline Specialisation specialisation_of(const Problem& p, const Config& config) 
   }
   if (is_images(kernel) || kernel == Kernel::kImageBandsNhwc) {
     s.image = image_shape_of(p);
+    s.tile = config.tile;
+    return s;
+  }
+  if (is_gradients_kernel(kernel)) {
+    s.stride_w = 1;
+    s.kernel_h = s.kernel_w = static_cast<int>(p.kernel_h);
+    if (kernel == Kernel::kGradientsPlanesNchw) s.width = p.w % kGradientsStrip == 0;
+    if (kernel == Kernel::kGradientsNchw) s.width = p.w * element_size(p.dtype) / 16 > 32;
     s.tile = config.tile;
     return s;
   }
@@ -165,13 +174,15 @@ inline std::string name_beside_weights(const Specialisation& s) {
                   dtype_name(s.dtype), s.band.chunks, s.stride_w, s.band.origin < 0 ? "m" : "",
                   s.band.origin < 0 ? -s.band.origin : s.band.origin, s.band.image_chunks, s.band.tiles_w,
                   s.band.tiles_h);
-    return s.channels_last ? name + ("x" + std::to_string(s.band.slots)) + (s.band.shared ? "_shared" : "") : name;
+    return name + (s.channels_last ? "x" + std::to_string(s.band.slots) : "") + (s.band.shared ? "_shared" : "") +
+           (s.band.tall ? "_tall" : "") + (s.band.apart > 1 ? "_apart" + std::to_string(s.band.apart) : "") +
+           (s.band.turned ? "_turned" : "");
   }
   if (s.kernel == Kernel::kBandImages) {
     std::snprintf(name, sizeof(name), "band_images_%s_b%d_o%s%d_i%d_t%d_%s", dtype_name(s.dtype), s.band.chunks,
                   s.band.origin < 0 ? "m" : "", std::abs(s.band.origin), s.band.image_chunks, s.band.tiles_w,
                   tile_table(s.kernel, s.dtype)[s.tile].name);
-    return name;
+    return name + std::string(s.band.apart > 1 ? "_apart" : "");
   }
   if (is_images(s.kernel) || s.kernel == Kernel::kImageBandsNhwc) {
     const ImageShape& i = s.image;
@@ -193,6 +204,14 @@ inline std::string name_beside_weights(const Specialisation& s) {
     if (s.height > 0)
       full += "_kh" + std::to_string(s.kernel_h) + "_p" + signed_number(s.padding_h) + "_h" + std::to_string(s.height);
     return full + "_" + tile_table(s.kernel, s.dtype)[s.tile].name;
+  }
+  if (is_gradients_kernel(s.kernel)) {
+    std::snprintf(name, sizeof(name), "%s_%s_k%d%s_%s", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
+                  s.width == 0                         ? ""
+                  : s.kernel == Kernel::kGradientsNchw ? "_wide"
+                                                       : "_exact",
+                  tile_table(s.kernel, s.dtype)[s.tile].name);
+    return name;
   }
   if (is_columns(s.kernel)) {
     std::snprintf(name, sizeof(name), "%s_%s_k%dx%d_h%dx%d", kernel_name(s.kernel), dtype_name(s.dtype), s.kernel_h,
@@ -292,16 +311,17 @@ inline std::string specialisation_source(const Specialisation& s) {
     traits += tile.queued ? ", true" : ", false";
   }
   if (s.kernel == Kernel::kToeplitz) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %s, %s",
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %d, %d, %s, %s, %d, %s, %s",
                   kTypes[static_cast<int>(s.dtype)], s.band.chunks, s.stride_w, s.band.origin, s.band.image_chunks,
                   s.band.tiles_w, s.band.tiles_h, s.band.slots, s.band.shared ? "true" : "false",
+                  s.band.tall ? "true" : "false", s.band.apart, s.band.turned ? "true" : "false",
                   s.band.since_sm80 ? "true" : "false");
     traits = std::string("ToeplitzTraits<") + arguments;
   }
   if (s.kernel == Kernel::kBandImages) {
-    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d", kTypes[static_cast<int>(s.dtype)],
+    std::snprintf(arguments, sizeof(arguments), "%s, %d, %d, %d, %d, %d, %s", kTypes[static_cast<int>(s.dtype)],
                   s.band.chunks, s.band.origin, s.band.image_chunks, s.band.tiles_w,
-                  tile_table(s.kernel, s.dtype)[s.tile].rows);
+                  tile_table(s.kernel, s.dtype)[s.tile].rows, s.band.apart > 1 ? "true" : "false");
     traits = std::string("BandImagesTraits<") + arguments;
   }
   if (is_images(s.kernel)) {
@@ -348,6 +368,14 @@ inline std::string specialisation_source(const Specialisation& s) {
                   tile_table(s.kernel, s.dtype)[s.tile].rows, s.kernel == Kernel::kStripsNhwc ? "true" : "false");
     traits = std::string("StripsTraits<") + arguments;
   }
+  if (is_gradients_kernel(s.kernel)) {
+    const std::string type = kTypes[static_cast<int>(s.dtype)], size = ", " + std::to_string(s.kernel_h);
+    const std::string flag = s.width != 0 ? ", true" : ", false";
+    traits = s.kernel == Kernel::kGradientsNchw ? "GradientsNchwTraits<" + type + flag
+             : s.kernel == Kernel::kGradientsPlanesNchw
+                 ? "GradientsPlanesTraits<" + type + size + flag
+                 : "GradientsNhwcTraits<" + type + size + ", " + std::to_string(kGradientsNhwcTiles[s.tile].vector);
+  }
   traits = "depthwise::" + traits + ">";
   if (s.float_weight) traits = "depthwise::WithFloatWeight<" + traits + ">";
   const Tile& tile = tile_table(s.kernel, s.dtype)[s.tile];
@@ -356,7 +384,9 @@ inline std::string specialisation_source(const Specialisation& s) {
   if (is_direct_nchw(s.kernel)) traits += ", " + std::to_string(tile.vector);
   if (s.kernel == Kernel::kDirectNhwc) traits += ", " + std::to_string(tile.columns) + ", " + std::to_string(tile.rows);
   if (s.kernel == Kernel::kDirectNhwc || s.kernel == Kernel::kStreamNhwc) traits += ", " + std::to_string(tile.vector);
-  const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs" : "depthwise::DirectArgs";
+  const std::string args = is_grad_weight_kernel(s.kernel) ? "depthwise::GradWeightArgs"
+                           : is_gradients_kernel(s.kernel) ? "depthwise::GradientsArgs"
+                                                           : "depthwise::DirectArgs";
   return "#include \"" + kernel + ".cuh\"\n" +
          "extern \"C\" int depthwise_inline_launch(const void* args, int tile, void* stream) {\n" +
          "  return depthwise::launch_" + kernel + "<" + traits + ">(*static_cast<const " + args +

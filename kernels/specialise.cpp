@@ -77,9 +77,9 @@ Choice choose(const Problem& problem, int refusal) {
 
   const Config config = config_for(problem, refusal);
   const bool general = config.kernel == Kernel::kGeneral;
-  const Choice choice{
-      config, general ? nullptr : find_launcher(specialisation_of(problem, config)),
-      problem.direction == Direction::kGradWeight ? grad_weight_plan(problem, config) : GradWeightPlan{}};
+  const bool sums = problem.direction == Direction::kGradWeight || is_gradients_kernel(config.kernel);
+  const Choice choice{config, general ? nullptr : find_launcher(specialisation_of(problem, config)),
+                      sums ? grad_weight_plan(problem, config) : GradWeightPlan{}};
   remembered = {problem, frugal, choice, now};
   return choice;
 }

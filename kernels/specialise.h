@@ -25,7 +25,7 @@ void force_variant(const std::string& variant);
 struct Choice {
   Config config;                    // select_config's, or the forced one
   Launcher launcher;                // of its specialisation; null: not built yet, or the general kernel
-  GradWeightPlan grad_weight_plan;  // of that direction alone
+  GradWeightPlan grad_weight_plan;  // of that direction, and of both gradients at once
 };
 // What serves a problem; throws where the forced variant cannot. `refusal`: what the launcher of the first choice answered
 // where its kernel is not for this GPU; then what select_config says for such GPUs, and throws where a variant is forced.

@@ -9,6 +9,11 @@
 // Serves  any kernel height, padding, dilation and stride of rows at run time; compile-time are the type, kChunks, the
 //         stride of columns, and where the image lies in the block's chunks (in wide images: nothing of it), so that a
 //         specialisation serves many kernels.
+// Order   tensor cores truncate, so that sums of many products drift towards zero while they are far from it. Kernel rows are
+//         taken some rows apart (Traits::kApart), lest an edge filter on an image of one sign builds up a large sum before it
+//         undoes it; and the sums of tall kernels are added up in parts (kTall).
+// Turned  kernels much taller than wide, at stride 1: rows are taken for columns and columns for rows, so that fewer products
+//         make a sum (NCHW: toeplitz_turned.cuh; channels_last: pixel_at).
 // Owns    NCHW: a block computes rows of outputs of one channel, counted through all images, so that small images waste
 //         none. channels_last: toeplitz_nhwc.cuh. A warp holds kTilesH x 16 rows by kTilesW x 8 columns of outputs. Where
 //         there are few tiles, several warps share one: each takes some of the kernel rows, and the first adds up the sums
@@ -29,6 +34,7 @@
 
 #include "toeplitz_nhwc.cuh"
 #include "toeplitz_products.cuh"
+#include "toeplitz_turned.cuh"
 
 namespace depthwise {
 
@@ -44,9 +50,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
   unsigned* pairs = reinterpret_cast<unsigned*>(shared_memory);
   T* tile = reinterpret_cast<T*>(pairs + divide_up(args.kernel_h * Traits::kBand, 4) * 4);
   const LoadedRows loaded{0, args.h, block.in_row, block.in_rows};
-  prefetch_weights<Traits>(args, block);
-  with_vector(tiling.in_vector, [&](auto vector) { load_nchw<vector.value, Traits>(tile, args, block, loaded, 0); });
-  zero_beside(tile, block, block.in_rows, tiling.in_vector == 1);
+  const int taps = args.kernel_h * args.kernel_w;
+  prefetch_rows(filters_of<Traits>(args, block.channel, taps), 0, 1, taps);
+  if constexpr (Traits::kTurned)
+    load_turned(tile, tile + ((block.in_rows + 1) * Traits::kPitch + 1) * kChunk, args, block,
+                tiling.in_vector == kChunk);
+  else
+    with_vector(tiling.in_vector, [&](auto vector) { load_nchw<vector.value, Traits>(tile, args, block, loaded, 0); });
+  zero_beside(tile, block, block.in_rows, Traits::kTurned || tiling.in_vector == 1);
 
   // Tiles are dealt to the warps from where those of the block before it on the same multiprocessor end, so that its
   // partitions have as many; a tile to several warps, if need be, which share its kernel rows.
@@ -67,8 +78,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
     add_parts<Traits>(sum, reinterpret_cast<float4*>(tile) + (block.in_rows + 1) * Traits::kPitch + 1, rows.tiles,
                       first, part, parts, tiling.held_tiles);
 
-  // Stage the outputs where the input was.
   const bool poisoned = __syncthreads_or(part == 0 && has_nan<4>(sum));
+  if constexpr (Traits::kTurned) {
+    stage_turned<Traits>(tile, sum, tiling, first, step, part == 0 ? block.rows : 0);
+    __syncthreads();
+    with_vector(tiling.out_vector, [&](auto vector) { store_turned<vector.value, Traits>(tile, args, tiling, block); });
+    if (poisoned) {
+      __syncthreads();
+      mend_turned<Traits>(args, tiling);
+    }
+    return;
+  }
+  // Stage the outputs where the input was.
   const int lane = threadIdx.x % 32;
   const ToeplitzOutputs<Traits> stage(args, tiling, block);
   const int staged_rows = part == 0 ? block.rows : 0;
@@ -100,7 +121,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kMinBlocks)
 }
 
 template <class Traits>
-int launch_toeplitz_nchw(const DirectArgs& args, cudaStream_t stream) {
+int launch_toeplitz_nchw(const DirectArgs& lying, cudaStream_t stream) {
+  const DirectArgs args = Traits::kTurned ? turned(lying) : lying;
   constexpr int kFlatRows = Traits::kWarps * Traits::kTilesH * kTileRows;
   const DeviceLimits& device = device_limits();
   ToeplitzTiling tiling{};
@@ -108,8 +130,8 @@ int launch_toeplitz_nchw(const DirectArgs& args, cudaStream_t stream) {
   tiling.row_divider = IntDivider(args.out_h);
   tiling.tiles_w = divide_up(args.out_w, Traits::kColumns);
   tiling.tiles_w_divider = IntDivider(tiling.tiles_w), tiling.channel_divider = IntDivider(args.out_c);
-  tiling.in_vector = copy_width(args.input, args.w);
-  tiling.out_vector = copy_width(args.out, args.out_w);
+  tiling.in_vector = copy_width(args.input, lying.w);
+  tiling.out_vector = copy_width(args.out, lying.out_w);
   const int64_t all_rows = args.n * args.out_h;
   const auto shared_bytes = [&] {
     const int in_rows = static_cast<int>(toeplitz_in_rows(args, tiling.rows, true));
@@ -118,12 +140,14 @@ int launch_toeplitz_nchw(const DirectArgs& args, cudaStream_t stream) {
     const int slots = Traits::kWarps >> tiling.part_bits;
     const int held = divide_up(divide_up(tiling.rows, kTileRows), slots);
     const int sums = (Traits::kWarps - slots) * held * Traits::kTilesW * 32;
+    const int corners = Traits::kTurned ? Traits::kWarps * kCornerChunks : 0;  // before there are sums
     const bool whole = tiling.tiles_w == 1;
     const int run = whole ? min_int(tiling.rows, args.out_h) * args.out_w : Traits::kColumns;
     const int runs = whole ? divide_up(tiling.rows - 1, args.out_h) + 1 : tiling.rows;
-    const int staged =
-        tiling.out_vector == kChunk ? tiling.rows * Traits::kStagePitch : runs * divide_up(run + kChunk - 1, kChunk);
-    return divide_up(args.kernel_h * Traits::kBand, 4) * 16 + 16 * max_int(in_chunks + sums, staged);
+    const int staged = Traits::kTurned               ? Traits::kColumns * turned_pitch(tiling.rows)
+                       : tiling.out_vector == kChunk ? tiling.rows * Traits::kStagePitch
+                                                     : runs * divide_up(run + kChunk - 1, kChunk);
+    return divide_up(args.kernel_h * Traits::kBand, 4) * 16 + 16 * max_int(in_chunks + max_int(sums, corners), staged);
   };
   const auto blocks = [&] { return args.out_c * divide_up(all_rows, tiling.rows) * tiling.tiles_w; };
   const int roomy = device.shared_bytes_for(2);
@@ -131,9 +155,11 @@ int launch_toeplitz_nchw(const DirectArgs& args, cudaStream_t stream) {
   // As many rows as the warps hold and shared memory takes. us, H100, fp16: 31x31, 8x40x96x96: 256 rows 29.4, 192 33.0, 128
   // 31.9; 27x27, 32x40x33x47: 176 22.0, 212 24.8; 31x31, 64x3x56x56: 32 in two parts 11.6, 96 11.7, 128 12.3; 64x1x56x56:
   // 32 in four parts 8.3, in two 8.6, a whole image in two 9.2.
-  const auto even = [](int64_t all, int most) {
-    return static_cast<int>(divide_up(all, divide_up<int64_t>(all, most)));
+  // Turned, whole words of outputs, which are eight rows of the block.
+  const auto whole = [](int64_t rows) {
+    return static_cast<int>(Traits::kTurned ? divide_up<int64_t>(rows, kChunk) * kChunk : rows);
   };
+  const auto even = [&](int64_t all, int most) { return whole(divide_up(all, divide_up<int64_t>(all, most))); };
   tiling.rows = even(all_rows, kFlatRows);
   // Few blocks: fewer rows each, and several warps a tile, as it takes the fewest cycles.
   if (blocks() < 2 * tiling.round) {
@@ -162,7 +188,7 @@ int launch_toeplitz_nchw(const DirectArgs& args, cudaStream_t stream) {
       if (tiles * kTileRows < all_rows + kTileRows) tiling.rows = even(all_rows, tiles * kTileRows), consider();
     tiling = best;
   }
-  while (tiling.rows > kTileRows && shared_bytes() > roomy) tiling.rows = divide_up(tiling.rows, 2);
+  while (tiling.rows > kTileRows && shared_bytes() > roomy) tiling.rows = whole(divide_up(tiling.rows, 2));
   tiling.part_divider = SmallDivider(1 << tiling.part_bits);
   tiling.held_tiles = divide_up(divide_up(tiling.rows, kTileRows), Traits::kWarps >> tiling.part_bits);
 

@@ -24,21 +24,24 @@ constexpr int power_of_two(int least) {
 // kImageChunks: chunks of an image row, where one block spans it and what lies outside is left out at compile time; 0:
 // any width. kTilesW: a block's columns, in eights. kSlots: channels_last, warps that a channel's tiles are dealt to; 0:
 // NCHW. kShared: channels_last with fewer channels than a block takes, whose warps share the kernel rows of tiles.
-// kSinceSm80: has more registers than there are before.
+// kTall: sums of a few kernel rows are added up apart. kApart: kernel rows are taken so far apart. kTurned: rows are taken for
+// columns and columns for rows, as the launcher turns its arguments. kSinceSm80: has more registers than there are before.
 template <class T_, int kChunks_, int kStrideW_, int kOrigin_, int kImageChunks_, int kTilesW_, int kTilesH_,
-          int kSlots_, bool kShared_, bool kSinceSm80_>
+          int kSlots_, bool kShared_, bool kTall_, int kApart_, bool kTurned_, bool kSinceSm80_>
 struct ToeplitzTraits {
   using T = T_;
   static constexpr int kChunks = kChunks_, kStrideW = kStrideW_, kOrigin = kOrigin_, kTilesW = kTilesW_,
-                       kTilesH = kTilesH_, kSlots = kSlots_;
-  static constexpr bool kChannelsLast = kSlots > 0, kShared = kShared_, kSinceSm80 = kSinceSm80_, kPaired = false,
-                        kWholeRows = kImageChunks_ != 0;
+                       kTilesH = kTilesH_, kSlots = kSlots_, kApart = kApart_;
+  static constexpr bool kChannelsLast = kSlots > 0, kShared = kShared_, kTall = kTall_, kTurned = kTurned_,
+                        kSinceSm80 = kSinceSm80_, kPaired = false, kWholeRows = kImageChunks_ != 0;
   static constexpr int kColumns = kTilesW * kChunk;                    // of a block
   static constexpr int kChannels = kChannelsLast ? kChannelsNhwc : 1;  // of a block
   // NCHW: large blocks, as each has to lay out its channel's weights (32x128x56x56, 31x31, fp16, H200: 0.112 ms with eight
   // warps, 0.129 with four); but two a multiprocessor, and the widest take more than 128 registers a thread.
-  // channels_last: one block a multiprocessor, for the weights of eight channels take much of its shared memory.
-  static constexpr bool kManyRegisters = kTilesW * kTilesH >= (kStrideW == 2 ? 12 : 16);
+  // channels_last: one block a multiprocessor, for the weights of eight channels take much of its shared memory; of narrow
+  // kernels two.
+  static constexpr int kSums = kTilesW * kTilesH * (kTall ? 2 : 1);
+  static constexpr bool kManyRegisters = kSums >= (kStrideW == 2 ? 12 : 16);
   static constexpr int kWarps = kChannelsLast ? kChannels * kSlots : kTilesW > 2 && kTilesW < 8 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
   // Pairs of weights a kernel row: the band of eight outputs, from the last output's first column on.
@@ -54,13 +57,15 @@ struct ToeplitzTraits {
   static constexpr int kStored = kHigh - 2 * kFirstPair, kPitch = kStored | 1;
   // Sums, input and weights of a kernel row, and what else there is.
   static constexpr bool kFewRegisters =
-      kTilesH == 1 && 4 * kTilesW + 4 * (kEndPair - kFirstPair) + kChunks + 30 <= 65536 / 768;
+      kTilesH == 1 && 4 * kSums + 4 * (kEndPair - kFirstPair) + kChunks + 30 <= 65536 / 768;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   static constexpr int kBoundThreads = kManyRegisters ? 384 : kFewRegisters ? 768 : 512;
+  static constexpr bool kInTwos = kSlots == 1 && kStrideW == 1 && !kManyRegisters;  // channels_last
 #else
   static constexpr int kBoundThreads = kManyRegisters ? 384 : 512;
+  static constexpr bool kInTwos = false;  // shared memory is for one
 #endif
-  static constexpr int kMinBlocks = kChannelsLast ? 1 : kBoundThreads / kThreads;
+  static constexpr int kMinBlocks = kInTwos ? 2 : kChannelsLast ? 1 : kBoundThreads / kThreads;
   static constexpr int kStagePitch = kTilesW | 1;  // of the outputs
 
   // The products of output tile n, in steps. A product of K = 16 takes a pair of chunks, which ldmatrix puts into
@@ -235,7 +240,7 @@ __device__ __forceinline__ void zero_beside(typename Traits::T* tile, const Toep
 }
 
 // One output over its own taps alone.
-template <class Traits>
+template <class Traits, bool kTurned = false>
 __device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, int channel, int row, int column) {
   using T = typename Traits::T;
   const int64_t in_c = args.out_c / args.multiplier, in_channel = channel / args.multiplier;
@@ -246,12 +251,13 @@ __device__ __noinline__ float toeplitz_exact(const DirectArgs& args, int image, 
   const auto* const filter = filters_of<Traits>(args, channel, taps);
   float sum = bias_of<Traits>(args, channel);
   for (int tap = 0; tap < taps && sum == sum; ++tap) {
-    const int h = row * args.stride_h - args.padding_h + tap / args.kernel_w * args.dilation_h;
-    const int w = column * Traits::kStrideW - args.padding_w + tap % args.kernel_w * args.dilation_w;
+    const int i = tap / args.kernel_w, j = tap - i * args.kernel_w, at = kTurned ? j * args.kernel_h + i : tap;
+    const int h = row * args.stride_h - args.padding_h + i * args.dilation_h;
+    const int w = column * Traits::kStrideW - args.padding_w + j * args.dilation_w;
     if (h < 0 || h >= args.h || w < 0 || w >= args.w) continue;
-    const int64_t pixel = static_cast<int64_t>(h) * args.w + w;
+    const int64_t pixel = kTurned ? static_cast<int64_t>(w) * args.h + h : static_cast<int64_t>(h) * args.w + w;
     sum = fmaf(load(input + pixel * (Traits::kChannelsLast ? in_c : 1)),
-               load_for_sums<T>(filter + (args.flip ? taps - 1 - tap : tap)), sum);
+               load_for_sums<T>(filter + (args.flip ? taps - 1 - at : at)), sum);
   }
   return sum;
 }
@@ -376,7 +382,7 @@ __device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArg
       const int offset = y - (kChunk - 1) * Traits::kStrideW + kChunk * Traits::kOrigin + args.padding_w;
       const int j = max(offset, 0) * inverse >> 16;
       const bool exists = offset >= 0 && j < args.kernel_w && j * args.dilation_w == offset;
-      column[k][half] = exists ? sign * j : 0;
+      column[k][half] = exists ? sign * j * (Traits::kTurned ? args.kernel_h : 1) : 0;
       mask[k][half] = exists ? 0xffff : 0;
     }
   // All loads of some rows before their first store, which a load from shared memory may not pass.
@@ -386,7 +392,7 @@ __device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArg
 #pragma unroll
     for (int t = 0; t < kTogether; ++t) {
       const int i = min(first + t * row_step, args.kernel_h - 1);
-      const int row = (args.flip ? last_tap : 0) + sign * i * args.kernel_w;
+      const int row = (args.flip ? last_tap : 0) + sign * i * (Traits::kTurned ? 1 : args.kernel_w);
 #pragma unroll
       for (int k = 0; k < kRounds; ++k) {
         const unsigned low = read(row + column[k][0]) & mask[k][0], high = read(row + column[k][1]) & mask[k][1];
@@ -403,15 +409,6 @@ __device__ __forceinline__ void lay_out_weights(unsigned* pairs, const DirectArg
   }
 }
 
-// Of an NCHW block's channel: to the L2 cache, from where load_weights reads them soon.
-template <class Traits, class Block>
-__device__ __forceinline__ void prefetch_weights(const DirectArgs& args, const Block& block) {
-  constexpr int kLine = 128 / sizeof(weight_t<Traits>);
-  const int taps = args.kernel_h * args.kernel_w;
-  const auto* const filter = filters_of<Traits>(args, block.channel, taps);
-  for (int k = threadIdx.x * kLine; k < taps + kLine - 1; k += Traits::kThreads * kLine)
-    ptx::prefetch(filter + min(k, taps - 1));
-}
 template <class Traits, class Block>
 __device__ __forceinline__ void load_weights(unsigned* pairs, const DirectArgs& args, const Block& block) {
   const auto* const filter = filters_of<Traits>(args, block.channel, args.kernel_h * args.kernel_w);

@@ -12,18 +12,22 @@
 //         blocks of neighbouring channels exchange halves of them, for stores of 32 bytes: toeplitz_nhwc_pairs.cuh. What is
 //         not aligned to 16 bytes is stored piece by piece, by neighbouring threads what lies side by side.
 // Memory  weights; input rows of eight channels, planes half the banks apart, or outputs; a row of zeros; pixels to come.
-//         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 83.5 (in pairs 84.5) + 0.1 + 82.3 KB. One block a multiprocessor.
+//         31x31 on 56x56, 64 rows of outputs a unit: 44.6 + 83.5 (in pairs 84.5) + 0.1 + 82.3 KB. One block a multiprocessor;
+//         of narrow kernels two, of eight warps each, one of which stores while the other multiplies (13x13 on 20x20: 108 KB).
 // Times   fp16, us, H100. 31x31 on 32x128x56x56: 103, of these products 67, stores 15, the first pixels 8, turning pixels 4,
 //         weights 2; without pairs 115; 5 more with each image's rows from a new tile on, 10 with nothing fetched ahead.
 //         29x29 on 32x256x28x28: 56; without pairs 59; 11 and 4 more. On 16x200x48x48: 63, with rows counted through all
-//         images 67, with nothing fetched ahead 69. 27x27 on 32x40x33x47: 22.8. 13x13 on 32x200x20x20: 22.0. Where all warps
-//         lay out weights, then fetch: 103, 57, 65, 24.1, 22.0. Channels that are not aligned, 13x13 on 56x56: 32x124 81,
-//         each thread with a whole pixel 153; 32x125 106, 269.
+//         images 67, with nothing fetched ahead 69. 27x27 on 32x40x33x47: 22.8. 13x13 on 32x200x20x20: 20.6; one block a
+//         multiprocessor, of sixteen warps, 22.0; on 32x128x56x56 60, 66. Where all warps lay out weights, then fetch: 103,
+//         57, 65, 24.1. Channels that are not aligned, 13x13 on 56x56: 32x124 82, each thread with a whole pixel 153; 32x125
+//         87, 269.
 // Lost    two groups of eight warps, each with units of its own, so that one multiplies while the other loads and stores:
 //         129 us for 103, 74 for 56, 76 for 64. Pixels one at a time between kernel rows: 101 for 104, 66.6 for 65.6, 37.3
-//         for 35.5 (31x31 on 8x40x96x96). What is left alone of two kernel rows as one product of K = 16: no gain. Few
-//         channels: 24 warps a block, 31x31 on 64x3x56x56 14.8 for 14.6; each channel a block's as in NCHW, 14.3, but 64x4x56x56
-//         17.6 for 15.0 and 7x7 on 32x5x112x112 26 for 21.
+//         for 35.5 (31x31 on 8x40x96x96). What is left alone of two kernel rows as one product of K = 16: no gain. Rows
+//         of pixels to the L2 cache before they are fetched: 104 for 103, 23.8 for 22.6 (27x27), 36.9 for 34.9 (31x31 on
+//         8x40x96x96). Three warps a channel, of one tile each, where images have 48 rows: 67 for 64, as each loads weights.
+//         Few channels: 24 warps a block, 31x31 on 64x3x56x56 14.8 for 14.6; each channel a block's as in NCHW, 14.3, but
+//         64x4x56x56 17.6 for 15.0 and 7x7 on 32x5x112x112 26 for 21.
 #pragma once
 
 #include "toeplitz_nhwc_pairs.cuh"
@@ -223,12 +227,13 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     }
     return pair_bytes + (tiling.tile + Traits::kPitch + 1 + tiling.pixels + room) * kChunkBytes;
   };
-  // Cycles of the block that takes longest.
-  const auto cost = [&](int in_rows, int rounds) {
+  // Cycles of the multiprocessor that takes longest: of so many blocks one after the other, or two at a time.
+  const auto cost = [&](int in_rows, int rounds, int resident) {
     // A product of K = 16 takes six cycles of a partition's tensor cores; one warp alone keeps them busy for less than half
     // of the time.
     constexpr float kItemCycles = Traits::kTilesW * Traits::kChunks * 2.7f, kBusy = 0.8f, kAlone = 0.4f;
     constexpr float kBlockCycles = 6000, kUnitCycles = 1500, kWaitCycles = 2000, kChunkCycles = 6, kLoadedCycles = 14;
+    constexpr float kBeside = 0.6f;  // two blocks at a time, of the time that they take one after the other
     const int channels = min_int(Traits::kChannels, static_cast<int>(args.out_c));
     const int parts = Traits::kShared ? tiling.parts : 1;
     const auto products = [&](int items) {
@@ -243,14 +248,15 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
     const float chunks = static_cast<float>(in_rows) * Traits::kPitch;
     const float unit = kUnitCycles + (tiling.ahead ? kChunkCycles * chunks * (kChunk / tiling.in_vector)
                                                    : kWaitCycles + kLoadedCycles * chunks);
-    return rounds *
+    const float turns = resident > 1 && rounds > 1 ? divide_up(rounds, 2) * 2 * kBeside : rounds;
+    return turns *
            (kBlockCycles + kWaitCycles + units * unit + larger * products(large) + (units - larger) * products(small));
   };
 
   float least = 0;
   int bytes = 0, best_parts = 0;
   for (const bool all : {true, false}) {
-    if (all && args.n * args.out_h > kInt32Max / 2) continue;
+    if (all && (Traits::kTurned || args.n * args.out_h > kInt32Max / 2)) continue;
     tiling.image_items = all ? 0 : divide_up(args.out_h, kTileRows);
     const int64_t items = all ? divide_up<int64_t>(args.n * args.out_h, kTileRows) : args.n * tiling.image_items;
     tiling.items = static_cast<int>(items);
@@ -267,7 +273,9 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
           const int most_parts = max_int(1, rounds * device.multiprocessors / groups);
           const int parts = static_cast<int>(all_items < most_parts ? all_items : most_parts);
           tiling.share = static_cast<int>(all_items / parts), tiling.longer = static_cast<int>(all_items % parts);
-          const float cycles = cost(static_cast<int>(in_rows), divide_up(groups * parts, device.multiprocessors));
+          const int resident = needed + kUnitBytes <= device.shared_bytes_for(2) ? Traits::kMinBlocks : 1;
+          const float cycles =
+              cost(static_cast<int>(in_rows), divide_up(groups * parts, device.multiprocessors), resident);
           if (bytes == 0 || cycles < least) least = cycles, best = tiling, best_parts = parts, bytes = needed;
         }
       }
@@ -301,7 +309,8 @@ int launch_units(const DirectArgs& args, cudaStream_t stream) {
 }
 
 template <class Traits>
-int launch_toeplitz_nhwc(const DirectArgs& args, cudaStream_t stream) {
+int launch_toeplitz_nhwc(const DirectArgs& lying, cudaStream_t stream) {
+  const DirectArgs args = Traits::kTurned ? turned(lying) : lying;
   if constexpr (!Traits::kShared) {
     using Paired = PairedToeplitzTraits<Traits>;
     const int answer = stores_in_pairs<Paired>(args) ? launch_units<Paired>(args, stream) : kTooLittleSharedMemory;

@@ -4,9 +4,10 @@
 //         32x128x56x56, all blocks at once: 31.3 us, of 32 bytes 14.1). So two blocks of neighbouring channels, a cluster,
 //         store 32 bytes of a pixel at once, for half of the rows each: a block sends the other half of its outputs, as
 //         pixels, to the other's shared memory.
-// Serves  an even number of groups of eight channels: of an odd number, a block without channels of its own is no gain
-//         (13x13 on 32x200x20x20, 29x29 on 16x200x48x48) or a loss (13x13 on 8x40x88x88: 22.3 us for 21.6). On sm_100,
-//         where nothing is measured, the widest tiles would have too few registers (31x31 on 56x56).
+// Serves  an even number of groups of eight channels: of an odd number, every second pixel begins in the middle of a sector.
+//         Pairs of these, and blocks of the last group alone, were no gain (13x13 on 32x200x20x20: 22.3 us for 22.0; 29x29 on
+//         16x200x48x48: 64.9 for 64.5) or a loss (31x31 on 8x40x96x96: 36.6 for 35.2). On sm_100, where nothing is measured,
+//         the widest tiles would have too few registers (31x31 on 56x56).
 // Order   The inbox lies where a block's input was, behind its staged outputs. A block sends when both are done with their
 //         products, and stores when both have sent: a barrier of the cluster each. It sends again when both are done with
 //         the products after that, before which both have stored.
@@ -57,8 +58,9 @@ struct ToeplitzPair {
     const int odd = ptx::lane_index() % 2, pixel = ptx::lane_index() / 4;
     const int columns = min(Traits::kColumns, args.out_w - unit.column);
     const int own = static_cast<int>(first_channel<Traits>()), other = own ^ Traits::kChannels;
-    T* const out = static_cast<T*>(args.out) +
-                   ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c;
+    T* const out = static_cast<T*>(args.out) + (static_cast<int64_t>(unit.image) * args.out_h * args.out_w +
+                                                pixel_at<Traits>(unit.row, unit.column, args.out_h, args.out_w)) *
+                                                   args.out_c;
     const auto store_two = [&](int chunk, const auto& outputs) {
       const int even_chunk = chunk - odd, other_chunk = even_chunk + 1 - odd;
       uint4 others{};
@@ -70,7 +72,8 @@ struct ToeplitzPair {
         const int column = (stored - row * Traits::kStagePitch) * kChunk + pixel;
         const bool mine = k == odd;
         if (stored < end_stored && column < columns)
-          __stcs(reinterpret_cast<uint4*>(out + (row * args.out_w + column) * args.out_c + (mine ? own : other)),
+          __stcs(reinterpret_cast<uint4*>(out + pixel_at<Traits>(row, column, args.out_h, args.out_w) * args.out_c +
+                                          (mine ? own : other)),
                  mine ? outputs.word : others);
       }
     };

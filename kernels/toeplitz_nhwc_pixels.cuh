@@ -50,6 +50,12 @@ __device__ __forceinline__ int channels_anew(const DirectArgs& args) {
   return ptx::opaque(block_channels<Traits>(args));
 }
 
+// Where a pixel lies among those of images of `height` x `width`, counted from the first pixel of its image.
+template <class Traits>
+__device__ __forceinline__ int pixel_at(int row, int column, int height, int width) {
+  return Traits::kTurned ? column * height + row : row * width + column;
+}
+
 // What is computed and read at a time: rows that lie one after the other in memory, even if of several images. Rows of
 // input are those inside the images that the first and the last row of outputs reach, and all between.
 template <class Traits>
@@ -88,7 +94,8 @@ struct ToeplitzUnit {
   // The first stored pixel, though it may lie before the image's row.
   __device__ __forceinline__ const typename Traits::T* input(const DirectArgs& args) const {
     return static_cast<const typename Traits::T*>(args.input) +
-           ((static_cast<int64_t>(image) * args.h + in_row) * args.w + first_column) * args.out_c +
+           (static_cast<int64_t>(image) * args.h * args.w + pixel_at<Traits>(in_row, first_column, args.h, args.w)) *
+               args.out_c +
            first_channel<Traits>();
   }
 };
@@ -148,7 +155,7 @@ __device__ __forceinline__ void fetch_pixels(typename Traits::T* pixels, const D
         const int row = pixel / kColumns, column = pixel - row * kColumns,
                   chunk = row * Traits::kPitch + column / kChunk;
         T* const to = pixels + (chunk * kChunk + (pixel % kChunk ^ chunk % kTurned * 2)) * kChunk + channel;
-        const T* const from = input + (row * args.w + column) * args.out_c + channel;
+        const T* const from = input + pixel_at<Traits>(row, column, args.h, args.w) * args.out_c + channel;
         const bool in_bounds = static_cast<unsigned>(first_column + column) < static_cast<unsigned>(args.w);
         copy_async<kVector * sizeof(T)>(to, from, in_bounds && (kPieces == 1 || channel < channels));
       }
@@ -200,10 +207,10 @@ __device__ __forceinline__ void load_pixels(typename Traits::T* tile, const Dire
 #pragma unroll
       for (int k = 0; k < kAhead; ++k, at.advance()) {
         const int channel = at.inner * kVector, column = first_column + 2 * at.middle;
-        const T* const from = input + (at.outer * args.w + 2 * at.middle) * args.out_c + channel;
+        const T* const from = input + pixel_at<Traits>(at.outer, 2 * at.middle, args.h, args.w) * args.out_c + channel;
         const bool exists = at.outer < rows;
         left[k] = load_or_zero<kVector>(from, exists && static_cast<unsigned>(column) < static_cast<unsigned>(args.w));
-        right[k] = load_or_zero<kVector>(from + args.out_c,
+        right[k] = load_or_zero<kVector>(from + pixel_at<Traits>(0, 1, args.h, args.w) * args.out_c,
                                          exists && static_cast<unsigned>(column + 1) < static_cast<unsigned>(args.w));
         target[k] = exists ? (channel * tiling.plane + at.outer * Traits::kPitch) * kChunk + 2 * at.middle : -1;
       }
@@ -228,9 +235,9 @@ __device__ __noinline__ void mend_outputs(typename Traits::T* staged, const Dire
     auto& value = staged[(at.outer * tiling.stage + at.middle * Traits::kStagePitch) * kChunk + at.inner];
     const int image = (unit.row + at.middle) / args.out_h;
     if (is_nan(value))
-      value = from_float<typename Traits::T>(toeplitz_exact<Traits>(args, unit.image + image, channel + at.outer,
-                                                                    unit.row + at.middle - image * args.out_h,
-                                                                    unit.column + at.inner));
+      value = from_float<typename Traits::T>(
+          toeplitz_exact<Traits, Traits::kTurned>(args, unit.image + image, channel + at.outer,
+                                                  unit.row + at.middle - image * args.out_h, unit.column + at.inner));
   }
 }
 
@@ -265,7 +272,9 @@ __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, c
   using T = typename Traits::T;
   const int channels = channels_anew<Traits>(args), columns = min(Traits::kColumns, args.out_w - unit.column);
   T* const out = static_cast<T*>(args.out) +
-                 ((static_cast<int64_t>(unit.image) * args.out_h + unit.row) * args.out_w + unit.column) * args.out_c +
+                 (static_cast<int64_t>(unit.image) * args.out_h * args.out_w +
+                  pixel_at<Traits>(unit.row, unit.column, args.out_h, args.out_w)) *
+                     args.out_c +
                  first_channel<Traits>();
   with_vector(tiling.out_vector, [&](auto vector) {
     constexpr int kVector = vector.value;
@@ -275,7 +284,7 @@ __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, c
         const int row = chunk / Traits::kStagePitch;  // of all images
         const int column = (chunk - row * Traits::kStagePitch) * kChunk + ptx::lane_index() / 4;
         if (chunk < chunks && column < columns)
-          store_streaming(out + (row * args.out_w + column) * args.out_c, outputs.vector);
+          store_streaming(out + pixel_at<Traits>(row, column, args.out_h, args.out_w) * args.out_c, outputs.vector);
       });
     } else {
       // Neighbouring threads store what lies side by side. Not streaming: the rest of a sector is still to come.
@@ -288,8 +297,8 @@ __device__ __forceinline__ void store_pixels(const typename Traits::T* staged, c
         Vector<T, kVector> piece;
 #pragma unroll
         for (int e = 0; e < kVector; ++e) piece.value[e] = from[e * tiling.stage * kChunk];
-        *reinterpret_cast<Vector<T, kVector>*>(out + (at.outer * args.out_w + at.middle) * args.out_c + channel) =
-            piece;
+        const int pixel = pixel_at<Traits>(at.outer, at.middle, args.out_h, args.out_w);
+        *reinterpret_cast<Vector<T, kVector>*>(out + pixel * args.out_c + channel) = piece;
       }
     }
   });

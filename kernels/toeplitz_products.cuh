@@ -70,6 +70,37 @@ __device__ __forceinline__ void for_each_row(const ToeplitzSums<Traits>& sum, in
     }
 }
 
+// kTall: kernel rows whose products are added up in registers of their own. Tensor cores truncate, and sums of many drift.
+constexpr int kRowsTogether = 16;
+template <int kTiles, class Traits>
+struct ToeplitzTotal {
+  float value[kTiles][Traits::kTilesW][4] = {};
+  int until = kRowsTogether;
+
+  __device__ __forceinline__ void add(ToeplitzSums<Traits>& sum) {
+#pragma unroll
+    for (int a = 0; a < kTiles; ++a)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesW; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) value[a][n][k] += sum[a][n][k], sum[a][n][k] = 0;
+  }
+  __device__ __forceinline__ void add_row(ToeplitzSums<Traits>& sum) {
+    if (--until > 0) return;
+    add(sum);
+    until = kRowsTogether;
+  }
+  __device__ __forceinline__ void finish(ToeplitzSums<Traits>& sum) {
+    add(sum);
+#pragma unroll
+    for (int a = 0; a < kTiles; ++a)
+#pragma unroll
+      for (int n = 0; n < Traits::kTilesW; ++n)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum[a][n][k] = value[a][n][k];
+  }
+};
+
 // Of the first kTiles tiles. `pairs`: the channel's weights.
 template <int kTiles, class Traits>
 __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const ToeplitzRows<Traits>& rows,
@@ -86,36 +117,53 @@ __device__ __forceinline__ void multiply_rows(ToeplitzSums<Traits>& sum, const T
     in_row[a] = rows.in_row[a] + rows.first_tap * args.dilation_h;
     address[a] = rows.address[a] + rows.first_tap * args.dilation_h * rows.kRowBytes;
   }
+  std::conditional_t<Traits::kTall, ToeplitzTotal<kTiles, Traits>, int> total{};
+  // Every kApart-th kernel row, then those below them, and so on.
+  constexpr int kApart = Traits::kApart;
+  const int count = rows.end_tap - rows.first_tap;
 #pragma unroll 1
-  for (int left = rows.end_tap - rows.first_tap; left > 0; --left, row += Traits::kBand) {
-    unsigned band[Traits::kChunks];
+  for (int first = 0; first < kApart; ++first) {
+    int i = first;
+#pragma unroll 1
+    for (; i < count; i += kApart, row += kApart * Traits::kBand) {
+      unsigned band[Traits::kChunks];
 #pragma unroll
-    for (int s = 0; s < Traits::kChunks; ++s) band[s] = row[s * kChunk];
+      for (int s = 0; s < Traits::kChunks; ++s) band[s] = row[s * kChunk];
+#pragma unroll
+      for (int a = 0; a < kTiles; ++a) {
+        const bool in_bounds = static_cast<unsigned>(in_row[a]) < static_cast<unsigned>(args.h);
+        const unsigned from = in_bounds ? address[a] : rows.zeros;
+        in_row[a] += kApart * args.dilation_h;
+        address[a] += kApart * args.dilation_h * rows.kRowBytes;
+        unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
+#pragma unroll
+        for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
+          ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
+#pragma unroll
+        for (int step = 0; step < Traits::kSteps; ++step)
+#pragma unroll
+          for (int n = 0; n < kTilesW; ++n) {
+            const int k = Traits::pair(n, step), s = 2 * k - n * kStrideW;
+            const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
+            if (left && right)
+              multiply_k16<T>(sum[a][n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
+            else if (left)
+              multiply_k8<T>(sum[a][n], in[k][0], in[k][1], band[s]);
+            else if (right)
+              multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
+          }
+      }
+      if constexpr (Traits::kTall) total.add_row(sum);
+    }
+    const int back = first + 1 - i;
+    row += back * Traits::kBand;
 #pragma unroll
     for (int a = 0; a < kTiles; ++a) {
-      const bool in_bounds = static_cast<unsigned>(in_row[a]) < static_cast<unsigned>(args.h);
-      const unsigned from = in_bounds ? address[a] : rows.zeros;
-      in_row[a] += args.dilation_h;
-      address[a] += args.dilation_h * rows.kRowBytes;
-      unsigned in[Traits::kEndPair][4];  // rows 0-7 and 8-15 of a pair's first chunk, then of its second
-#pragma unroll
-      for (int k = Traits::kFirstPair; k < Traits::kEndPair; ++k)
-        ptx::load_matrices(in[k], from + (k - Traits::kFirstPair) * 32);
-#pragma unroll
-      for (int step = 0; step < Traits::kSteps; ++step)
-#pragma unroll
-        for (int n = 0; n < kTilesW; ++n) {
-          const int k = Traits::pair(n, step), s = 2 * k - n * kStrideW;
-          const bool left = Traits::used(n, 2 * k), right = Traits::used(n, 2 * k + 1);
-          if (left && right)
-            multiply_k16<T>(sum[a][n], in[k][0], in[k][1], in[k][2], in[k][3], band[s], band[s + 1]);
-          else if (left)
-            multiply_k8<T>(sum[a][n], in[k][0], in[k][1], band[s]);
-          else if (right)
-            multiply_k8<T>(sum[a][n], in[k][2], in[k][3], band[s + 1]);
-        }
+      in_row[a] += back * args.dilation_h;
+      address[a] += back * args.dilation_h * rows.kRowBytes;
     }
   }
+  if constexpr (Traits::kTall) total.finish(sum);
 }
 
 // The sums of the warps that share tiles, added up by the first of them. `slot`: which of the block's sharing groups; all

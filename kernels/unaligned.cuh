@@ -42,6 +42,20 @@ struct UnalignedEight {
     return true;
   }
 
+  // The same of sixteen aligned bytes, and of elements one by one, of which `valid` exist.
+  __device__ __forceinline__ void load_aligned(const void* from) {
+    const uint4 words = __ldg(static_cast<const uint4*>(from));
+    shift = 0;
+    word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
+  }
+  template <class T>
+  __device__ __forceinline__ void load_some(const T* from, int valid) {
+    clear();
+#pragma unroll
+    for (int k = 0; k < kEight; ++k)
+      if (k < valid) word[k / 2] |= static_cast<unsigned>(__ldg(&from[k].bits)) << k % 2 * 16;
+  }
+
   __device__ __forceinline__ void clear() {
     shift = 0;
 #pragma unroll

@@ -41,6 +41,9 @@ enum class Kernel : int {
   kImagesFmaGradWeight,
   kStripsGradWeightNchw,
   kStripsGradWeightNhwc,
+  kGradientsNchw,
+  kGradientsPlanesNchw,
+  kGradientsNhwc,
 };
 constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kStreamNchw,
@@ -75,7 +78,10 @@ constexpr Kernel kSpecialisedKernels[] = {Kernel::kDirectNchw,
                                           Kernel::kImagesFma,
                                           Kernel::kImagesFmaGradWeight,
                                           Kernel::kStripsGradWeightNchw,
-                                          Kernel::kStripsGradWeightNhwc};
+                                          Kernel::kStripsGradWeightNhwc,
+                                          Kernel::kGradientsNchw,
+                                          Kernel::kGradientsPlanesNchw,
+                                          Kernel::kGradientsNhwc};
 
 inline bool is_rolling_nchw(Kernel kernel) { return kernel == Kernel::kStreamNchw || kernel == Kernel::kPlanesNchw; }
 inline bool is_direct_nchw(Kernel kernel) { return kernel == Kernel::kDirectNchw || is_rolling_nchw(kernel); }
@@ -99,6 +105,10 @@ inline bool is_grad_weight_kernel(Kernel kernel) {
          is_images_grad_weight(kernel) || is_strips_grad_weight(kernel) || kernel == Kernel::kImagesFmaGradWeight ||
          kernel == Kernel::kImageRowsGradWeight || kernel == Kernel::kColumnsGradWeight;
 }
+// Those that compute both gradients at once.
+inline bool is_gradients_kernel(Kernel kernel) {
+  return kernel == Kernel::kGradientsNchw || kernel == Kernel::kGradientsPlanesNchw || kernel == Kernel::kGradientsNhwc;
+}
 inline bool is_images_fma(Kernel kernel) {
   return kernel == Kernel::kImagesFma || kernel == Kernel::kImagesFmaGradWeight;
 }
@@ -112,7 +122,7 @@ inline bool is_compiled_by_tile(Kernel kernel) {
          is_images_fma(kernel) || kernel == Kernel::kBandImages || kernel == Kernel::kBlocked ||
          kernel == Kernel::kGradWeightStreamNhwc || kernel == Kernel::kGradWeightRowsNhwc ||
          is_strips_grad_weight(kernel) || is_strips(kernel) || kernel == Kernel::kImageRowsGradWeight ||
-         kernel == Kernel::kWarpsNchw;
+         kernel == Kernel::kWarpsNchw || is_gradients_kernel(kernel);
 }
 // Kernels for the grad of input alone; their padding is compile-time.
 inline bool is_grad_input_kernel(Kernel kernel) {
@@ -221,6 +231,13 @@ constexpr Tile kImagesFmaTiles[] = {{"images_fma", 0, 2, 1}, {"images_fma_plane"
 constexpr Tile kImagesFmaGradWeightTiles[] = {{"weight_images_fma", 0, 0, 1}, {"weight_images_fma_plane", 1, 0, 1}};
 constexpr Tile kStripsGradWeightNchwTiles[] = {{"weight_strips", 8, 0, 1}};
 constexpr Tile kStripsGradWeightNhwcTiles[] = {{"weight_strips_nhwc", 8, 0, 8}};
+// One of each; of channels_last `vector` is a block's lanes along channels.
+constexpr Tile kGradientsNchwTiles[] = {{"gradients", 8, 0, 8}};
+constexpr Tile kGradientsPlanesNchwTiles[] = {{"gradients_planes", 7, 0, 8}};
+constexpr Tile kGradientsNhwcTiles[] = {{"gradients_lanes32", 4, 0, 32},
+                                        {"gradients_lanes24", 4, 0, 24},
+                                        {"gradients_lanes16", 4, 0, 16},
+                                        {"gradients_lanes8", 4, 0, 8}};
 
 struct TileTable {
   const Tile* tiles;
@@ -270,6 +287,9 @@ inline TileTable tile_table(Kernel kernel, DType dtype) {
     case Kernel::kImagesFmaGradWeight: return kImagesFmaGradWeightTiles;
     case Kernel::kStripsGradWeightNchw: return kStripsGradWeightNchwTiles;
     case Kernel::kStripsGradWeightNhwc: return kStripsGradWeightNhwcTiles;
+    case Kernel::kGradientsNchw: return kGradientsNchwTiles;
+    case Kernel::kGradientsPlanesNchw: return kGradientsPlanesNchwTiles;
+    case Kernel::kGradientsNhwc: return kGradientsNhwcTiles;
     default: return {};
   }
 }
@@ -309,7 +329,10 @@ inline const char* kernel_name(Kernel kernel) {
                                     "images_fma",
                                     "images_fma_grad_weight",
                                     "strips_grad_weight_nchw",
-                                    "strips_grad_weight_nhwc"};
+                                    "strips_grad_weight_nhwc",
+                                    "gradients_nchw",
+                                    "gradients_planes_nchw",
+                                    "gradients_nhwc"};
   return kNames[static_cast<int>(kernel)];
 }
 

@@ -123,7 +123,7 @@ class Emulator:
         texts = self.build.texts
         sources = [
             (texts["operators.cpp"], f"-I{TORCH / 'include'}"),
-            *((texts[name], CHECKED) for name in ("forward.cu", "grad_input.cu", "grad_weight.cu")),
+            *((texts[name], CHECKED) for name in ("forward.cu", "grad_input.cu", "grad_weight.cu", "gradients.cu")),
             (texts["specialise.cpp"],),
             ((HERE / "emulator.cpp").read_text(), "-O2", "-U_FORTIFY_SOURCE"),
         ]

@@ -13,7 +13,7 @@ from itertools import count
 
 import reference
 import torch
-from reference import DIRECTIONS, DTYPES, LAYOUTS, Problem, Tensors
+from reference import ALL_DIRECTIONS, DTYPES, GRADIENTS, LAYOUTS, Problem, Tensors
 from torch._subclasses import FakeTensorMode
 
 import depthwise_inline
@@ -105,7 +105,7 @@ def draw(number, device):
     views = (None,) * 4
     if problem.batch and drawn.random() < 0.4:
         views = tuple(drawn.choice([None, *VIEWS]) for _ in range(4))
-    direction, through = drawn.choice(DIRECTIONS), drawn.choice(ways_through(dtype))
+    direction, through = drawn.choice(ALL_DIRECTIONS), drawn.choice(ways_through(dtype))
     variant = "general" if drawn.random() < 0.1 else None
     return Draw(number, problem, dtype, layout, direction, through, variant, views)
 
@@ -133,8 +133,8 @@ def make_tensors(draw, device):
 def specialisations(draw):
     """Names and sources of what a GPU has compiled for a draw."""
     x, weight, bias, grad_out = make_tensors(draw, "meta")
-    images = {"forward": (x,), "grad_input": (grad_out,), "grad_weight": (grad_out, x)}
-    others = {"forward": (weight, bias), "grad_input": (weight,), "grad_weight": ()}
+    images = {"forward": (x,), "grad_input": (grad_out,), "grad_weight": (grad_out, x), GRADIENTS: (grad_out, x)}
+    others = {"forward": (weight, bias), "grad_input": (weight,), "grad_weight": (), GRADIENTS: ()}
 
     def is_aligned(t, layout="nchw"):
         """As the operators see it, who copy what is not dense."""
@@ -142,7 +142,8 @@ def specialisations(draw):
         return copied or t.storage_offset() * t.element_size() % 16 == 0
 
     found = {}
-    for direction in {draw.direction} if draw.through == "operator" else {draw.direction, "forward"}:
+    directions = [draw.direction, *(["forward"] if draw.through != "operator" else [])]
+    for direction in directions:
         by_strides = draw.through != "operator" or direction == "forward"
         layout = reference.forward_layout(x, weight) if by_strides else draw.layout
         aligned = all(is_aligned(t, layout) for t in images[direction]) and all(map(is_aligned, others[direction]))
@@ -151,6 +152,8 @@ def specialisations(draw):
             name, source = reference.select(direction, draw.problem, draw.dtype, layout, aligned, float_weight)
         if source:
             found[name.rpartition("/")[0]] = source
+        elif direction == GRADIENTS:  # one after the other
+            directions += ["grad_input", "grad_weight"]
     return found
 
 
@@ -176,7 +179,8 @@ def run(draw, tensors):
     with reference.forced(draw.variant) if tensors.x.is_cuda else contextlib.nullcontext():
         if draw.through == "operator":
             return reference.run(draw.direction, draw.problem, tensors, draw.layout)
-        wanted = {"forward": (), "grad_input": ("x",), "grad_weight": ("weight", "bias")}[draw.direction]
+        asked = {"grad_input": ("x",), "grad_weight": ("weight", "bias"), GRADIENTS: ("x", "weight")}
+        wanted = asked.get(draw.direction, ())
         leaves = {name: t.detach() for name, t in vars(tensors).items() if t is not None and name != "grad_out"}
         autocast = draw.through == "autocast"
         if autocast:
@@ -186,11 +190,12 @@ def run(draw, tensors):
             pairs = draw.problem.pairs
             out = depthwise_inline.depthwise_conv2d(leaves["x"], leaves["weight"], leaves.get("bias"), **pairs)
         results = torch.autograd.grad(out, wanted, tensors.grad_out) if wanted else (out,)
-        if autocast and draw.direction == "grad_weight":  # rounded, since PyTorch's and what is allowed are of 16 bits
-            if any(result.dtype is not torch.float32 for result in results):
-                raise RuntimeError(f"gradients of float32 weights are of {[result.dtype for result in results]}")
-            results = [result.to(draw.dtype) for result in results]
-        return dict(zip(reference.result_names(draw.direction, draw.problem), results, strict=True))
+        named = dict(zip(reference.result_names(draw.direction, draw.problem), results, strict=True))
+        for name in {"grad_weight", "grad_bias"} & set(named) if autocast else ():
+            if named[name].dtype is not torch.float32:
+                raise RuntimeError(f"{name} of float32 weights is of {named[name].dtype}")
+            named[name] = named[name].to(draw.dtype)  # since PyTorch's and what is allowed are of 16 bits
+        return named
 
 
 # ---- Comparing

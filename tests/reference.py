@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda"
 OPERATORS = torch.ops.depthwise_inline
 
-DIRECTIONS = ("forward", "grad_input", "grad_weight")  # this order, and that of the next two, is the C interface's
+DIRECTIONS = ("forward", "grad_input", "grad_weight")  # this order, and that of the next three, is the C interface's
+GRADIENTS = "gradients"  # grad_input and grad_weight at once
+ALL_DIRECTIONS = (*DIRECTIONS, GRADIENTS)
 LAYOUTS = ("nchw", "nhwc")
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*HALF_AND_SINGLE, torch.float64)
@@ -375,9 +377,10 @@ def run_with_float_weight(direction, problem, tensors):
     x, weight, bias, grad_out = tensors
     if direction == "forward":
         return {"out": OPERATORS.forward_no_autograd(x, weight, bias, *problem.geometry)}
+    masks = {"grad_input": (True, False, False), "grad_weight": (False, True, bias is not None)}
     of_emulator = hasattr(OPERATORS, "convolution_backward_overrideable")
     backward = (OPERATORS if of_emulator else torch.ops.aten).convolution_backward_overrideable
-    mask = (True, False, False) if direction == "grad_input" else (False, True, bias is not None)
+    mask = masks.get(direction, (True, True, False))
     convolution = (*(problem.stride, problem.padding, problem.dilation), False, (0, 0), problem.channels)
     with torch.no_grad():
         grads = backward(grad_out, x, weight, *convolution, mask)
@@ -402,6 +405,9 @@ def run(direction, problem, tensors, layout):
     if direction == "grad_input":
         flags = (channels_last, problem.multiplier)
         return {"grad_input": OPERATORS.grad_input(grad_out, weight, *problem.image, *problem.geometry, *flags)}
+    if direction == GRADIENTS:
+        both = OPERATORS.gradients(grad_out, x, weight, *problem.geometry, channels_last)
+        return dict(zip(result_names(direction, problem), both, strict=True))
     results = OPERATORS.grad_weight(grad_out, x, *problem.kernel, *problem.geometry, channels_last, bias is not None)
     return (
         dict(zip(("grad_weight", "grad_bias"), results, strict=True))
@@ -425,6 +431,8 @@ def result_names(direction, problem):
         return ("out",)
     if direction == "grad_input":
         return ("grad_input",)
+    if direction == GRADIENTS:
+        return ("grad_input", "grad_weight")
     return ("grad_weight", "grad_bias") if problem.bias else ("grad_weight",)
 
 
@@ -437,18 +445,19 @@ def all_variants(direction, problem, dtype, layout, aligned=True):
     """Every variant that can serve a problem, the general one included."""
     names = ctypes.create_string_buffer(1 << 16)
     sizes = (ctypes.c_int64 * 15)(*problem.sizes(aligned))
-    where = (DIRECTIONS.index(direction), DTYPES.index(dtype), LAYOUTS.index(layout), sizes)
+    where = (ALL_DIRECTIONS.index(direction), DTYPES.index(dtype), LAYOUTS.index(layout), sizes)
     assert depthwise_inline._load_library().depthwise_inline_tiles(*where, names, len(names)) == 0
     variants = names.value.decode().split()
     assert "general" in variants, f"{direction} of {problem}: the general variant is not among {variants}"
     return variants
 
 
-def specialisations(problems, dtype, layout, variants=None):
+def specialisations(problems, dtype, layout, variants=None, directions=ALL_DIRECTIONS):
     """What `check` has compiled for these problems, aligned or not: the sources by name. `variants` as there."""
     sources = {}
-    for problem, direction, aligned in itertools.product(problems, DIRECTIONS, (True, False)):
-        for variant in variants or all_variants(direction, problem, dtype, layout, aligned):
+    for problem, direction, aligned in itertools.product(problems, directions, (True, False)):
+        served = [None, *all_variants(direction, problem, dtype, layout, aligned)]
+        for variant in served[1:] if variants is None else [variant for variant in variants if variant in served]:
             with forced(variant):
                 for float_weight in (False, True):
                     name, source = select(direction, problem, dtype, layout, aligned, float_weight)
@@ -478,10 +487,11 @@ def forward_layout(x, weight):
     return "nhwc" if torch.channels_last in suggested and x.dtype is not torch.float64 else "nchw"
 
 
-def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=None):
+def check(failures, problem, tensors, layout, directions=ALL_DIRECTIONS, variants=None):
     """Run a problem in every direction and variant on poisoned memory and hold it against float64 and PyTorch.
 
-    variants: None for every variant that can serve it, or a list of them, where None stands for automatic choice.
+    variants: None for every variant that can serve it, or a list of them, where None stands for automatic choice. Both
+    gradients at once are left out where no kernel computes them so.
     """
     dtype = tensors.x.dtype
     expected, peer = expected_results(problem, tensors), peer_results(problem, tensors)
@@ -492,6 +502,9 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
             found = all_variants(direction, problem, dtype, kernel_layout, is_aligned(tensors))
         else:
             found = variants
+        if direction == GRADIENTS:
+            served = all_variants(direction, problem, dtype, layout, is_aligned(tensors))
+            found = [variant for variant in found if variant in served[1:] or (variant is None and served[1:])]
         for variant in found:
             where = (problem, short(dtype), layout, direction, variant or "automatic")
             with failures.catch(*where), forced(variant):
@@ -505,8 +518,8 @@ def check(failures, problem, tensors, layout, directions=DIRECTIONS, variants=No
                 if dtype.itemsize == 2 and strides_agree:
                     poison(*(peer[name] for name in names))
                     with_float = run_with_float_weight(direction, problem, with_float_weight(tensors))
-                    of_float = torch.float32 if direction == "grad_weight" else dtype
                     for name in names:
+                        of_float = torch.float32 if name in ("grad_weight", "grad_bias") else dtype
                         failures.add(difference(with_float[name], results[name], of_float), *where, name)
 
 

@@ -9,6 +9,7 @@ import sys
 
 import reference
 import test_emulated
+import torch
 from reference import Failures, Tensors
 
 import depthwise_inline
@@ -25,11 +26,12 @@ def on_gpu(run):
 
 
 def sample():
-    """The sample of test_emulated.py: problems, layouts and dtypes."""
+    """The sample of test_emulated.py, and its tall kernels: problems, layouts and dtypes."""
     for shape, places in test_emulated.SAMPLE.items():
         problems = test_emulated.shape_problems(*shape, everything=False)
         edges = test_emulated.edge_problems(*shape[:2])
         yield from itertools.product(problems + edges if shape[2] == (1, 1) else problems[:3], places)
+    yield from itertools.product(test_emulated.TURNED, (("nchw", torch.float16), ("nhwc", torch.bfloat16)))
 
 
 def prepare():

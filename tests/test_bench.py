@@ -239,22 +239,22 @@ def test_median_and_spread():
 
 
 # ---- results
-@pytest.mark.parametrize("direction", report.DIRECTIONS)
+@pytest.mark.parametrize("direction", (*report.DIRECTIONS, report.GRADIENTS))
 @pytest.mark.parametrize("layout", bench.LAYOUTS)
 @pytest.mark.parametrize("dtype", bench.DTYPES.values(), ids=bench.DTYPES)
 def test_both_sides_compute_the_same_and_errors_finds_planted_ones(direction, layout, dtype, monkeypatch):
     monkeypatch.setattr(bench, "CHUNK_ELEMENTS", 1)  # a piece for each image
     problem = bench.Problem(SMALL, dtype, direction, "cpu")
-    ours, theirs = problem.ours(layout), problem.pytorch(layout)
-    wrong = theirs.clone()
-    wrong[-1, -1, -1, -1] += wrong.abs().max() * 0.5
-    holed = theirs.clone()
-    holed[0, 0, 0, 0] = math.nan
-    errors = problem.errors([ours, theirs, wrong, holed, theirs[..., :-1]])
-    eps = torch.finfo(dtype).eps
-    assert errors[0] <= 4 * eps and errors[1] <= 4 * eps
-    assert errors[2] > 0.4
-    assert math.isnan(errors[3]) and math.isnan(errors[4])
+    for part, ours, theirs in zip(problem.parts, problem.ours(layout), problem.pytorch(layout), strict=True):
+        wrong = theirs.clone()
+        wrong[-1, -1, -1, -1] += wrong.abs().max() * 0.5
+        holed = theirs.clone()
+        holed[0, 0, 0, 0] = math.nan
+        errors = problem.errors([ours, theirs, wrong, holed, theirs[..., :-1]], part)
+        eps = torch.finfo(dtype).eps
+        assert errors[0] <= 4 * eps and errors[1] <= 4 * eps
+        assert errors[2] > 0.4
+        assert math.isnan(errors[3]) and math.isnan(errors[4])
 
 
 def test_a_row_of_the_table():
@@ -307,7 +307,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16 << 30))
 
 
-@pytest.mark.parametrize("direction", report.DIRECTIONS)
+@pytest.mark.parametrize("direction", (*report.DIRECTIONS, report.GRADIENTS))
 def test_rows_are_checked_and_timed(on_the_cpu, direction):
     rows = bench.measure(bench.Problem(SMALL, torch.float32, direction), ["nchw", "nhwc"], Watch())
     assert [r["layout"] for r in rows] == ["nchw", "nhwc"]
@@ -315,11 +315,17 @@ def test_rows_are_checked_and_timed(on_the_cpu, direction):
         assert (r["ours_ms"], r["pytorch_ms"], r["pytorch_any_layout_ms"], r["copy_ms"]) == (1.0, 2.0, 2.0, 2.0)
         assert r["error"] <= 4e-7 and r["variant"] == "small/tile"
         assert set(report.ROW_KEYS) <= set(r)
+        assert r.get("apart_ms") == (2.0 if direction == report.GRADIENTS else None)
+        assert r["bytes"] == SMALL.bytes(4, at_once=direction == report.GRADIENTS)
 
 
 def test_a_wrong_result_is_a_failed_row_and_leaves_the_others(on_the_cpu, monkeypatch):
     true = bench.Problem.func.ours
-    monkeypatch.setattr(bench.Problem.func, "ours", lambda self, layout: true(self, layout) * (1 + (layout == "nhwc")))
+
+    def wrong(self, layout):
+        return tuple(result * (1 + (layout == "nhwc")) for result in true(self, layout))
+
+    monkeypatch.setattr(bench.Problem.func, "ours", wrong)
     nchw, nhwc = bench.measure(bench.Problem(SMALL, torch.float32, "forward"), ["nchw", "nhwc"], Watch())
     assert nchw["ours_ms"] == 1.0
     assert "wrong result" in nhwc["failed"] and "ours_ms" not in nhwc
@@ -334,6 +340,23 @@ def test_the_table_saves_as_it_goes_and_leaves_out_what_the_memory_cannot_hold(o
     assert len(rows) == 4 and calls == [2, 4]
     assert "kb84 float16 is left out" in printed
     assert "   4/4   small" in printed
+
+
+def test_both_gradients_at_once_have_rows_where_a_kernel_computes_them(on_the_cpu, monkeypatch, capsys):
+    def select(direction, dtype, channels_last, sizes):
+        return ("general" if direction == report.GRADIENTS and not channels_last else "small/tile"), ""
+
+    monkeypatch.setattr(bench.depthwise_inline, "_select", select)
+    args = bench.parser(CASES).parse_args(["--dtype", "float16"])
+    rows = bench.run_table(bench.groups_that_fit([SMALL], args), args, Watch(), 3.0, lambda rows: None)
+    at_once = report.rows_at_once(rows)
+    assert len(report.rows_of(rows)) == 6 and [r["layout"] for r in at_once] == ["nhwc"]
+    record = report.make_record(INFO, SPEEDS, rows, [])
+    cases = {**CASES, SMALL.name: SMALL}
+    text = report.readme_speed([record], cases)
+    assert "| small |" in text.split("Grad of input and grad of weight from one read")[1]
+    assert "both gradients at once: 2.00x PyTorch's, 1.00x ours one after the other" in report.format_means(rows, cases)
+    assert all("apart_ms" in r for r in report.rows_at_once(record["rows"]))
 
 
 def test_an_exception_in_one_row_does_not_end_the_table(on_the_cpu, monkeypatch, capsys):
@@ -386,7 +409,11 @@ def test_variants_are_forced_checked_and_timed(on_the_cpu, monkeypatch, capsys, 
     monkeypatch.setattr(bench_variants.depthwise_inline, "_load_library", lambda: library)
     monkeypatch.setattr(bench_variants.depthwise_inline, "_select", library.select)
     monkeypatch.setattr(bench_variants.depthwise_inline, "_obtain_all", built.append)
-    monkeypatch.setattr(bench.Problem.func, "ours", lambda *a: true(*a) * (2 if library.forced == "wrong" else 1))
+
+    def ours(*arguments):
+        return tuple(result * (2 if library.forced == "wrong" else 1) for result in true(*arguments))
+
+    monkeypatch.setattr(bench.Problem.func, "ours", ours)
     arguments = ["--dtype", "float16", "--layout", "nhwc", "--direction", "forward", "--variants", *names]
     args = bench.parser(CASES).parse_args([*arguments, "--json", str(tmp_path / "out.json")])
     assert bench.with_gpu({**CASES, "small": SMALL}, [SMALL], args) == ("wrong" in expected)

@@ -165,7 +165,7 @@ def test_no_benchmark_case_is_left_to_the_general_kernels(shipped):
     (shipped.folder / "cases.json").write_text(json.dumps(cases))
     out, _ = shipped.run("""
         import itertools, json, torch, depthwise_inline
-        where = depthwise_inline._DIRECTIONS, (torch.float32, torch.float16, torch.bfloat16), (False, True)
+        where = depthwise_inline._DIRECTIONS[:3], (torch.float32, torch.float16, torch.bfloat16), (False, True)
         for (name, sizes), *where in itertools.product(json.load(open("cases.json")).items(), *where):
             if depthwise_inline._select(*where, sizes)[0] == "general":
                 print(name, *where)
@@ -212,7 +212,7 @@ def test_cache_key(monkeypatch, tmp_path):
     (tmp_path / "a.cuh").write_text("")
 
     def key(compiler=compiler, flags=("-gencode",), texts=("text",)):
-        return depthwise_inline._cache_key(compiler, flags, texts)
+        return depthwise_inline._cache_entries(compiler, flags)("any name", texts)
 
     keys = [key(), key(flags=("-other",)), key(texts=("other",))]
     keys.append(key(depthwise_inline._Compiler(tmp_path, "13.1.0", (75, 90))))
@@ -228,6 +228,22 @@ def test_cache_key(monkeypatch, tmp_path):
     (tmp_path / "a.cuh").write_text("")
     elsewhere = depthwise_inline._Compiler(tmp_path / "elsewhere", "13.0.88", (75, 90))
     assert key() == key(elsewhere) == keys[0]
+
+
+def test_what_is_cached_is_not_compiled_ahead(monkeypatch, tmp_path):
+    compiler = depthwise_inline._Compiler(tmp_path, "13.0.88", (75, 90))
+    monkeypatch.setattr(depthwise_inline, "_find_compiler", lambda: compiler)
+    monkeypatch.setattr(depthwise_inline, "_kernels_folder", lambda: tmp_path)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    sources = {"one": "text", "two": "text"}
+    assert depthwise_inline._not_cached(sources) == sources
+    entry = depthwise_inline._cache_entries(compiler, compiler.arch_flags(["9.0"]))("one", ["text"])
+    (tmp_path / "cache" / "depthwise_inline" / entry).mkdir(parents=True)
+    (tmp_path / "cache" / "depthwise_inline" / entry / "library.so").write_text("")
+    assert depthwise_inline._not_cached(sources) == {"two": "text"}
+    (tmp_path / "edited.cuh").write_text("")
+    assert depthwise_inline._not_cached(sources) == sources
 
 
 def test_what_a_killed_builder_left_is_removed(tmp_path):

@@ -167,6 +167,7 @@ def test_one_file_as_a_command(place, monkeypatch):
 
 def test_sources_are_unpacked_once_and_whole(place, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # by a test before this one
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     names = {}

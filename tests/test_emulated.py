@@ -125,7 +125,7 @@ def test_the_sample_has_every_tile(emulator):
         variant
         for shape, places in SAMPLE.items()
         for (layout, dtype), problem in itertools.product(places, shape_problems(*shape, everything=False))
-        for direction in reference.DIRECTIONS
+        for direction in reference.ALL_DIRECTIONS
         for variant in reference.all_variants(direction, problem, dtype, layout)
     }
     assert len(tiles) > 40 and tiles | {"general"} == found
@@ -440,7 +440,7 @@ def test_selected_where_sums_need_more_registers(emulator):
 
 # Of several images, of several columns of tiles, without room to fetch ahead, of channels that fill no block; of pairs
 # of blocks, and of an odd number of them; of more than 64 columns; of fewer channels than eight; of pixels on
-# 8 and 4 bytes; of narrow kernels, many units.
+# 8 and 4 bytes; of narrow kernels in two blocks a multiprocessor.
 UNITS = [
     (2, (228 << 10, 227 << 10), Problem((33, 20), (13, 13), padding=(6, 6), batch=5, channels=16)),
     (2, (228 << 10, 227 << 10), Problem((40, 75), (9, 9), padding=(4, 4), batch=3, channels=8)),
@@ -464,6 +464,56 @@ def test_units_one_after_the_other(emulator, multiprocessors, shared, problem):
     """Of channels_last products with bands: a block has more than its warps hold at a time."""
     for direction, dtype in (("forward", F16), ("grad_input", BF16)):
         check_one(emulator, direction, "band", problem, dtype, "nhwc", device=(multiprocessors, *shared))
+
+
+# Tall kernels, whose rows are taken for columns: images of odd and even sizes, pixels on 8, 4 and 2 bytes.
+TURNED = [
+    Problem((56, 56), (51, 5), padding=(25, 2), batch=2, channels=12),
+    Problem((19, 50), (11, 3), padding=(5, 1), batch=3, channels=9),
+    Problem((30, 70), (13, 2), padding=(3, 5), batch=1, channels=24),
+    Problem((31, 17), (9, 3), padding=(12, 3), dilation=(3, 2), batch=5, channels=6),
+    Problem((29, 20), (25, 1), padding=(12, 0), batch=2, channels=5, bias=False),
+]
+
+
+@pytest.mark.parametrize("layout", reference.LAYOUTS)
+@pytest.mark.parametrize("problem", TURNED, ids=str)
+def test_tall_kernels_are_turned(emulator, problem, layout):
+    """Of few multiprocessors a block has rows of several images; of many, warps share the kernel rows of a tile."""
+    for direction, dtype in (("forward", F16), ("grad_input", BF16)):
+        assert all("_turned" in name for name in only(direction, "band", problem, dtype, layout))
+        for multiprocessors in (1, 132):
+            check_one(
+                emulator, direction, "band", problem, dtype, layout, device=(multiprocessors, 228 << 10, 227 << 10)
+            )
+
+
+@pytest.mark.parametrize("layout", reference.LAYOUTS)
+def test_nan_and_inf_in_turned_images(emulator, layout):
+    problem = Problem((35, 30), (21, 2), padding=(10, 1), channels=8)
+    emulator.obtain(reference.specialisations([problem], F16, layout))
+    gpu.check_nan_and_inf(problem, layout, F16)
+
+
+@pytest.mark.parametrize("layout", reference.LAYOUTS)
+@pytest.mark.parametrize(
+    ("image", "kernel", "dtype"),
+    (((64, 16), (63, 3), F16), ((64, 16), (51, 11), F16), ((48, 48), (31, 31), BF16)),
+    ids=("turned", "added up in parts", "rows apart"),
+)
+def test_sums_of_large_kernels_do_not_drift(emulator, image, kernel, dtype, layout):
+    """Tensor cores truncate, as the emulated ones do: here always towards zero, until the kernel's second half."""
+    padding = kernel[0] // 2, kernel[1] // 2
+    problem = Problem(image, kernel, padding=padding, channels=8, bias=False)
+    tensors = reference.make_tensors(problem, dtype, layout, reference.fresh_generator()).map(torch.abs)
+    tensors.weight[:, :, (kernel[0] + 1) // 2 :].neg_()
+    failures = Failures()
+    for direction in ("forward", "grad_input"):
+        served = reference.all_variants(direction, problem, dtype, layout)
+        for variant in ("band", *(name for name in served if name.startswith("band_images"))):
+            emulator.obtain(only(direction, variant, problem, dtype, layout))
+            reference.check(failures, problem, tensors, layout, [direction], [variant])
+    failures.report()
 
 
 @pytest.mark.parametrize("channels", (12, 10, 9))
@@ -524,6 +574,8 @@ OTHER_WAYS = [
     ("grad_input", "stream_channels8", WIDE, BF16, "nhwc"),
     ("grad_weight", "weight_stream32", WIDE, F16, "nhwc"),
     ("grad_weight", "weight_strips", ODD, F16, "nchw"),
+    ("gradients", "gradients_lanes8", MANY, BF16, "nhwc"),
+    ("gradients", "gradients", replace(STRAIGHT, image=(9, 280), padding=(1, 1)), F16, "nchw"),
 ]
 
 
@@ -565,6 +617,9 @@ BEFORE_SM_80 = [  # what goes other ways there: asynchronous copies, bfloat16's 
     ("grad_weight", "weight_columns", SMALL, F16, "nchw"),
     ("grad_weight", "weight_planes_x4g4", SMALL, F32, "nchw"),
     ("grad_weight", "weight_rows1", SMALL, BF16, "nhwc"),
+    ("gradients", "gradients", SMALL, F32, "nchw"),
+    ("gradients", "gradients_planes", ODD, BF16, "nchw"),
+    ("gradients", "gradients_lanes16", SMALL, F16, "nhwc"),
 ]
 
 

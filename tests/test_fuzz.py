@@ -118,7 +118,7 @@ def test_every_kind_of_draw_comes_up():
     draws = [fuzz.draw(number * fuzz.DRAWS_OF_A_CONFIGURATION, DEVICE) for number in range(1000)]
     dtypes = set(reference.DTYPES) if DEVICE == "cuda" else {torch.float32, torch.float64}
     drawn = {
-        "direction": set(reference.DIRECTIONS),
+        "direction": set(reference.ALL_DIRECTIONS),
         "dtype": dtypes,
         "layout": set(reference.LAYOUTS),
         "through": {way for dtype in dtypes for way in fuzz.ways_through(dtype)},

@@ -71,11 +71,12 @@ SHAPES = [  # kernel, stride, dilation, combinations for the specialised variant
     ((13, 13), (1, 1), (1, 1), "nchw"),
     ((31, 31), (1, 1), (1, 1), "nchw"),
     ((5, 51), (1, 1), (1, 1), "c"),
+    ((51, 5), (1, 1), (1, 1), "c"),
 ]
 FORCED = {  # kernel, stride, dilation that are run in every variant; the others of SHAPES as they are selected
     *(((1, 1), (s, s), (1, 1)) for s in (1, 2)),
     *(((3, 3), (s, s), (d, d)) for s in (1, 2) for d in (1, 2)),
-    *((k, (1, 1), (1, 1)) for k in ((3, 7), (1, 11), (5, 5), (7, 7), (9, 9), (13, 13), (31, 31), (5, 51))),
+    *((k, (1, 1), (1, 1)) for k in ((3, 7), (1, 11), (5, 5), (7, 7), (9, 9), (13, 13), (31, 31), (5, 51), (51, 5))),
     *((k, (2, 2), (1, 1)) for k in ((4, 4), (5, 5))),
     ((2, 2), (3, 3), (1, 1)),
 }
@@ -154,7 +155,7 @@ BATCHES = [  # kernels that take several images at once: batches that fill their
 ]
 
 # Of channels_last products with bands: blocks of an odd number, and in pairs; more than 64 columns; few channels;
-# pixels on 8 and 4 bytes; narrow kernels, many units.
+# pixels on 8 and 4 bytes; narrow kernels in two blocks a multiprocessor.
 UNITS = [
     Problem((20, 20), (13, 13), padding=(6, 6), batch=230, channels=200),
     Problem((33, 47), (9, 27), padding=(4, 13), batch=130, channels=16),
@@ -168,6 +169,51 @@ UNITS = [
     Problem((14, 13), (13, 13), padding=(6, 6), batch=33, channels=128),
 ]
 
+# Tall kernels, whose rows are taken for columns: rows of images on 16, 8, 4 and 2 bytes, blocks of several images and
+# of a part of one; dilation; sizes at which warps share the kernel rows of a tile, and at which they do not.
+TURNED = [
+    Problem((56, 56), (51, 5), padding=(25, 2), batch=32, channels=40),
+    Problem((96, 300), (25, 5), padding=(12, 2), batch=3, channels=24),
+    Problem((28, 28), (27, 3), padding=(13, 1), batch=40, channels=16, bias=False),
+    Problem((33, 47), (41, 6), padding=(20, 3), batch=20, channels=10),
+    Problem((31, 18), (9, 3), padding=(12, 3), dilation=(3, 2), batch=50, channels=8),
+    Problem((64, 9), (63, 1), padding=(31, 0), batch=2, channels=3),
+]
+
+# Both gradients at once: rows within a warp and wider, ragged strips and planes, many images one below the other,
+# blocks of whole images and of a part of one, groups of channels that are not full.
+AT_ONCE = [
+    Problem((112, 112), (3, 3), padding=(1, 1), batch=20, channels=48),
+    Problem((130, 520), (3, 3), padding=(1, 1), batch=3, channels=24),
+    Problem((7, 7), (3, 3), padding=(1, 1), batch=40, channels=960),
+    Problem((14, 14), (3, 3), padding=(1, 1), batch=150, channels=200),
+    Problem((33, 51), (3, 3), padding=(1, 1), batch=17, channels=72),
+    Problem((3, 1000), (3, 3), padding=(1, 1), batch=5, channels=16),
+    Problem((28, 28), (5, 5), padding=(2, 2), batch=33, channels=40),
+    Problem((19, 50), (5, 5), padding=(2, 2), batch=70, channels=88),
+]
+
+# Kernels whose sums would drift on the tensor cores, by every tensor-core kernel that forward has; of one that they do
+# not put aside (13x13) too.
+DRIFTING = [
+    Problem((56, 56), (31, 31), padding=(15, 15), channels=64, batch=16, bias=False),
+    Problem((28, 28), (29, 29), padding=(14, 14), channels=64, batch=16, bias=False),
+    Problem((14, 14), (27, 27), padding=(13, 13), channels=64, batch=16, bias=False),
+    Problem((96, 96), (31, 31), padding=(15, 15), channels=16, batch=2, bias=False),
+    Problem((64, 64), (63, 63), padding=(31, 31), channels=16, batch=2, bias=False),
+    Problem((56, 56), (51, 5), padding=(25, 2), channels=16, batch=4, bias=False),
+    Problem((56, 56), (5, 51), padding=(2, 25), channels=16, batch=4, bias=False),
+    Problem((20, 20), (13, 13), padding=(6, 6), channels=64, batch=16, bias=False),
+]
+# Of inputs of one sign, the signs of a kernel's weights by row and column: a sum is far from zero until late.
+SIGNS = {
+    "ones": lambda row, column, height, width: row >= 0,
+    "rows": lambda row, column, height, width: row < height // 2,
+    "columns": lambda row, column, height, width: column < width // 2,
+    "quarter": lambda row, column, height, width: row < height // 4,
+    "alternate": lambda row, column, height, width: row % 2 == 0,
+}
+
 # Channels_last, which NCHW serves between copies: in each dtype all but one.
 COPIED = [
     Problem((40, 8), (160, 3), padding=(79, 1), batch=2, channels=8),
@@ -175,6 +221,12 @@ COPIED = [
     Problem((30, 20), (41, 41), padding=(20, 20), batch=3, channels=5, bias=False),
     Problem((30, 30), (19, 17), padding=(9, 8), batch=3, channels=6, multiplier=2),
 ]
+
+
+def on_tensor_cores(direction, problem, dtype, layout):
+    """The variants for large kernels that multiply there."""
+    found = reference.all_variants(direction, problem, dtype, layout)
+    return [variant for variant in found if variant.startswith(("band", "images"))]
 
 
 def check_all(problems, layout, dtype, **options):
@@ -209,8 +261,15 @@ def compiled(once):
         sources |= reference.specialisations(problems, dtype, layout)
     for dtype in (F16, BF16):
         sources |= reference.specialisations(UNITS, dtype, "nhwc")
+        for layout in LAYOUTS:
+            sources |= reference.specialisations(TURNED, dtype, layout, ["band"], ("forward", "grad_input"))
+            for problem, direction in itertools.product(DRIFTING, ("forward", "grad_input")):
+                variants = [None, *on_tensor_cores(direction, problem, dtype, layout)]
+                sources |= reference.specialisations([problem], dtype, layout, variants, [direction])
     for dtype in HALF_AND_SINGLE:
         sources |= reference.specialisations(COPIED, dtype, "nhwc")
+        for layout in LAYOUTS:
+            sources |= reference.specialisations(AT_ONCE, dtype, layout, directions=(reference.GRADIENTS,))
     once("compiled", lambda: depthwise_inline._obtain_all(sources))
 
 
@@ -266,6 +325,47 @@ def test_batches(layout, dtype):
 def test_units_one_after_the_other(dtype):
     assert all("toeplitz_nhwc" in reference.select("forward", problem, dtype, "nhwc")[0] for problem in UNITS)
     check_all(UNITS, "nhwc", dtype)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_tall_kernels_are_turned(dtype, layout):
+    directions = ("forward", "grad_input")
+    for problem, direction in itertools.product(TURNED, directions):
+        with reference.forced("band"):
+            assert "_turned" in reference.select(direction, problem, dtype, layout)[0], (problem, direction)
+    check_all(TURNED, layout, dtype, directions=directions, variants=["band"])
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", (F16, BF16), ids=str)
+def test_sums_do_not_drift(dtype, layout, signs):
+    """Tensor cores truncate; PyTorch's sums do not."""
+    failures, generator = Failures(), reference.fresh_generator()
+    for problem in DRIFTING:
+        tensors = reference.make_tensors(problem, dtype, layout, generator).map(torch.abs)
+        row, column = (torch.arange(size, device=tensors.weight.device) for size in problem.kernel)
+        is_positive = SIGNS[signs](row[:, None], column[None, :], *problem.kernel)
+        tensors.weight.copy_(torch.where(is_positive, tensors.weight, -tensors.weight))
+        for direction in ("forward", "grad_input"):
+            variants = on_tensor_cores(direction, problem, dtype, layout)
+            reference.check(failures, problem, tensors, layout, directions=[direction], variants=[None, *variants])
+    failures.report()
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(("layout", "dtype"), ALL_IDS)
+def test_both_gradients_at_once(layout, dtype):
+    """By every kernel that computes them so; the automatic choice leaves 5x5 in 16 bits to two of them."""
+    direction = reference.GRADIENTS
+    assert all(len(reference.all_variants(direction, problem, dtype, layout)) > 1 for problem in AT_ONCE)
+    check_all(AT_ONCE, layout, dtype, directions=[direction])
+    for problem in AT_ONCE:
+        at_once = reference.select(direction, problem, dtype, layout)[0] != "general"
+        assert at_once == (problem.kernel == (3, 3) or dtype is F32)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -493,7 +593,7 @@ def test_inputs_are_left_alone():
         tensors = reference.make_tensors(problem, F32, layout, reference.fresh_generator())
         storages = [t.new_empty(0).set_(t.untyped_storage()) for t in tensors]
         before = [(storage.clone(), t._version) for storage, t in zip(storages, tensors, strict=True)]
-        for direction in reference.DIRECTIONS:
+        for direction in reference.ALL_DIRECTIONS:
             reference.run(direction, problem, tensors, layout)
         for name, t, storage, (values, version) in zip(
             ("x", "weight", "bias", "grad_out"), tensors, storages, before, strict=True
@@ -510,6 +610,7 @@ SPECIAL = [  # kernel, stride, dilation out of SHAPES
     ((3, 3), (1, 1), (2, 2)),
     ((13, 13), (1, 1), (1, 1)),
     ((31, 31), (1, 1), (1, 1)),
+    ((51, 5), (1, 1), (1, 1)),
 ]
 SPECIAL_CASES = [case for case in specialised_cases() if case.values[:3] in SPECIAL]
 
@@ -580,7 +681,7 @@ def test_repeat_runs_agree_bit_for_bit(kernel, stride, dilation, layout, dtype):
     failures = Failures()
     problem = special_problem((57, 61), kernel, stride, dilation, batch=16, channels=24)
     tensors = reference.make_tensors(problem, dtype, layout, reference.fresh_generator())
-    for direction in reference.DIRECTIONS:
+    for direction in reference.ALL_DIRECTIONS:
         kernel_layout = reference.forward_layout(tensors.x, tensors.weight) if direction == "forward" else layout
         for variant in reference.all_variants(direction, problem, dtype, kernel_layout):
             where = (problem, reference.short(dtype), layout, direction, variant)

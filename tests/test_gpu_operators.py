@@ -81,7 +81,7 @@ def train(problem, tensors, function):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("direction", reference.DIRECTIONS)
+@pytest.mark.parametrize("direction", reference.ALL_DIRECTIONS)
 def test_forcing_a_variant_launches_it(direction, layout):
     """Every variant launches something else; otherwise the numeric tests would test one of them many times."""
     problem = Problem((56, 64), (3, 3), padding=(1, 1), channels=32)
@@ -97,7 +97,7 @@ def test_forcing_a_variant_launches_it(direction, layout):
     assert not same, f"variants that launch the same kernel in the same grid: {same}"
 
 
-@pytest.mark.parametrize("direction", reference.DIRECTIONS)
+@pytest.mark.parametrize("direction", reference.ALL_DIRECTIONS)
 def test_the_automatic_choice_is_the_selected_variant(direction):
     problem = Problem((56, 64), (3, 3), padding=(1, 1), channels=32)
     tensors = reference.make_tensors(problem, torch.float32, "nchw", reference.fresh_generator())
@@ -166,6 +166,7 @@ def test_opcheck(problem, layout, dtype):
         operators.grad_weight.default,
         (grad_out, x, *problem.kernel, *problem.geometry, last, bias is not None),
     )
+    torch.library.opcheck(operators.gradients.default, (grad_out, x, weight, *problem.geometry, last))
 
 
 def test_the_two_forward_operators_agree():
@@ -309,9 +310,12 @@ def test_only_what_is_asked_for_is_computed(problem, wanted):
 
     launched = [launch[0] for launch in reference.launches(forward_and_backward)]
     expected = names("forward")
-    if wanted[0]:
+    at_once = wanted == (True, True, False)
+    if at_once:
+        expected += names(reference.GRADIENTS)
+    if wanted[0] and not at_once:
         expected += names("grad_input")
-    if wanted[1]:
+    if wanted[1] and not at_once:
         expected += names("grad_weight", inputs[2] if wanted[2] else None)
     if wanted[1] or not wanted[2]:
         assert sorted(launched) == sorted(expected)
@@ -693,6 +697,8 @@ def test_operators_reject_bad_gradients(name):
             torch.ops.depthwise_inline.grad_input(grad_out, filters(), 8, 8, *geometry, False)
     with pytest.raises(RuntimeError):
         torch.ops.depthwise_inline.grad_weight(grad_out, image(), 3, 3, *geometry, False, True)
+    with pytest.raises(RuntimeError):
+        torch.ops.depthwise_inline.gradients(grad_out, image(), filters(), *geometry, False)
     torch.cuda.synchronize()
 
 

@@ -42,6 +42,7 @@ CALLS = {
     "forward_no_autograd": lambda x, w, b, g, geo, last: (x, w, b, *geo),
     "grad_input": lambda x, w, b, g, geo, last: (g, w, *x.shape[2:], *geo, last, w.size(0) // x.size(1)),
     "grad_weight": lambda x, w, b, g, geo, last: (g, x, *w.shape[2:], *geo, last, True),
+    "gradients": lambda x, w, b, g, geo, last: (g, x, w, *geo, last),
 }
 
 
@@ -54,6 +55,8 @@ def test_schemas():
         "bool channels_last, int multiplier=1) -> Tensor",
         "depthwise_inline::grad_weight(Tensor grad_output, Tensor input, SymInt kernel_h, SymInt kernel_w, "
         f"{geometry}, bool channels_last, bool bias) -> (Tensor, Tensor)",
+        f"depthwise_inline::gradients(Tensor grad_output, Tensor input, Tensor weight, {geometry}, bool channels_last) "
+        "-> (Tensor, Tensor)",
     }
 
 
@@ -68,6 +71,7 @@ def test_values(geometry, multiplier):
     torch.testing.assert_close(OPS.forward_no_autograd(x, weight, bias, *geometry), expected.detach())
     ours = OPS.grad_input(grad, weight, *x.shape[2:], *geometry, False, multiplier)
     torch.testing.assert_close(ours, grads[0])
+    torch.testing.assert_close(OPS.gradients(grad, x, weight, *geometry, False), tuple(grads[:2]))
     torch.testing.assert_close(OPS.grad_weight(grad, x, *weight.shape[2:], *geometry, False, True), grads[1:])
     no_bias = OPS.grad_weight(grad, x, *weight.shape[2:], *geometry, False, False)
     assert no_bias[1].shape == (0,)

@@ -105,6 +105,13 @@ void load_matrices_transposed(unsigned (&matrix)[kCount], unsigned address) {
   load_matrices_transposed(matrix, kCount, address);
 }
 
+inline unsigned transpose_matrix(unsigned matrix) {
+  const int lane = emulator::lane(), row = lane / 4, column = lane % 4 * 2;
+  const unsigned low = __shfl_sync(~0u, matrix, column * 4 + row / 2);
+  const unsigned high = __shfl_sync(~0u, matrix, (column + 1) * 4 + row / 2);
+  return row % 2 == 0 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000u);
+}
+
 // `words`: a lane's fragments of A, then of B; three for K = 8, six for K = 16.
 void multiply(float* d, const unsigned* words, int count, float (*convert)(unsigned short));
 template <class... Words>
