@@ -141,20 +141,19 @@ def specialisations(draw):
         copied = t is None or not t.is_contiguous(memory_format=reference.memory_format(layout))
         return copied or t.storage_offset() * t.element_size() % 16 == 0
 
-    found = {}
-    directions = [draw.direction, *(["forward"] if draw.through != "operator" else [])]
-    for direction in directions:
+    def choose(direction):
+        """Name and source of what a direction runs."""
         by_strides = draw.through != "operator" or direction == "forward"
         layout = reference.forward_layout(x, weight) if by_strides else draw.layout
         aligned = all(is_aligned(t, layout) for t in images[direction]) and all(map(is_aligned, others[direction]))
         with reference.forced(draw.variant):
             float_weight = draw.through == "autocast"
-            name, source = reference.select(direction, draw.problem, draw.dtype, layout, aligned, float_weight)
-        if source:
-            found[name.rpartition("/")[0]] = source
-        elif direction == GRADIENTS:  # one after the other
-            directions += ["grad_input", "grad_weight"]
-    return found
+            return reference.select(direction, draw.problem, draw.dtype, layout, aligned, float_weight)
+
+    chosen = [choose(draw.direction), *([choose("forward")] if draw.through != "operator" else [])]
+    if draw.direction == GRADIENTS and not chosen[0][1]:  # one after the other
+        chosen += [choose("grad_input"), choose("grad_weight")]
+    return {name.rpartition("/")[0]: source for name, source in chosen if source}
 
 
 def plan(first, wanted, configurations, most_specialisations, device, needs=specialisations):
