@@ -177,10 +177,10 @@ def _convolution(
     """PyTorch's results: of forward, or of one gradient or both."""
     if directions == ("forward",):
         return (torch.ops.aten.convolution.default(x, weight, None, *case.convolution_arguments()),)
-    mask = [direction in directions for direction in DIRECTIONS[1:]]
+    mask = [*(direction in directions for direction in DIRECTIONS[1:]), False]
     backward = torch.ops.aten.convolution_backward.default
-    grads = backward(grad, x, weight, None, *case.convolution_arguments(), [*mask, False])
-    return tuple(result for result, is_wanted in zip(grads, [*mask, False], strict=True) if is_wanted)
+    grads = backward(grad, x, weight, None, *case.convolution_arguments(), mask)
+    return tuple(itertools.compress(grads, mask))
 
 
 def selected(case: Case, dtype: torch.dtype, layout: str, direction: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import torch
 
 import bench
 import depthwise_inline
-from bench_report import DIRECTIONS, GRADIENTS, ROW_IDENTITY, Case, geometric_mean
+from bench_report import GRADIENTS, ROW_IDENTITY, Case, geometric_mean
 
 NOISE = 1.03  # a selected variant slower than the fastest by less than this is as good
 
@@ -31,11 +31,8 @@ HEADER = (
 def serving(case: Case, dtype: torch.dtype, layout: str, direction: str) -> list[str]:
     """The names of all tiles that can serve a problem, and 'general'."""
     names = ctypes.create_string_buffer(1 << 16)
-    where = (
-        (*DIRECTIONS, GRADIENTS).index(direction),
-        depthwise_inline._DTYPES.index(dtype),
-        int(case.is_channels_last(layout)),
-    )
+    numbers = depthwise_inline._DIRECTIONS.index(direction), depthwise_inline._DTYPES.index(dtype)
+    where = (*numbers, int(case.is_channels_last(layout)))
     sizes = depthwise_inline._SIZES(*case.sizes())
     if depthwise_inline._load_library().depthwise_inline_tiles(*where, sizes, names, len(names)) != 0:
         raise RuntimeError("the library does not list the variants of this problem")
@@ -135,12 +132,8 @@ def run(
             for layout in new:
                 for row in new[layout]:
                     rows.append({"case": case.name, "dtype": dtype, "layout": layout, "direction": direction} | row)
-                    print(
-                        format_row(
-                            rows[-1], case.bytes(bench.DTYPES[dtype].itemsize, direction == GRADIENTS), copy_tbps
-                        ),
-                        flush=True,
-                    )
+                    moved = case.bytes(bench.DTYPES[dtype].itemsize, at_once=direction == GRADIENTS)
+                    print(format_row(rows[-1], moved, copy_tbps), flush=True)
             save(rows)
     finally:
         force("")

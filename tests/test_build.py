@@ -165,7 +165,8 @@ def test_no_benchmark_case_is_left_to_the_general_kernels(shipped):
     (shipped.folder / "cases.json").write_text(json.dumps(cases))
     out, _ = shipped.run("""
         import itertools, json, torch, depthwise_inline
-        where = depthwise_inline._DIRECTIONS[:3], (torch.float32, torch.float16, torch.bfloat16), (False, True)
+        one_each = depthwise_inline._DIRECTIONS[:3]  # both gradients at once: "general" is one after the other
+        where = one_each, (torch.float32, torch.float16, torch.bfloat16), (False, True)
         for (name, sizes), *where in itertools.product(json.load(open("cases.json")).items(), *where):
             if depthwise_inline._select(*where, sizes)[0] == "general":
                 print(name, *where)

@@ -193,8 +193,7 @@ AT_ONCE = [
     Problem((19, 50), (5, 5), padding=(2, 2), batch=70, channels=88),
 ]
 
-# Kernels whose sums would drift on the tensor cores, by every tensor-core kernel that forward has; of one that they do
-# not put aside (13x13) too.
+# Kernels whose sums would drift on the tensor cores if those of one sign came first.
 DRIFTING = [
     Problem((56, 56), (31, 31), padding=(15, 15), channels=64, batch=16, bias=False),
     Problem((28, 28), (29, 29), padding=(14, 14), channels=64, batch=16, bias=False),
