@@ -22,7 +22,7 @@ inline bool can_serve_gradients(const Problem& p, Kernel kernel) {
     default: {
       const GradientsPlanesTiling tiling = gradients_planes_tiling(args, element_bytes, 1);
       return p.c * p.h * p.w % words == 0 && tiling.bytes <= kMaxGradientsPlaneBytes &&
-             tiling.threads() <= (p.kernel_h == 3 ? kGradientsPlaneThreads : 160);
+             tiling.threads() <= gradients_plane_threads(args.kernel_h);
     }
   }
 }

@@ -81,16 +81,17 @@ inline void deal_nhwc(const Problem& p, const DirectArgs& args, Band& band) {
 
 // Whether sums of so many products, `chunks / 2 + 1` a kernel row, drift too far from so few taps: tensor cores truncate.
 // Simulated, 600,000 outputs, in units of the tests' reference.py, of which some 4 are allowed: 51x5 by two products a row 4.7,
-// in parts of sixteen rows 1.0; 63x63 by five 3.9; 41x9 by three 4.7; 31x31 by three 2.7; 21x5 by two 2.0.
+// in parts of sixteen rows 1.0 (toeplitz_products.cuh takes eight); 63x63 by five 3.9; 41x9 by three 4.7; 31x31 by three 2.7;
+// 21x5 by two 2.0.
 inline bool is_tall(const Problem& p, const DirectArgs& args, int chunks) {
   const int64_t products = chunks / 2 + 1;
   return min_int64(p.kernel_h, args.h) * products * products > 12 * min_int64(p.kernel_w, args.w);
 }
 
-// How far apart kernel rows are taken: sums of many products drift as well where those of one sign come first. Of what PyTorch's
-// error allows (an image of one sign, half of the kernel's rows of another, bf16, H200), channels_last: 31x31 all rows in turn
-// 1.5, seven apart 0.2; band_images, 31x31 0.6; 25x5, turned, in turn 0.9. It costs up to 3% (31x31 100.1 us for 99.3;
-// 5x51 37.3 for 36.3; band_images, fetching its ring anew, 31x31 70.3 for 67.0).
+// How far apart kernel rows are taken: sums of many products drift as well where those of one sign come first. Of what
+// PyTorch's error allows (an image of one sign, half of the kernel's rows of another, bf16, H200), channels_last: 31x31 all
+// rows in turn 1.5, seven apart 0.2; band_images, 31x31 0.6; 25x5, turned, in turn 0.9. It costs up to 3% (31x31 100.1 us for
+// 99.3; 5x51 37.3 for 36.3), band_images, which fetches its ring anew, 5% (31x31 70.3 for 67.0).
 inline int rows_apart(const Problem& p, const DirectArgs& args, int chunks) {
   constexpr int kFewProducts = 15, kFewRows = 16;
   const int64_t rows = min_int64(p.kernel_h, args.h);

@@ -22,7 +22,7 @@ struct GradientsPlanesTraits {
   static constexpr int kKernel = kKernel_, kPadding = kKernel / 2, kTaps = kKernel * kKernel;
   static constexpr bool kExact = kExact_;
   static constexpr int kColumns = kGradientsStrip, kWindow = kColumns + 2 * kPadding;
-  static constexpr int kThreads = kKernel == 3 ? kGradientsPlaneThreads : 160, kMinBlocks = 2;
+  static constexpr int kThreads = gradients_plane_threads(kKernel), kMinBlocks = 2;
 };
 
 struct GradientsPlanesRing {

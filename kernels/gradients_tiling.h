@@ -71,8 +71,9 @@ inline GradientsNchwTiling gradients_nchw_tiling(const GradWeightArgs& args, int
 
 // gradients_planes_nchw. A block: some planes of neighbouring channels, of several images one after the other. A thread: a
 // strip of columns, and a part of the rows, of a plane.
-constexpr int kGradientsStrip = 7, kGradientsParts = 4, kGradientsPlaneThreads = 256, kGradientsPlaneBlocks = 8;
-constexpr int kMaxGradientsPlaneBytes = 56 << 10;  // of one of the two tensors
+constexpr int kGradientsStrip = 7, kGradientsParts = 4, kGradientsPlaneBlocks = 8;
+constexpr int gradients_plane_threads(int kernel) { return kernel == 3 ? 256 : 160; }  // of a block, at most
+constexpr int kMaxGradientsPlaneBytes = 56 << 10;                                      // of one of the two tensors
 
 struct GradientsPlanesTiling {
   int planes, strips, parts, part_rows;

@@ -291,9 +291,9 @@ inline Config select_stream_nhwc(const Problem& p) {
   int channels = padded(32) < padded(64) ? 32 : 64;
   if (p.stride_w > 1 ? padded(96) <= padded(64) : wide && padded(96) < padded(64) && padded(96) <= padded(32))
     channels = 96;
-  const bool is_tall = p.h >= 96 && p.out_h >= 96 && p.kernel_h == 3 && (p.kernel_w <= 3 || p.kernel_w >= 7);
+  const bool would_share = p.h >= 96 && p.out_h >= 96 && p.kernel_h == 3 && (p.kernel_w <= 3 || p.kernel_w >= 7);
   const bool is_dense = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
-  if (!wide && is_tall && is_dense && padded(128) <= padded(channels)) channels = 128;
+  if (!wide && would_share && is_dense && padded(128) <= padded(channels)) channels = 128;
   // Of 144 channels, 56x56, fp32 / fp16, H100: 0.0495 / 0.0308, blocks of 32 channels 0.0516 / 0.0323.
   if (is_dense && p.kernel_h == 3 && p.kernel_w == 3 && padded(48) < padded(channels)) channels = 48;
   // 7x7 at stride 2 in 16 bits, 96x56x56, fp16, H100: 96 channels 0.0223, 64 channels 0.0243, 8 channels 0.0310.

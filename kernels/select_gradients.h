@@ -34,9 +34,11 @@ inline Config select_gradients_nhwc(const Problem& p) {
 
 // NCHW, 3x3: 32x144x56x56 55 / 38 (77 / 48), 128x96x112x112 474 / 256 (681 / 348), 16x64x512x512 819 / 425 (1129 / 525);
 // planes: 128x384x14x14 39 / 27 (57 / 36), 128x240x28x28 83 / 52 (107 / 74), 32x960x7x7 13 / 12 (17 / 16),
-// 128x144x56x56 186 / 113 (269 / 139). 5x5, planes, 128x240x28x28: 113 / 96 (135 / 80).
+// 128x144x56x56 186 / 113 (269 / 139). 5x5, planes, 128x240x28x28: 113 / 96 (135 / 80); 32x672x14x14 36 us, where one after
+// the other takes 34.
 inline Config select_gradients_nchw(const Problem& p) {
-  constexpr int64_t kSmallPlane = 32 * 32;
+  constexpr int64_t kSmallPlane = 32 * 32, kSmallPlane5x5 = 20 * 20;
+  if (p.kernel_h > 3 && p.h * p.w < kSmallPlane5x5) return {};
   const Config planes = first_that_serves(p, Kernel::kGradientsPlanesNchw);
   if (p.h * p.w <= kSmallPlane && planes.kernel != Kernel::kGeneral) return planes;
   const Config rows = first_that_serves(p, Kernel::kGradientsNchw);

@@ -191,6 +191,7 @@ AT_ONCE = [
     Problem((3, 1000), (3, 3), padding=(1, 1), batch=5, channels=16),
     Problem((28, 28), (5, 5), padding=(2, 2), batch=33, channels=40),
     Problem((19, 50), (5, 5), padding=(2, 2), batch=70, channels=88),
+    Problem((14, 14), (5, 5), padding=(2, 2), batch=60, channels=72),
 ]
 
 # Kernels whose sums would drift on the tensor cores if those of one sign came first.
@@ -358,13 +359,14 @@ def test_sums_do_not_drift(dtype, layout, signs):
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("layout", "dtype"), ALL_IDS)
 def test_both_gradients_at_once(layout, dtype):
-    """By every kernel that computes them so; the automatic choice leaves 5x5 in 16 bits to two of them."""
+    """By every kernel that computes them so; the automatic choice leaves some of 5x5 to two of them."""
     direction = reference.GRADIENTS
     assert all(len(reference.all_variants(direction, problem, dtype, layout)) > 1 for problem in AT_ONCE)
     check_all(AT_ONCE, layout, dtype, directions=[direction])
     for problem in AT_ONCE:
         at_once = reference.select(direction, problem, dtype, layout)[0] != "general"
-        assert at_once == (problem.kernel == (3, 3) or dtype is F32)
+        is_fast = dtype is F32 and (layout == "nhwc" or problem.image != (14, 14))
+        assert at_once == (problem.kernel == (3, 3) or is_fast)
 
 
 @pytest.mark.usefixtures("compiled")
