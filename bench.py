@@ -15,8 +15,8 @@ GPU, so host time does not enter. Ours and PyTorch take turns in the same proces
 cudnn.benchmark off and on; its better mode counts. GB/s counts input and output once, plus the weights, whatever a
 kernel really moves. The limits they are compared with are the bandwidth of a 1 GiB copy and the rate of a large matrix
 product, timed in the same way. Every result is compared with float64 before it is timed: its largest error may be
-twice PyTorch's. A network's training step is timed by the wall, in rounds in which copies of it and of the replaced one
-take turns, and as a CUDA graph, in which the host has no part.
+twice PyTorch's, or one rounding of the largest value. A network's training step is timed by the wall, in rounds in
+which copies of it and of the replaced one take turns, and as a CUDA graph, in which the host has no part.
 """
 
 from __future__ import annotations

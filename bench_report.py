@@ -339,7 +339,7 @@ def readme_headline(records: Sequence[dict[str, Any]]) -> str:
                 f"{row['pytorch_ms']:.3f} ms ({row['pytorch_ms'] / row['ours_ms']:.2f}x; {share:.0%} of the copy "
                 "bandwidth). "
             )
-        slower = sum(speed < LOSS for speed in speedups(record["rows"]))
+        slower = sum(speed < LOSS for speed in speedups(rows))
         paragraphs.append(
             text
             + f"Geometric mean over {len(rows)} measured rows against PyTorch's best mode in the "
@@ -530,9 +530,36 @@ def _table_head(*titles: str) -> list[str]:
     return [_table_row(*titles), "|---" * len(titles) + "|"]
 
 
+def readme_outcomes() -> str:
+    """What the records of the tests, of random problems and of compute-sanitizer say, a line each."""
+    kinds = {
+        "tests": ("the tests that need a GPU", "{passed} passed, {failed} failed, {skipped} skipped"),
+        "fuzz": ("random problems", "{draws:,} drawn, {failed} failed"),
+        "sanitizer": ("compute-sanitizer, every tile of every kernel", "{tools}"),
+    }
+    lines = []
+    for name, (what, outcome) in kinds.items():
+        path = RESULTS / f"gpu_{name}.json"
+        if path.is_file():
+            record = json.loads(path.read_text())
+            tools = {tool: found for tool, found in record.items() if isinstance(found, dict)}
+            texts = [
+                f"{tool} {found['checked']:,} results, {found['reported']} reported" for tool, found in tools.items()
+            ]
+            where = f"{record['gpu']}, driver {record['driver']}, torch {record['torch']}, {record['date']}"
+            found = outcome.format(**record, tools="; ".join(texts))
+            lines.append(f"  - `results/{path.name}`: {what} ({where}): {found}. {_stale(record)}".rstrip())
+    return "\n".join(lines) or "  - Nothing is recorded in `results/` yet."
+
+
 def update_readme(text: str, records: Sequence[dict[str, Any]], cases: dict[str, Case]) -> str:
     """The README's text with everything between its markers generated anew."""
-    for name, block in (("headline", readme_headline(records)), ("speed", readme_speed(records, cases))):
+    blocks = {
+        "headline": readme_headline(records),
+        "speed": readme_speed(records, cases),
+        "outcomes": readme_outcomes(),
+    }
+    for name, block in blocks.items():
         begin, end = f"<!-- {name}: written by bench.py --readme -->", f"<!-- end of {name} -->"
         head, _, rest = text.partition(begin)
         _, found, tail = rest.partition(end)

@@ -129,6 +129,7 @@ def pytest_terminal_summary(terminalreporter, config):
         counts = {name: len(reports) for name, reports in stats.items()}
         counts["failed"] += counts.pop("error")
         outcome = {name: counts[name] for name in ("passed", "failed", "skipped")}
+        outcome["arguments"] = list(config.invocation_params.args)  # which of the tests these were
     else:
         path = FUZZ_RECORD
         outcome = next((found["fuzz"] for found in properties if "fuzz" in found), None)

@@ -601,6 +601,22 @@ def test_readme_tells_the_outcome_of_the_tests_on_the_same_gpu_and_sources(monke
     assert report._tests_outcome(record | {"sources_sha256": "b" * 64}) == ""
 
 
+def test_readme_tells_what_the_records_beside_the_benchmark_say(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "sources_sha256", lambda: "a" * 64)
+    assert "Nothing is recorded" in report.readme_outcomes()
+    where = {"gpu": "NVIDIA Test", "driver": "1.2", "torch": "2.11", "date": "2026-01-02"}
+    of = {
+        "tests": {"sources_sha256": "a" * 64, "passed": 5, "failed": 2, "skipped": 1, "arguments": ["-m", "gpu"]},
+        "sanitizer": {"sources_sha256": "b" * 64, "memcheck": {"parts": 5, "checked": 4000, "reported": 3}},
+    }
+    for name, record in of.items():
+        (tmp_path / f"gpu_{name}.json").write_text(json.dumps(where | record))
+    tests, sanitizer = report.readme_outcomes().splitlines()
+    assert tests.endswith("(NVIDIA Test, driver 1.2, torch 2.11, 2026-01-02): 5 passed, 2 failed, 1 skipped.")
+    assert "memcheck 4,000 results, 3 reported. **Measured on earlier sources" in sanitizer
+
+
 # ---- pictures
 @pytest.fixture
 def record():

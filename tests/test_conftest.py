@@ -77,7 +77,8 @@ def test_record(workers, tmp_path):
     started = time.monotonic()
     records = recorded(tmp_path, TEST, *(["-n", str(workers)] if workers else []))
     record = records.pop("gpu_tests.json")
-    assert not records and tuple(record) == (*MACHINE, "passed", "failed", "skipped", "seconds")
+    assert not records and tuple(record) == (*MACHINE, "passed", "failed", "skipped", "arguments", "seconds")
+    assert TEST in record["arguments"]
     assert (record["passed"], record["failed"], record["skipped"]) == (4, 0, 0)
     assert (record["gpu"], record["driver"]) == ("NVIDIA Test", "1.2")
     assert record["sources_sha256"] == report.sources_sha256()

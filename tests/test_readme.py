@@ -44,10 +44,16 @@ def test_files_and_options_named_exist():
     for name in set(re.findall(r"`([\w/]+\.(?:py|ipynb|txt|json|h|cuh|cu|cpp)|[\w/]+/)`", TEXT)):
         exists = (ROOT / name).exists() or (ROOT / "kernels" / name).exists()
         assert exists or name.startswith("results/") or name == "kernels/NAME.cuh", name
-    known = bench.parser(report.load_cases()).format_help()
-    for line in re.findall(r"`python bench\.py([^`]*)`", TEXT):
-        for option in shlex.split(line):
-            assert not option.startswith("--") or option in known, option
+    parsers = {
+        r"python bench\.py": bench.parser(report.load_cases()).format_help(),
+        "python -m pytest": (ROOT / "tests" / "conftest.py").read_text(),
+        r"python examples/execute\.py": (ROOT / "examples" / "execute.py").read_text(),
+    }
+    for command, known in parsers.items():
+        lines = re.findall(rf"`{command}([^`]*)`", TEXT)
+        assert lines, command
+        for option in (option for line in lines for option in shlex.split(line) if option.startswith("--")):
+            assert re.search(rf"{option}(?![\w-])", known), option
 
 
 def test_api_table_names_everything_public():
