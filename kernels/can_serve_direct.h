@@ -9,7 +9,7 @@ namespace depthwise {
 
 // 7x7: beyond this many fp32 weights a thread, registers spill.
 constexpr int kMaxRegisterTaps = 49;
-// Windows of larger kernels than 3x3 spill registers beyond this (sm_90: 1x5 at dilation 12, 5x9 at dilation 6).
+// Windows are described by 64-bit masks: eight outputs at stride 4 and this much kernel are 64 rows.
 constexpr int kMaxSpan = 35;
 
 // direct_nchw: where the first row of a thread's window begins within a word, the same for all threads; -1: it is not.
@@ -48,14 +48,12 @@ inline bool can_serve_direct_nchw(const Problem& p, const DirectArgs& args, cons
   const int64_t tiles_w = (args.out_w + 2 * tile.columns) / tile.columns, tiles_h = (args.out_h + 8) / tile.rows + 1;
   if (p.n * p.out_c * tiles_h * tiles_w > kInt32Max) return false;  // threads
   // Offsets within a plane, of rows around it too, are 32-bit numbers.
-  if ((p.h + kMaxWindow) * p.w > kInt32Max || (p.out_h + kMaxWindow) * p.out_w > kInt32Max) return false;
+  if ((p.h + 64) * p.w > kInt32Max || (p.out_h + 64) * p.out_w > kInt32Max) return false;
   const int skew = tile.vector > 1 ? max_skew(tile.rows, tile.columns, args.out_w % tile.columns) : 0;
   const int window = window_size(tile.columns + skew, static_cast<int>(p.stride_w), args.kernel_w, args.dilation_w);
-  if (window > kMaxWindow) return false;
-  const int used =
-      count_bits(window_mask(tile.columns + skew, static_cast<int>(p.stride_w), args.kernel_w, args.dilation_w));
   const int span = (args.kernel_h - 1) * args.dilation_h + 1, live_rows = span < tile.rows ? span : tile.rows;
-  return args.kernel_h * args.kernel_w + live_rows * tile.columns + 2 * used <= kMaxDirectNchwRegisters &&
+  return window <= 64 &&
+         args.kernel_h * args.kernel_w + live_rows * tile.columns + 2 * window <= kMaxDirectNchwRegisters &&
          direct_nchw_phase(args, tile) >= 0;
 }
 
@@ -120,8 +118,7 @@ constexpr int kMaxDirectNhwcTaps = 9, kMaxDirectNhwcTapsOfOne = 25;
 constexpr int kMaxTiledStridedTaps = 25;
 
 inline bool can_serve_nhwc(const Problem& p, Kernel kernel, const Tile& tile) {
-  if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / kMaxWindow ||
-      p.out_w * p.c > kInt32Max / kMaxWindow)
+  if (p.layout != Layout::kNhwc || p.multiplier != 1 || p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)
     return false;
 
   const int kernel_h = static_cast<int>(p.kernel_h), kernel_w = static_cast<int>(p.kernel_w);
@@ -164,7 +161,7 @@ inline bool can_serve_strided_grad_input(const Problem& p, const DirectArgs& arg
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || !(p.aligned || tile.vector == 1) ||
       args.padding_w < -64 || (channels_last ? p.c : args.w) % tile.vector != 0)
     return false;
-  if (channels_last && (p.w * p.c > kInt32Max / kMaxWindow || p.out_w * p.c > kInt32Max / kMaxWindow)) return false;
+  if (channels_last && (p.w * p.c > kInt32Max / 64 || p.out_w * p.c > kInt32Max / 64)) return false;
   return grad_input_registers(tile.columns, tile.rows, channels_last ? tile.vector : 1, args.kernel_h, args.kernel_w,
                               static_cast<int>(p.stride_h), static_cast<int>(p.stride_w), args.dilation_h,
                               args.dilation_w) <= kMaxGradInputRegisters;
@@ -172,14 +169,12 @@ inline bool can_serve_strided_grad_input(const Problem& p, const DirectArgs& arg
 
 // The kernels for forward and grad of input.
 inline bool can_serve_direct(const Problem& p, Kernel kernel, const Tile& tile) {
-  if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 64 || p.dilation_w > 64) return false;
+  if (p.stride_h > 4 || p.stride_w > 4 || p.dilation_h > 32 || p.dilation_w > 32) return false;
   if (p.h * p.w > kInt32Max || p.out_h * p.out_w > kInt32Max || p.n * p.out_c > kInt32Max) return false;
   const int64_t span = (p.kernel_h - 1) * p.dilation_h > (p.kernel_w - 1) * p.dilation_w
                            ? (p.kernel_h - 1) * p.dilation_h
                            : (p.kernel_w - 1) * p.dilation_w;
-  const int64_t stride = p.stride_h > p.stride_w ? p.stride_h : p.stride_w;
-  // A window is of eight outputs at most, where there is a dilation.
-  if (span > kMaxSpan && (p.kernel_h > 3 || p.kernel_w > 3 || span + 7 * stride >= kMaxWindow)) return false;
+  if (span > kMaxSpan) return false;
   if (p.n * p.out_c * p.out_h * p.out_w / 4 > kInt32Max || p.padding_h > 1 << 20 || p.padding_w > 64) return false;
 
   const DirectArgs args = direct_args(p);
@@ -192,7 +187,7 @@ inline bool can_serve_direct(const Problem& p, Kernel kernel, const Tile& tile) 
 
 // Grad of weight: every tap is a register (11x11), and a dilated row of taps must leave room beside them.
 constexpr int kMaxGradWeightTaps = 121;
-constexpr int kMaxGradWeightSpan = 40, kMaxGradWeightSpanOfFew = 96, kFewGradWeightTaps = 25;
+constexpr int kMaxGradWeightSpan = 40;
 // Beyond these, registers spill: a thread of channels_last has an address for each load as well.
 constexpr int kMaxMarchRegisters = 200;
 constexpr int kMaxMarchRegistersNhwc = 225;
@@ -204,8 +199,7 @@ inline bool can_serve_grad_weight(const Problem& p, Kernel kernel, const Tile& t
   if (p.layout != (channels_last ? Layout::kNhwc : Layout::kNchw) || taps > kMaxGradWeightTaps) return false;
   // Rows that are `dilation_h` apart are a problem of their own; with a stride they are not.
   if (p.dilation_h > 1 && p.stride_h > 1) return false;
-  const int most = taps <= kFewGradWeightTaps ? kMaxGradWeightSpanOfFew : kMaxGradWeightSpan;
-  if (p.stride_h > 2 || p.stride_w > 2 || (p.kernel_w - 1) * p.dilation_w > most) return false;
+  if (p.stride_h > 2 || p.stride_w > 2 || (p.kernel_w - 1) * p.dilation_w > kMaxGradWeightSpan) return false;
   // Rows of grad_output that meet padding alone would be missed.
   if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > 64) return false;
   if (p.h * p.w > kInt32Max || p.n * p.out_h * p.out_w > kInt32Max) return false;

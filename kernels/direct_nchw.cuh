@@ -43,16 +43,16 @@ template <class Traits, int kColumns, int kRows, int kVector>
 struct DirectTile {
   using T = typename Traits::T;
   static constexpr int kRowsIn = window_size(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
-  static constexpr WindowMask kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
+  static constexpr uint64_t kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
   static constexpr int kLastTap = (Traits::kKernelH - 1) * Traits::kDilationH;
-  static_assert(kRowsIn <= kMaxWindow && kColumns * Traits::kStrideW % kVector == 0);
+  static_assert(kRowsIn <= 64 && kColumns * Traits::kStrideW % kVector == 0);
 
   // Columns by which output row o begins left of the thread's.
   static constexpr int skew(int o) { return o * Traits::kOutWidth % kColumns; }
   static constexpr int kMaxSkew = max_skew(kRows, kColumns, Traits::kOutWidth);
   static constexpr int kWindow =
       window_size(kColumns + kMaxSkew, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
-  static constexpr WindowMask kUsed =
+  static constexpr uint64_t kUsed =
       window_mask(kColumns + kMaxSkew, Traits::kStrideW, Traits::kKernelW, Traits::kDilationW);
   // Where input row r of the tile begins within a word.
   static constexpr int phase(int r) {

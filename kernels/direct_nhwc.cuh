@@ -28,10 +28,10 @@ __global__ void __launch_bounds__(kDirectNhwcThreads, direct_nhwc_blocks(kColumn
   constexpr int kKernelW = Traits::kKernelW;
   constexpr int kTaps = Traits::kKernelH * kKernelW;
   constexpr int kWindow = window_size(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
-  constexpr WindowMask kUsedColumns = window_mask(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
+  constexpr uint64_t kUsedColumns = window_mask(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
   constexpr int kLastTap = (Traits::kKernelH - 1) * Traits::kDilationH;
   constexpr int kRowsIn = window_size(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
-  constexpr WindowMask kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
+  constexpr uint64_t kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
 
   const int channel = (blockIdx.x % blocks_c * blockDim.x + threadIdx.x) * kVector;
   unsigned tile = blockIdx.x / blocks_c * blockDim.y + threadIdx.y;

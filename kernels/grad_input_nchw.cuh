@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kGradInputNchwThreads)
   using Columns = GradWindow<kColumns, Traits::kKernelW, Traits::kStrideW, Traits::kDilationW, Traits::kPhase>;
   using Rows = GradWindow<kRows, Traits::kKernelH, Traits::kStrideH, Traits::kDilationH, Traits::kPaddingH>;
   // A row of the window is that of kSteps outputs at stride 1.
-  using Row = WindowRow<T, Columns::kSize, (WindowMask{1} << Columns::kSize) - 1, min_int(kVector, Columns::kSteps),
+  using Row = WindowRow<T, Columns::kSize, (uint64_t{1} << Columns::kSize) - 1, min_int(kVector, Columns::kSteps),
                         -Columns::kFirst>;
 
   // Which outputs: a block covers blockDim.z planes, blockDim.y x kRows rows, blockDim.x x kColumns columns.

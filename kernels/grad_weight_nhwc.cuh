@@ -55,7 +55,7 @@ struct NhwcStrip {
   static constexpr int of_pixel(int index) { return index * kPixelBytes * kGradWeightThreads; }
   // Of column k of a row of input, which is one of kUsed.
   static constexpr int input_cell(int row, int k) {
-    return Traits::kColumns + row * kRowPixels + count_bits(Traits::kUsed & ((WindowMask{1} << k) - 1));
+    return Traits::kColumns + row * kRowPixels + count_bits(Traits::kUsed & ((uint64_t{1} << k) - 1));
   }
 
   __device__ __forceinline__ NhwcStrip(int pixel, int grad_columns, int input_column, int input_columns,

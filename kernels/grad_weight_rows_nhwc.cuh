@@ -32,7 +32,7 @@ struct GradWeightRowsTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, kS
       grad_weight_rows_shape(kKernelH_, kKernelW_, kStrideH_, kStrideW_, kRows_, static_cast<int>(sizeof(T_)));
   static constexpr int kTaps = kKernelH_ * kKernelW_, kColumns = kGradWeightRowsColumns, kRows = kRows_;
   static constexpr int kVector = kShape.vector, kWindowRows = kShape.window_rows, kWindow = kShape.window_columns;
-  static constexpr WindowMask kUsed = window_mask(kColumns, kStrideW_, kKernelW_, 1);
+  static constexpr uint64_t kUsed = window_mask(kColumns, kStrideW_, kKernelW_, 1);
   // Whether a row's four terms are added up before they join a tap's sum: equal ones would round the same way every time.
   // 16-bit results hide it.
   static constexpr bool kSumsRows = sizeof(T_) == 4;

@@ -38,7 +38,7 @@ struct GradWeightStreamTraits : NhwcTraits<T_, kKernelH_, kKernelW_, kStrideH_, 
   static constexpr bool kIsLarge = false, kMayBeLarge = kMayDouble && kVector <= 2;
   static constexpr bool kKeepsPointers = sizeof(T_) == 2;
   static constexpr int kWindow = kShape.window;
-  static constexpr WindowMask kUsed = window_mask(kColumns, kStrideW_, kKernelW_, 1);
+  static constexpr uint64_t kUsed = window_mask(kColumns, kStrideW_, kKernelW_, 1);
   static constexpr int kCopies = kChannels * static_cast<int>(sizeof(T_)) / 16;  // of 16 bytes a pixel
   static_assert(kChannels * sizeof(T_) % 16 == 0 && kStageSteps % kDepth == 0);
   // What a thread copies of every row, one of kTilePixels pixels a tile at a time; and columns of input that remain.

@@ -22,11 +22,11 @@ struct NchwTraits {
 
 // One row of a thread's input window, whose elements kUsed marks, read in aligned words of kVector elements. The window
 // starts kPhase elements left of a word's boundary. Words may straddle the ends of rows if kStraddles.
-template <class T, int kWindow_, WindowMask kUsed_, int kVector, int kPhase, bool kStraddles = false>
+template <class T, int kWindow_, uint64_t kUsed_, int kVector, int kPhase, bool kStraddles = false>
 struct WindowRow {
   static constexpr int kWindow = kWindow_;
-  static constexpr WindowMask kUsed = kUsed_;
-  static_assert(kWindow <= kMaxWindow);
+  static constexpr uint64_t kUsed = kUsed_;
+  static_assert(kWindow <= 64);
   static constexpr int kFirstWord = floor_divide(-kPhase, kVector);
   static constexpr int kWords = floor_divide(kWindow - 1 - kPhase, kVector) - kFirstWord + 1;
 

@@ -214,12 +214,10 @@ constexpr int blocked_threads(const Tile& tile, int channels) {
 
 // Which of a window's rows or columns meet a tap of one of `outputs` outputs, as a bit mask. With a dilation most do
 // not.
-using WindowMask = unsigned __int128;
-constexpr int kMaxWindow = 128;
-constexpr WindowMask window_mask(int outputs, int stride, int kernel, int dilation) {
-  WindowMask mask = 0;
+constexpr uint64_t window_mask(int outputs, int stride, int kernel, int dilation) {
+  uint64_t mask = 0;
   for (int o = 0; o < outputs; ++o)
-    for (int tap = 0; tap < kernel; ++tap) mask |= WindowMask{1} << (o * stride + tap * dilation);
+    for (int tap = 0; tap < kernel; ++tap) mask |= uint64_t{1} << (o * stride + tap * dilation);
   return mask;
 }
 
@@ -235,13 +233,12 @@ constexpr int kMaxWindowPixels = 36, kMaxWindowPixelsOfOne = 64;
 constexpr int window_pixels(int outputs, int kernel_h, int kernel_w, int stride_h, int stride_w, int dilation_h,
                             int dilation_w) {
   int rows = 0, columns = 0;
-  for (WindowMask mask = window_mask(outputs, stride_h, kernel_h, dilation_h); mask != 0; mask >>= 1) rows += mask & 1;
-  for (WindowMask mask = window_mask(outputs, stride_w, kernel_w, dilation_w); mask != 0; mask >>= 1)
-    columns += mask & 1;
+  for (uint64_t mask = window_mask(outputs, stride_h, kernel_h, dilation_h); mask != 0; mask >>= 1) rows += mask & 1;
+  for (uint64_t mask = window_mask(outputs, stride_w, kernel_w, dilation_w); mask != 0; mask >>= 1) columns += mask & 1;
   return rows * columns;
 }
 
-constexpr int count_bits(WindowMask mask) {
+constexpr int count_bits(uint64_t mask) {
   int bits = 0;
   for (; mask != 0; mask >>= 1) bits += mask & 1;
   return bits;

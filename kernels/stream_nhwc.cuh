@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kStreamNhwcThreads, stream_nhwc_blocks<Traits>
   using Shared = StreamNhwcShared<Traits, kLanes, kVector>;
   constexpr int kKernelW = Traits::kKernelW, kTaps = Traits::kKernelH * kKernelW, kColumns = Shared::kColumns;
   constexpr int kWindow = window_size(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
-  constexpr WindowMask kUsedColumns = window_mask(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
+  constexpr uint64_t kUsedColumns = window_mask(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
 
   extern __shared__ __align__(16) unsigned char shared_memory[];
   T* const ring = reinterpret_cast<T*>(shared_memory);

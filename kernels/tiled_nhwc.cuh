@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(kTiledNhwcThreads, 2)
   constexpr int kKernelW = Traits::kKernelW;
   constexpr int kTaps = Traits::kKernelH * kKernelW;
   constexpr int kWindow = window_size(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
-  constexpr WindowMask kUsedColumns = window_mask(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
+  constexpr uint64_t kUsedColumns = window_mask(kColumns, Traits::kStrideW, kKernelW, Traits::kDilationW);
   constexpr int kLastTap = (Traits::kKernelH - 1) * Traits::kDilationH;
   constexpr int kRowsIn = window_size(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
-  constexpr WindowMask kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
+  constexpr uint64_t kUsedRows = window_mask(kRows, Traits::kStrideH, Traits::kKernelH, Traits::kDilationH);
   constexpr bool kRegisterWeights = kTaps <= 9;
   constexpr int kLaneTaps = tiled_nhwc_lane_taps(kTaps);
 
