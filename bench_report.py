@@ -361,7 +361,7 @@ def _readme_record(record: dict[str, Any], cases: dict[str, Case]) -> str:
     lines = [
         f"### {record['gpu']}",
         "",
-        _versions(record) + _tests_outcome(record),
+        _versions(record),
         "",
         *([_stale(record), ""] if _stale(record) else []),
         *(line for name in PICTURES if rows for line in (_readme_picture(record, name), "")),
@@ -495,15 +495,6 @@ def _versions(record: dict[str, Any]) -> str:
         f"torch {record['torch']}, CUDA {record['cuda']}, cuDNN {record['cudnn']}, driver {record['driver']}, "
         f"{record['date'][:10]}. Copy bandwidth {record['copy_tbps']:.2f} TB/s, read and written."
     )
-
-
-def _tests_outcome(record: dict[str, Any]) -> str:
-    """The outcome of `pytest --record` on the GPU and the sources of a record; '' without one."""
-    path = RESULTS / "gpu_tests.json"
-    tests = json.loads(path.read_text()) if path.is_file() else {}
-    if any(tests.get(key) != record[key] for key in ("gpu", "sources_sha256")):
-        return ""
-    return f" Tests on it: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped."
 
 
 def _not_measured(record: dict[str, Any], cases: dict[str, Case]) -> list[str]:

@@ -591,16 +591,6 @@ def test_readme_says_of_a_record_that_its_sources_are_not_the_present_ones(monke
     assert report._stale(record) == ""
 
 
-def test_readme_tells_the_outcome_of_the_tests_on_the_same_gpu_and_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    record = {"gpu": "NVIDIA Test", "sources_sha256": "a" * 64}
-    assert report._tests_outcome(record) == ""
-    outcome = {**record, "passed": 5, "failed": 2, "skipped": 1}
-    (tmp_path / "gpu_tests.json").write_text(json.dumps(outcome))
-    assert report._tests_outcome(record) == " Tests on it: 5 passed, 2 failed, 1 skipped."
-    assert report._tests_outcome(record | {"sources_sha256": "b" * 64}) == ""
-
-
 def test_readme_tells_what_the_records_beside_the_benchmark_say(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "sources_sha256", lambda: "a" * 64)
@@ -615,6 +605,9 @@ def test_readme_tells_what_the_records_beside_the_benchmark_say(monkeypatch, tmp
     tests, sanitizer = report.readme_outcomes().splitlines()
     assert tests.endswith("(NVIDIA Test, driver 1.2, torch 2.11, 2026-01-02): 5 passed, 2 failed, 1 skipped.")
     assert "memcheck 4,000 results, 3 reported. **Measured on earlier sources" in sanitizer
+    assert "earlier sources" not in tests
+    monkeypatch.setattr(report, "sources_sha256", lambda: "c" * 64)
+    assert all("earlier sources" in line for line in report.readme_outcomes().splitlines())
 
 
 # ---- pictures
